@@ -1,0 +1,35 @@
+# Everything here first sees to protoc and etcd (scripts/tools), so a fresh machine needs Rust alone.
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help tools demo test check fuzz
+
+# Put before a recipe's commands, in the same shell.
+WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4;
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+tools: ## find or fetch protoc and etcd, and print where they are
+	@scripts/tools
+
+demo: ## a fleet of greeters on a real etcd, and what happens to it, in about 20 seconds
+	@$(WITH_TOOLS) cargo build --quiet --examples; cargo run --quiet --example demo
+
+test: ## all tests, against real etcd servers
+	@$(WITH_TOOLS) cargo test --workspace --all-features
+
+check: ## formatting, lints and documentation, warnings as errors
+	@$(WITH_TOOLS) cargo fmt --all --check; \
+	cargo clippy --workspace --all-targets --all-features -- -D warnings; \
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features
+
+# How long, for each decoder.
+FUZZ_SECONDS ?= 300
+
+fuzz: ## fuzz each decoder for FUZZ_SECONDS (300); needs nightly Rust and cargo-fuzz
+	@$(WITH_TOOLS) for target in $$(cargo +nightly fuzz list); do \
+	echo "== $$target"; \
+	mkdir -p fuzz/corpus/$$target; \
+	cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+	-dict=fuzz/json.dict -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1; \
+	done

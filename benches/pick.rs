@@ -1,0 +1,94 @@
+//! What one pick costs, by policy and number of endpoints: `cargo bench --bench pick`.
+//!
+//! The picker is private to the crate, so that its files are compiled into this benchmark as they are.
+
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "not all of the picker is measured, and its own tests do not run here"
+)]
+
+#[path = "../src/balance/load.rs"]
+mod load;
+#[path = "../src/balance/pick/mod.rs"]
+mod pick;
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use divan::{AllocProfiler, Bencher};
+use load::Load;
+use pick::{Candidate, Picker, Policy, Turn};
+use tokio::time::Instant;
+
+#[global_allocator]
+static ALLOCATIONS: AllocProfiler = AllocProfiler::system();
+
+const ENDPOINTS: [usize; 3] = [3, 100, 10_000];
+
+fn main() {
+    divan::main();
+}
+
+struct Endpoint {
+    load: Load,
+    weight: u32,
+}
+
+impl Candidate for Endpoint {
+    fn load(&self) -> &Load {
+        &self.load
+    }
+
+    fn weight(&self) -> u32 {
+        self.weight
+    }
+
+    fn is_usable(&self) -> bool {
+        true
+    }
+}
+
+fn picker(policy: Policy, count: usize) -> Picker<Endpoint> {
+    let now = Instant::now();
+    let endpoints = (0..count as u32).map(|index| {
+        let endpoint = Endpoint {
+            load: Load::new(now),
+            weight: 100 + index % 7,
+        };
+        let latency = Duration::from_micros(200 + u64::from(index % 50));
+        endpoint.load.observe(latency, false, now);
+        (0..index % 5).for_each(|_| endpoint.load.begin());
+        endpoint
+    });
+    Picker::new(policy, endpoints.collect(), &Turn::default())
+}
+
+fn measure(bencher: Bencher<'_, '_>, policy: Policy, count: usize) {
+    let picker = picker(policy, count);
+    bencher.bench_local(|| {
+        // With the clock, as in a call.
+        let picked = picker.pick(Instant::now(), |_| false);
+        black_box(picked.map(Candidate::weight))
+    });
+}
+
+#[divan::bench(args = ENDPOINTS)]
+fn peak_ewma(bencher: Bencher<'_, '_>, count: usize) {
+    measure(bencher, Policy::PeakEwma, count);
+}
+
+#[divan::bench(args = ENDPOINTS)]
+fn least_request(bencher: Bencher<'_, '_>, count: usize) {
+    measure(bencher, Policy::LeastRequest, count);
+}
+
+#[divan::bench(args = ENDPOINTS)]
+fn round_robin(bencher: Bencher<'_, '_>, count: usize) {
+    measure(bencher, Policy::RoundRobin, count);
+}
+
+#[divan::bench]
+fn the_clock_alone() -> Instant {
+    Instant::now()
+}

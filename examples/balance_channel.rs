@@ -1,0 +1,37 @@
+//! A service over tonic's own balanced channel, for those who want that: one call to each that answers.
+//!
+//! ```text
+//! cargo run --example balance_channel -- localhost:2379 greeter
+//! ```
+//!
+//! `BalancedChannel` (see `greeter_client`) does more: this one picks at random, calls servers that are
+//! gone until they have left the directory, and waits without end when there is none.
+
+use std::error::Error;
+use std::time::Duration;
+
+use goo_etcd::{Client, Config, Directory};
+use helloworld::greeter::HelloRequest;
+use helloworld::greeter::greeter_client::GreeterClient;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let etcd = args.next().unwrap_or_else(|| "localhost:2379".to_owned());
+    let service = args.next().unwrap_or_else(|| "greeter".to_owned());
+
+    let client = Client::new("example", Config::builder().endpoints([etcd]).build()?).await?;
+    let directory = Directory::watch(&client, service).await?;
+    // Each instance becomes an endpoint, which is yours to configure.
+    let channel =
+        directory.balance_channel(|_, endpoint| endpoint.connect_timeout(Duration::from_secs(1)));
+    let mut greeter = GreeterClient::new(channel);
+    for _ in 0..directory.snapshot().len().max(1) {
+        let name = "example".to_owned();
+        // A time-out around the call: the channel's own does not count the wait for an endpoint.
+        let call = greeter.say_hello(HelloRequest { name });
+        let reply = tokio::time::timeout(Duration::from_secs(2), call).await??;
+        println!("{}", reply.into_inner().message);
+    }
+    Ok(())
+}

@@ -1,0 +1,28 @@
+//! The members of a cluster, and how each is. `cargo run --example cluster`.
+
+use goo_etcd::{Client, Config};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> goo_etcd::Result<()> {
+    let client = Client::new("cluster", Config::from_env()?).await?;
+    for member in client.member_list().await?.members() {
+        for url in member.client_urls() {
+            // That very member, over a connection of its own.
+            match client.status(url).await {
+                Ok(status) => println!(
+                    "{} at {url}: etcd {}, {} bytes{}",
+                    member.name(),
+                    status.version(),
+                    status.db_size(),
+                    if status.leader() == member.id() {
+                        ", leads"
+                    } else {
+                        ""
+                    },
+                ),
+                Err(error) => println!("{} at {url}: {error}", member.name()),
+            }
+        }
+    }
+    client.close().await
+}

@@ -1,0 +1,27 @@
+//! A key that lives as long as its owner: a lease, kept alive. `cargo run --example lease`.
+
+use futures::StreamExt;
+use goo_etcd::{Client, Config, PutOptions};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> goo_etcd::Result<()> {
+    let client = Client::new("lease", Config::from_env()?).await?;
+    let lease = client.grant(5).await?.id();
+    let on_lease = PutOptions::new().with_lease(lease);
+    client.put("workers/1", "here", on_lease).await?;
+
+    // Renewed in the background while this is held, whether it is polled or not.
+    let mut kept = client.keep_alive(lease).await?;
+    if let Some(renewed) = kept.next().await {
+        println!("renewed for {} s", renewed?.ttl());
+    }
+    let left = client.lease_time_to_live(lease, None).await?;
+    println!("granted for {} s", left.granted_ttl());
+
+    client.revoke(lease).await?;
+    println!(
+        "keys left: {}",
+        client.get("workers/1", None).await?.count()
+    );
+    client.close().await
+}

@@ -1,0 +1,25 @@
+//! Mutual TLS. `cargo run --example tls --features tls -- https://HOST:2379 CA CERT KEY`, the last
+//! three being PEM files.
+
+use goo_etcd::{Client, Config, TlsConfig};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [endpoint, ca, cert, key] = &arguments[..] else {
+        return Err("usage: tls ENDPOINT CA CERT KEY".into());
+    };
+    // Only this authority is trusted; without a certificate and key, the server's name is all that is
+    // checked.
+    let tls = TlsConfig::new().ca_file(ca).cert_file(cert).key_file(key);
+    let config = Config::builder()
+        .endpoints([endpoint])
+        .enable_tls(true)
+        .tls_config(tls)
+        .build()?;
+    let client = Client::new("tls", config).await?;
+    client.ping().await?;
+    println!("etcd {} over TLS", client.status(endpoint).await?.version());
+    client.close().await?;
+    Ok(())
+}

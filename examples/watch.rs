@@ -1,0 +1,35 @@
+//! A watch that resumes by itself. `cargo run --example watch`; ends after three events.
+
+use futures::StreamExt;
+use goo_etcd::{Client, Config, EventType, WatchOptions};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> goo_etcd::Result<()> {
+    let client = Client::new("watch", Config::from_env()?).await?;
+    // From here on nothing is missed, however often the connection is lost.
+    let mut watch = client
+        .watch("config/", WatchOptions::new().with_prefix())
+        .await?;
+    client.put("config/level", "info", None).await?;
+    client.put("config/level", "debug", None).await?;
+    client.delete("config/level", None).await?;
+
+    let mut seen = 0;
+    while seen < 3
+        && let Some(response) = watch.next().await
+    {
+        for event in response?.events() {
+            seen += 1;
+            let Some(kv) = event.kv() else { continue };
+            let (key, value) = (
+                String::from_utf8_lossy(kv.key()),
+                String::from_utf8_lossy(kv.value()),
+            );
+            match event.event_type() {
+                EventType::Put => println!("{key} = {value}"),
+                EventType::Delete => println!("{key} is gone"),
+            }
+        }
+    }
+    client.close().await
+}

@@ -1,0 +1,5 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    goo_etcd_fuzz::check(&goo_etcd::format::GoMicro, data, Clone::clone);
+});

@@ -1,0 +1,235 @@
+//! The body of a response: what keeps its call in flight.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::Reason;
+use http::{HeaderMap, Response};
+use http_body::{Body, Frame};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, Sleep};
+use tonic::{Code, Status};
+
+use super::connection::Incoming;
+use super::endpoint::Endpoint;
+use super::failure;
+
+/// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    endpoint: Arc<Endpoint>,
+    begun: Instant,
+    /// Whether the load has learned the latency.
+    observed: bool,
+}
+
+impl InFlight {
+    pub(super) fn begin(endpoint: Arc<Endpoint>, now: Instant) -> Self {
+        endpoint.load.begin();
+        Self {
+            endpoint,
+            begun: now,
+            observed: false,
+        }
+    }
+
+    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.endpoint
+    }
+
+    /// The response has begun, or the call has failed.
+    pub(super) fn observe(&mut self, failed: bool) {
+        let now = Instant::now();
+        self.endpoint.load.observe(now - self.begun, failed, now);
+        self.observed = true;
+    }
+
+    /// The response began and did not end well. How long it went on until then says nothing about how
+    /// long an answer takes.
+    fn broke_off(&self) {
+        self.endpoint
+            .load
+            .observe(Duration::ZERO, true, Instant::now());
+    }
+
+    /// It was not sent after all.
+    pub(super) fn unsent(mut self) {
+        self.observed = true;
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.endpoint.load.end();
+        if !self.observed {
+            // Given up by the caller. How long an answer takes is not known, but it is not less than this:
+            // a silent endpoint must not look fast.
+            let now = Instant::now();
+            self.endpoint.load.observe_at_least(now - self.begun, now);
+        }
+    }
+}
+
+/// Whether a status is the endpoint's fault, as far as can be told, and not the call's.
+pub(super) fn is_failure(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::Internal
+            | Code::Unknown
+            | Code::DataLoss
+            | Code::ResourceExhausted
+            | Code::DeadlineExceeded
+    )
+}
+
+/// The response's body: ends in DEADLINE_EXCEEDED when the call's time is over, and keeps the call
+/// in flight until it ends or is dropped.
+pub(super) struct ResponseBody {
+    incoming: Incoming,
+    deadline: Option<(Pin<Box<Sleep>>, Duration)>,
+    call: Option<(InFlight, Option<OwnedSemaphorePermit>)>,
+}
+
+impl ResponseBody {
+    pub(super) fn new(
+        incoming: Incoming,
+        deadline: Option<(Instant, Duration)>,
+        in_flight: InFlight,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Self {
+        Self {
+            // Nothing will be waited for, so no timer either.
+            deadline: deadline
+                .filter(|_| !incoming.stream.is_end_stream())
+                .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
+            incoming,
+            call: Some((in_flight, permit)),
+        }
+    }
+
+    fn ended(&mut self, failed: bool) {
+        self.incoming.finish();
+        if let Some((in_flight, _)) = self.call.take()
+            && failed
+        {
+            in_flight.broke_off();
+        }
+    }
+
+    fn failed(&mut self, error: &h2::Error) -> Status {
+        let ending = self.incoming.ending();
+        let address = match &self.call {
+            Some((in_flight, _)) => &*in_flight.endpoint.target.address,
+            None => "",
+        };
+        let status = failure::status_of(address, error, ending.as_deref());
+        self.ended(true);
+        status
+    }
+
+    fn poll_incoming(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        let stream = &mut self.incoming.stream;
+        match ready!(stream.poll_data(cx)) {
+            Some(Ok(data)) => {
+                // What was taken makes room for more.
+                let _ = stream.flow_control().release_capacity(data.len());
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
+            // The server has said all it wants to say, and wants to hear no more (RFC 9113,
+            // section 8.1).
+            Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => {}
+            Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+            None => {}
+        }
+        match ready!(stream.poll_trailers(cx)) {
+            Err(error) if error.reason() == Some(Reason::NO_ERROR) => Poll::Ready(None),
+            trailers => Poll::Ready(
+                trailers
+                    .map(|trailers| trailers.map(Frame::trailers))
+                    .transpose(),
+            ),
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        if this.call.is_none() {
+            return Poll::Ready(None);
+        }
+        // Looked at before every frame: a reader that is slower than its server never waits for one.
+        if let Some((sleep, limit)) = &this.deadline
+            && sleep.deadline() <= Instant::now()
+        {
+            let status = failure::deadline_exceeded(*limit, "during the response");
+            this.ended(false);
+            return Poll::Ready(Some(Err(status)));
+        }
+        match this.poll_incoming(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                if let Some(trailers) = frame.trailers_ref() {
+                    let failed = status_of(trailers).is_some_and(is_failure);
+                    this.ended(failed);
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(this.failed(&error)))),
+            Poll::Ready(None) => {
+                // Without a status it was cut short.
+                this.ended(true);
+                Poll::Ready(None)
+            }
+            Poll::Pending => {
+                let Some((sleep, limit)) = &mut this.deadline else {
+                    return Poll::Pending;
+                };
+                ready!(sleep.as_mut().poll(cx));
+                let status = failure::deadline_exceeded(*limit, "during the response");
+                this.ended(false);
+                Poll::Ready(Some(Err(status)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.call.is_none() || self.incoming.stream.is_end_stream()
+    }
+}
+
+/// The gRPC status in headers or trailers, if it is there.
+fn status_of(headers: &HeaderMap) -> Option<Code> {
+    let status = headers.get("grpc-status")?;
+    Some(Code::from_bytes(status.as_bytes()))
+}
+
+/// The status of a response that is over with its head: one that says so, and one that is not
+/// gRPC's at all ("HTTP to gRPC Status Code Mapping").
+pub(super) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
+    Status::from_header_map(response.headers()).or_else(|| {
+        let code = match response.status().as_u16() {
+            200 => return None,
+            400 => Code::Internal,
+            401 => Code::Unauthenticated,
+            403 => Code::PermissionDenied,
+            404 => Code::Unimplemented,
+            429 | 502..=504 => Code::Unavailable,
+            _ => Code::Unknown,
+        };
+        let message = format!("the answer is HTTP {} and not gRPC", response.status());
+        Some(Status::new(code, message))
+    })
+}

@@ -1,0 +1,267 @@
+//! Making one connection: TCP or a Unix socket, TLS, HTTP/2.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use http::Uri;
+use http::uri::{Authority, Scheme};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, timeout_at};
+use tower::{Service, ServiceExt};
+
+use super::connection::{self, KeepAlive, Sender, Shared};
+use super::tls::Tls;
+use super::wire::Observed;
+use crate::error::chain;
+use crate::instance::{Instance, validate_address};
+
+pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Bytes to and from a peer.
+pub(super) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+pub(super) type BoxIo = Box<dyn Io>;
+
+/// A connector of the user's.
+pub(super) type Custom =
+    Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<BoxIo, BoxError>> + Send + Sync>;
+
+/// HTTP/2 and TCP settings, under the names that tonic's `Endpoint` gives them.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    pub(super) connect_timeout: Duration,
+    pub(super) tcp_nodelay: bool,
+    pub(super) tcp_keepalive: Option<Duration>,
+    pub(super) keep_alive: KeepAlive,
+    pub(super) initial_stream_window_size: u32,
+    pub(super) initial_connection_window_size: u32,
+    pub(super) max_header_list_size: u32,
+    pub(super) max_frame_size: Option<u32>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            // The same as an etcd client's dial time-out.
+            connect_timeout: Duration::from_secs(5),
+            tcp_nodelay: true,
+            tcp_keepalive: None,
+            // gRPC servers may take pings more often than every 5 minutes for abuse (gRFC A8), but
+            // those that are met here (tonic, etcd from 5 s on) do not, and a peer that turned silent
+            // must be found out in time.
+            keep_alive: KeepAlive {
+                interval: Some(Duration::from_secs(10)),
+                timeout: Duration::from_secs(3),
+                while_idle: true,
+            },
+            // The same as hyper's, and so as those of tonic's channel.
+            initial_stream_window_size: 2 * 1024 * 1024,
+            initial_connection_window_size: 5 * 1024 * 1024,
+            max_header_list_size: 16 * 1024,
+            max_frame_size: None,
+        }
+    }
+}
+
+/// Where an endpoint is, as far as a connection is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Target {
+    /// As the instance has it: `host:port` or `unix:/path`.
+    pub(super) address: Arc<str>,
+    pub(super) scheme: Scheme,
+    /// What calls to it name as their authority, unless an origin is set.
+    pub(super) authority: Authority,
+}
+
+impl Target {
+    /// Where an instance is. `tls` is the channel's setting.
+    pub(super) fn new(instance: &Instance, tls: bool) -> Result<Self, String> {
+        let address = instance.address.as_str();
+        // A URI would take more than can be called, an address without a port for port 80.
+        validate_address(address).map_err(|error| error.to_string())?;
+        if instance.tls == Some(true) && !tls {
+            // Never plaintext to one that says it speaks TLS.
+            return Err(format!(
+                "{address} speaks TLS and the channel does not; give it `tls(..)`"
+            ));
+        }
+        let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
+        let authority = if address.starts_with("unix:") {
+            // gRPC's name for the authority of a Unix socket.
+            Authority::from_static("localhost")
+        } else {
+            address
+                .parse()
+                .map_err(|error| format!("{address:?} is not an address: {error}"))?
+        };
+        Ok(Self {
+            address: address.into(),
+            scheme,
+            authority,
+        })
+    }
+
+    fn uri(&self) -> Result<Uri, http::Error> {
+        Uri::builder()
+            .scheme(self.scheme.clone())
+            .authority(self.authority.clone())
+            .path_and_query("/")
+            .build()
+    }
+}
+
+/// Makes connections; shared by the endpoints of a channel.
+pub(super) struct Connector {
+    settings: Settings,
+    tls: Option<Tls>,
+    custom: Option<Custom>,
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector")
+            .field("settings", &self.settings)
+            .field("tls", &self.tls.is_some())
+            .field("custom", &self.custom.is_some())
+            .finish()
+    }
+}
+
+/// A connection on which the peer has spoken HTTP/2.
+pub(super) struct Connection {
+    pub(super) sender: Sender,
+    /// Resolves when no new call can be sent on it any more, with the reason. Calls in flight on it
+    /// go on, for as long as the peer lets them, when this is dropped.
+    pub(super) ended: Pin<Box<dyn Future<Output = String> + Send>>,
+}
+
+pub(super) fn custom<C>(connector: C) -> Custom
+where
+    C: Service<Uri> + Clone + Send + Sync + 'static,
+    C::Response: hyper::rt::Read + hyper::rt::Write + Send + Unpin + 'static,
+    C::Error: Into<BoxError>,
+    C::Future: Send,
+{
+    Arc::new(move |uri| {
+        let connector = connector.clone();
+        Box::pin(async move {
+            let io = connector.oneshot(uri).await.map_err(Into::into)?;
+            Ok(Box::new(TokioIo::new(io)) as BoxIo)
+        })
+    })
+}
+
+impl Connector {
+    pub(super) fn new(settings: Settings, tls: Option<Tls>, custom: Option<Custom>) -> Self {
+        Self {
+            settings,
+            tls,
+            custom,
+        }
+    }
+
+    /// Whether its connections are TLS.
+    pub(super) fn tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    pub(super) fn connect_timeout(&self) -> Duration {
+        self.settings.connect_timeout
+    }
+
+    /// Connects, within the connect time-out. The error says what failed, without the address.
+    pub(super) async fn connect(&self, target: &Target) -> Result<Connection, String> {
+        let limit = self.settings.connect_timeout;
+        let deadline = Instant::now() + limit;
+        let late = |stage: &str| format!("{stage} took more than {limit:?}");
+        let io = timeout_at(deadline, self.open(target))
+            .await
+            .map_err(|_| late("connecting"))?
+            .map_err(|error| format!("cannot connect: {}", chain(&*error)))?;
+        let io = match &self.tls {
+            Some(tls) => timeout_at(deadline, tls.secure(target, io))
+                .await
+                .map_err(|_| late("the TLS handshake"))?
+                .map(|io| Box::new(io) as BoxIo)
+                .map_err(|error| format!("TLS failed: {error}"))?,
+            None => io,
+        };
+        timeout_at(deadline, self.handshake(io))
+            .await
+            .map_err(|_| late("the HTTP/2 handshake"))?
+    }
+
+    async fn open(&self, target: &Target) -> Result<BoxIo, BoxError> {
+        if let Some(custom) = &self.custom {
+            return custom(target.uri()?).await;
+        }
+        if let Some(path) = target.address.strip_prefix("unix:") {
+            return Ok(Box::new(UnixStream::connect(path).await?));
+        }
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        // Shared out among the addresses of a name, so that one that does not answer leaves time for
+        // the next.
+        tcp.set_connect_timeout(Some(self.settings.connect_timeout));
+        tcp.set_nodelay(self.settings.tcp_nodelay);
+        tcp.set_keepalive(self.settings.tcp_keepalive);
+        let io = tcp.oneshot(target.uri()?).await?;
+        Ok(Box::new(io.into_inner()))
+    }
+
+    async fn handshake(&self, io: BoxIo) -> Result<Connection, String> {
+        let shared = Shared::new();
+        let (observed, observer) = Observed::new(io, Arc::clone(&shared));
+        let (sender, connection) = self
+            .http2()
+            .handshake(observed)
+            .await
+            .map_err(|error| format!("HTTP/2 failed: {}", chain(&error)))?;
+        let keep_alive = self.settings.keep_alive;
+        let broken = observer.broken;
+        let spent = Arc::clone(&shared);
+        let opened = connection::start(sender, connection, shared, keep_alive, broken);
+        let (sender, mut closed) = (opened.sender, opened.closed);
+        tokio::select! {
+            biased;
+            Ok(()) = observer.settings => {}
+            how = &mut closed => {
+                let how = how.unwrap_or_else(|_| "connection lost".to_owned());
+                return Err(format!("the peer did not answer as an HTTP/2 server: {how}"));
+            }
+        }
+        let leaving = observer.leaving;
+        let ended = Box::pin(async move {
+            tokio::select! {
+                biased;
+                Ok(why) = leaving => why,
+                how = closed => how.unwrap_or_else(|_| "connection lost".to_owned()),
+                () = spent.spent() => "it can take no more calls".to_owned(),
+            }
+        });
+        Ok(Connection { sender, ended })
+    }
+
+    fn http2(&self) -> h2::client::Builder {
+        let settings = &self.settings;
+        let mut http2 = h2::client::Builder::new();
+        http2
+            .enable_push(false)
+            .initial_window_size(settings.initial_stream_window_size)
+            .initial_connection_window_size(settings.initial_connection_window_size)
+            .max_header_list_size(settings.max_header_list_size);
+        if let Some(size) = settings.max_frame_size {
+            http2.max_frame_size(size);
+        }
+        http2
+    }
+}

@@ -1,0 +1,260 @@
+//! Choosing the endpoint of a call.
+//!
+//! A [`Picker`] is an immutable list of the endpoints that are ready. The channel swaps it for
+//! another when the set or a connection changes; a call reads it without a lock. No pick depends
+//! on how many endpoints there are, and none allocates.
+
+mod round_robin;
+mod two_choices;
+
+use tokio::time::Instant;
+
+use super::load::Load;
+use round_robin::Schedule;
+pub(crate) use round_robin::Turn;
+
+/// How an endpoint is chosen among those that are ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Policy {
+    /// Of two at random, the one whose latency times calls in flight is less, per weight.
+    ///
+    /// The latency is a moving average that rises at once and falls slowly, so that an endpoint that
+    /// turns slow is left alone within a few answers. It counts where it differs by more than a factor of
+    /// two; less is noise, and calls in flight alone decide. The default: it is the best choice whenever
+    /// endpoints, or the ways to them, are not all alike.
+    #[default]
+    PeakEwma,
+    /// Of two at random, the one with fewer calls in flight, per weight (gRFC A48).
+    LeastRequest,
+    /// One after the other, each in proportion to its weight, smoothly mixed (gRFC A58).
+    RoundRobin,
+}
+
+/// What can be picked.
+pub(crate) trait Candidate {
+    fn load(&self) -> &Load;
+    /// Above 0.
+    fn weight(&self) -> u32;
+    /// Whether a call can be sent now: a connection may have closed since the picker was made.
+    fn is_usable(&self) -> bool;
+}
+
+/// The endpoints that are ready, and how to choose among them.
+#[derive(Debug)]
+pub(crate) struct Picker<C> {
+    candidates: Box<[C]>,
+    policy: Algorithm,
+}
+
+#[derive(Debug)]
+enum Algorithm {
+    PeakEwma,
+    LeastRequest,
+    RoundRobin(Schedule),
+}
+
+/// How often a choice that cannot be used is replaced by another choice, before all are looked at.
+const CHOICES: usize = 3;
+
+impl<C: Candidate> Picker<C> {
+    /// `turn` carries the round robin over from the picker before.
+    pub(crate) fn new(policy: Policy, candidates: Vec<C>, turn: &Turn) -> Self {
+        let policy = match policy {
+            Policy::PeakEwma => Algorithm::PeakEwma,
+            Policy::LeastRequest => Algorithm::LeastRequest,
+            Policy::RoundRobin => {
+                let weights = candidates.iter().map(Candidate::weight);
+                Algorithm::RoundRobin(Schedule::new(weights, turn.clone()))
+            }
+        };
+        Self {
+            candidates: candidates.into(),
+            policy,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.candidates.is_empty()
+    }
+
+    /// The endpoint for a call that begins `now`, if any can be used. One for which `avoid` holds
+    /// is chosen only if there is no other.
+    pub(crate) fn pick(&self, now: Instant, avoid: impl Fn(&C) -> bool) -> Option<&C> {
+        if self.candidates.is_empty() {
+            return None;
+        }
+        for _ in 0..CHOICES {
+            let choice = &self.candidates[self.choose(now)];
+            if choice.is_usable() && !avoid(choice) {
+                return Some(choice);
+            }
+        }
+        // Rare: several have just closed, or nearly all are to be avoided.
+        let start = fastrand::usize(..self.candidates.len());
+        let (before, after) = self.candidates.split_at(start);
+        let usable = || after.iter().chain(before).filter(|c| c.is_usable());
+        usable().find(|c| !avoid(c)).or_else(|| usable().next())
+    }
+
+    fn choose(&self, now: Instant) -> usize {
+        match &self.policy {
+            Algorithm::PeakEwma => {
+                two_choices::choose(&self.candidates, |a, b| two_choices::is_faster(a, b, now))
+            }
+            Algorithm::LeastRequest => {
+                two_choices::choose(&self.candidates, two_choices::is_less_loaded)
+            }
+            Algorithm::RoundRobin(schedule) => schedule.choose(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    pub(super) struct Fake {
+        pub(super) load: Load,
+        pub(super) weight: u32,
+        pub(super) usable: bool,
+    }
+
+    impl Candidate for Fake {
+        fn load(&self) -> &Load {
+            &self.load
+        }
+
+        fn weight(&self) -> u32 {
+            self.weight
+        }
+
+        fn is_usable(&self) -> bool {
+            self.usable
+        }
+    }
+
+    pub(super) fn fakes(weights: &[u32]) -> Vec<Fake> {
+        let start = Instant::now();
+        weights
+            .iter()
+            .map(|weight| Fake {
+                load: Load::new(start),
+                weight: *weight,
+                usable: true,
+            })
+            .collect()
+    }
+
+    const POLICIES: [Policy; 3] = [Policy::PeakEwma, Policy::LeastRequest, Policy::RoundRobin];
+
+    #[test]
+    fn nothing_is_picked_from_nothing_nor_from_what_cannot_be_used() {
+        for policy in POLICIES {
+            let none = Picker::<Fake>::new(policy, vec![], &Turn::default());
+            assert!(none.pick(Instant::now(), |_| false).is_none());
+            let mut closed = fakes(&[100, 100]);
+            closed.iter_mut().for_each(|fake| fake.usable = false);
+            let closed = Picker::new(policy, closed, &Turn::default());
+            assert!(closed.pick(Instant::now(), |_| false).is_none());
+        }
+    }
+
+    #[test]
+    fn the_only_usable_one_of_many_is_always_found() {
+        for policy in POLICIES {
+            let mut many = fakes(&[100; 50]);
+            many.iter_mut().for_each(|fake| fake.usable = false);
+            many[37].usable = true;
+            many[37].weight = 7;
+            let picker = Picker::new(policy, many, &Turn::default());
+            for _ in 0..100 {
+                let picked = picker.pick(Instant::now(), |_| false).unwrap();
+                assert_eq!(picked.weight, 7);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_to_be_avoided_is_picked_only_if_there_is_no_other() {
+        for policy in POLICIES {
+            let picker = Picker::new(policy, fakes(&[100, 99, 98]), &Turn::default());
+            for _ in 0..100 {
+                let picked = picker.pick(Instant::now(), |fake| fake.weight == 99);
+                assert_ne!(picked.unwrap().weight, 99);
+                assert!(picker.pick(Instant::now(), |_| true).is_some());
+            }
+        }
+    }
+
+    #[test]
+    fn the_loaded_and_the_slow_get_less() {
+        let now = Instant::now();
+        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+            let three = fakes(&[100, 100, 100]);
+            for _ in 0..10 {
+                three[1].load.begin();
+            }
+            let picker = Picker::new(policy, three, &Turn::default());
+            for _ in 0..100 {
+                let picked = picker.pick(now, |_| false).unwrap();
+                assert_eq!(picked.load.in_flight(), 0, "{policy:?}");
+            }
+        }
+        let slow = fakes(&[1, 2]);
+        slow[0].load.observe(Duration::from_millis(100), false, now);
+        slow[1].load.observe(Duration::from_millis(2), false, now);
+        let picker = Picker::new(Policy::PeakEwma, slow, &Turn::default());
+        for _ in 0..100 {
+            assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2);
+        }
+    }
+
+    #[test]
+    fn among_equals_noise_in_the_latency_takes_nobody_their_share() {
+        let now = Instant::now();
+        let two = fakes(&[1, 1]);
+        two[0]
+            .load
+            .observe(Duration::from_micros(2_100), false, now);
+        two[1]
+            .load
+            .observe(Duration::from_micros(1_500), false, now);
+        let picker = Picker::new(Policy::PeakEwma, two, &Turn::default());
+        let first = (0..1_000)
+            .filter(|_| std::ptr::eq(picker.pick(now, |_| false).unwrap(), &picker.candidates[0]))
+            .count();
+        assert!((400..=600).contains(&first), "{first}");
+    }
+
+    #[test]
+    fn one_that_fails_fast_is_left_alone_however_slow_the_others_are() {
+        let now = Instant::now();
+        let two = fakes(&[1, 2]);
+        two[0].load.observe(Duration::from_millis(1), true, now);
+        two[1].load.observe(Duration::from_secs(30), false, now);
+        let picker = Picker::new(Policy::PeakEwma, two, &Turn::default());
+        for _ in 0..100 {
+            assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2);
+        }
+        // Tried again after a while.
+        let later = now + Duration::from_secs(2);
+        assert_eq!(picker.pick(later, |_| false).unwrap().weight, 1);
+    }
+
+    #[test]
+    fn load_is_compared_per_weight() {
+        let now = Instant::now();
+        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+            let picker = Picker::new(policy, fakes(&[300, 100]), &Turn::default());
+            // Nothing ever ends, so that the calls in flight are the calls that were picked.
+            for _ in 0..400 {
+                picker.pick(now, |_| false).unwrap().load.begin();
+            }
+            let heavy = picker.candidates[0].load.in_flight();
+            assert!((299..=301).contains(&heavy), "{policy:?}: {heavy}");
+        }
+    }
+}

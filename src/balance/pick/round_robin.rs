@@ -1,0 +1,183 @@
+//! Weighted round robin, smooth and in constant time.
+//!
+//! Think of a ring with one slot for each unit of weight, an endpoint's slots side by side. Picks
+//! walk the ring with a stride that shares no divisor with its length, so that after as many picks
+//! as there are slots each has been visited exactly once: the proportions are exact. A stride near
+//! the golden section of the ring spreads any endpoint's picks evenly over that time (the
+//! three-distance theorem), which is what makes it smooth. With equal weights the ring has one slot
+//! for each endpoint and the stride is 1: plain round robin.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Whose turn it is; shared by the pickers of a channel, one after another.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Turn(Arc<AtomicU64>);
+
+/// The longest ring: positions are multiplied by strides, which must not overflow.
+const LONGEST: u64 = 1 << 31;
+
+/// The shortest ring of unequal weights: a short one may have no stride near the golden section (one
+/// of six slots has only 1 and 5), so that it is gone over several times at once.
+const SHORTEST: u64 = 64;
+
+#[derive(Debug)]
+pub(super) struct Schedule {
+    turn: Turn,
+    length: u64,
+    stride: u64,
+    /// For each endpoint, the slot after its last.
+    ends: Box<[u64]>,
+    /// For each of as many equal parts of the ring as there are endpoints, the endpoint that holds
+    /// the part's first slot: where the search for a slot begins.
+    guide: Box<[u32]>,
+}
+
+impl Schedule {
+    /// `weights` must all be above 0.
+    pub(super) fn new(weights: impl Iterator<Item = u32>, turn: Turn) -> Self {
+        let mut weights: Vec<u64> = weights.map(u64::from).collect();
+        let divisor = weights.iter().copied().fold(0, gcd).max(1);
+        weights.iter_mut().for_each(|weight| *weight /= divisor);
+        let sum: u64 = weights.iter().sum();
+        if sum < SHORTEST && sum > weights.len() as u64 {
+            let times = SHORTEST.div_ceil(sum);
+            weights.iter_mut().for_each(|weight| *weight *= times);
+        }
+        if sum > LONGEST {
+            // Rounding changes the proportions by less than one in a billion per endpoint.
+            let scale = LONGEST as f64 / sum as f64;
+            for weight in &mut weights {
+                *weight = ((*weight as f64 * scale) as u64).max(1);
+            }
+        }
+        let ends: Box<[u64]> = weights
+            .iter()
+            .scan(0, |end, weight| {
+                *end += weight;
+                Some(*end)
+            })
+            .collect();
+        let length = ends.last().copied().unwrap_or(0);
+        let count = ends.len() as u64;
+        let mut holder = 0;
+        let guide = (0..count)
+            .map(|part| {
+                let first_slot = (part * length).div_ceil(count);
+                while ends[holder] <= first_slot {
+                    holder += 1;
+                }
+                holder as u32
+            })
+            .collect();
+        let stride = if length == count { 1 } else { stride(length) };
+        Self {
+            turn,
+            length,
+            stride,
+            ends,
+            guide,
+        }
+    }
+
+    /// The index of the endpoint whose turn it is. There must be one.
+    pub(super) fn choose(&self) -> usize {
+        let turn = self.turn.0.fetch_add(1, Ordering::Relaxed);
+        self.holder_of(turn % self.length * self.stride % self.length)
+    }
+
+    fn holder_of(&self, slot: u64) -> usize {
+        let part = slot * self.ends.len() as u64 / self.length;
+        // The part's first slot is at or before this one. A part is as long as the mean of the
+        // weights, so that on average no more than two endpoints end in it.
+        let mut holder = self.guide[part as usize] as usize;
+        // Rounding may have put the guide one part's first slot too far.
+        while holder > 0 && self.ends[holder - 1] > slot {
+            holder -= 1;
+        }
+        while self.ends[holder] <= slot {
+            holder += 1;
+        }
+        holder
+    }
+}
+
+/// The number nearest to the golden section of `length` that shares no divisor with it.
+fn stride(length: u64) -> u64 {
+    let golden = (length as f64 * 0.618_033_988_749_895) as u64;
+    (0..length)
+        .flat_map(|distance| [golden.saturating_sub(distance), golden + distance])
+        .find(|candidate| (1..length).contains(candidate) && gcd(*candidate, length) == 1)
+        .unwrap_or(1)
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn picks(weights: &[u32], count: usize) -> Vec<usize> {
+        let schedule = Schedule::new(weights.iter().copied(), Turn::default());
+        (0..count).map(|_| schedule.choose()).collect()
+    }
+
+    #[test]
+    fn equal_weights_are_plain_round_robin() {
+        assert_eq!(picks(&[100; 3], 6), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(picks(&[7], 3), [0, 0, 0]);
+    }
+
+    #[test]
+    fn ninety_nine_to_one_is_ninety_nine_to_one() {
+        let picks = picks(&[99, 1], 1_000);
+        assert_eq!(picks.iter().filter(|pick| **pick == 1).count(), 10);
+        for hundred in picks.chunks(100) {
+            assert_eq!(hundred.iter().filter(|pick| **pick == 1).count(), 1);
+        }
+    }
+
+    #[test]
+    fn picks_are_mixed_not_in_blocks() {
+        let picks = picks(&[3, 2, 1], 60);
+        let longest_run = picks.chunk_by(|a, b| a == b).map(<[usize]>::len).max();
+        assert!(longest_run <= Some(2), "{picks:?}");
+        for six in picks.chunks(6) {
+            let first = six.iter().filter(|pick| **pick == 0).count();
+            assert!((2..=4).contains(&first), "{picks:?}");
+        }
+    }
+
+    #[test]
+    fn a_turn_goes_on_from_picker_to_picker() {
+        let turn = Turn::default();
+        let next = || Schedule::new([1, 1, 1].into_iter(), turn.clone()).choose();
+        assert_eq!([next(), next(), next(), next()], [0, 1, 2, 0]);
+    }
+
+    #[test]
+    fn weights_of_any_size_are_kept_in_proportion() {
+        let picks = picks(&[u32::MAX, u32::MAX / 3, 1], 4_000);
+        let first = picks.iter().filter(|pick| **pick == 0).count();
+        assert!((2_980..=3_020).contains(&first), "{first}");
+    }
+
+    proptest! {
+        #[test]
+        fn a_round_gives_each_exactly_its_weight(
+            weights in proptest::collection::vec(1u32..40, 1..20),
+        ) {
+            let total: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
+            let round = Schedule::new(weights.iter().copied(), Turn::default()).length;
+            let picks = picks(&weights, round as usize);
+            for (index, weight) in weights.iter().enumerate() {
+                let count = picks.iter().filter(|pick| **pick == index).count() as u64;
+                prop_assert_eq!(count * total, u64::from(*weight) * round);
+            }
+        }
+    }
+}

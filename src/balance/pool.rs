@@ -1,0 +1,307 @@
+//! The set of endpoints, kept as the snapshots say, and the picker that is made from it.
+//!
+//! One task applies snapshots and makes a new picker when an endpoint becomes ready or is lost. It is
+//! on no call's way: calls read the picker that is there.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use futures::StreamExt;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::connect::{Connector, Target};
+use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Plan, Ready, Supervised};
+use super::pick::{Picker, Policy, Turn};
+use super::source::Source;
+use crate::directory::{Difference, Instances, differences};
+use crate::{Freshness, Instance, InstanceKey, Snapshot};
+
+/// How many endpoints an error message names.
+const NAMED: usize = 10;
+
+/// What the pool shows to calls.
+#[derive(Debug)]
+pub(super) struct View {
+    pub(super) picker: ArcSwap<Picker<Ready>>,
+    /// Notified whenever the picker has something to pick.
+    pub(super) ready: Notify,
+    known: ArcSwap<Known>,
+}
+
+/// What is known of the set, for those who ask.
+#[derive(Debug)]
+struct Known {
+    range: Arc<str>,
+    endpoints: Vec<Arc<Endpoint>>,
+    /// Instances of whose address no endpoint can be made.
+    unusable: Vec<String>,
+    freshness: Option<Freshness>,
+}
+
+impl View {
+    pub(super) fn new(range: Arc<str>) -> Self {
+        Self {
+            picker: ArcSwap::from_pointee(Picker::new(Policy::default(), vec![], &Turn::default())),
+            ready: Notify::new(),
+            known: ArcSwap::from_pointee(Known {
+                range,
+                endpoints: vec![],
+                unusable: vec![],
+                freshness: None,
+            }),
+        }
+    }
+
+    pub(super) fn endpoints(&self) -> Vec<EndpointStatus> {
+        let known = self.known.load();
+        known.endpoints.iter().map(|e| e.status()).collect()
+    }
+
+    /// Why a call cannot be sent: no instances under the key, or each with its last error.
+    pub(super) fn explain(&self) -> String {
+        let known = self.known.load();
+        let endpoints = self.endpoints();
+        let mut text = match endpoints.len() {
+            0 if known.unusable.is_empty() => format!("no instances under {}", known.range),
+            count => format!(
+                "none of {} instances under {} is ready",
+                count + known.unusable.len(),
+                known.range
+            ),
+        };
+        let described = endpoints.iter().map(describe);
+        for (count, one) in described.chain(known.unusable.iter().cloned()).enumerate() {
+            if count == NAMED {
+                text.push_str(", ...");
+                break;
+            }
+            text.push_str(if count == 0 { ": " } else { ", " });
+            text.push_str(&one);
+        }
+        if let Some(Freshness::Stale { reason, .. }) = &known.freshness {
+            let age = known
+                .freshness
+                .as_ref()
+                .map_or_else(Default::default, Freshness::age);
+            text.push_str(&format!("; last heard {} s ago ({reason})", age.as_secs()));
+        }
+        text
+    }
+}
+
+fn describe(status: &EndpointStatus) -> String {
+    match (&status.last_error, status.state) {
+        (Some(error), EndpointState::Connecting | EndpointState::Backoff) => {
+            format!("{} ({}: {error})", status.address, status.state)
+        }
+        (_, state) => format!("{} ({state})", status.address),
+    }
+}
+
+/// Keeps a [`View`] current.
+pub(super) struct Pool {
+    view: Arc<View>,
+    connector: Arc<Connector>,
+    plan: Plan,
+    policy: Policy,
+    turn: Turn,
+    changed: Arc<Notify>,
+    shown: Instances,
+    members: BTreeMap<InstanceKey, Member>,
+    unusable: BTreeMap<InstanceKey, String>,
+    snapshot: Option<Arc<Snapshot>>,
+}
+
+/// An instance's endpoint; while its address changes, the new one and the old.
+struct Member {
+    current: Supervised,
+    next: Option<Next>,
+}
+
+/// The endpoint that replaces the current one as soon as it is connected.
+struct Next {
+    supervised: Supervised,
+    /// When it replaces it even so.
+    deadline: Instant,
+}
+
+impl Pool {
+    pub(super) fn new(
+        view: Arc<View>,
+        connector: Arc<Connector>,
+        plan: Plan,
+        policy: Policy,
+    ) -> Self {
+        Self {
+            view,
+            connector,
+            plan,
+            policy,
+            turn: Turn::default(),
+            changed: Arc::new(Notify::new()),
+            shown: Instances::new(),
+            members: BTreeMap::new(),
+            unusable: BTreeMap::new(),
+            snapshot: None,
+        }
+    }
+
+    /// Runs until it is dropped; with it go the connections, once the calls on them have ended.
+    pub(super) async fn run(mut self, source: Source) {
+        let mut snapshots = source.into_stream().fuse();
+        loop {
+            let switch_at = self.switch_at();
+            let mut gone = Vec::new();
+            tokio::select! {
+                // None after its end: the last set stays.
+                Some(snapshot) = snapshots.next() => gone = self.apply(snapshot),
+                () = self.changed.notified() => {}
+                () = sleep_until(switch_at) => {}
+            }
+            let replaced = self.switch();
+            self.publish();
+            // Only now: nothing may be picked that is being taken down.
+            drop((gone, replaced));
+        }
+    }
+
+    /// Returns what is to be taken down.
+    fn apply(&mut self, snapshot: Arc<Snapshot>) -> Vec<Member> {
+        let changes = differences(&self.shown, &snapshot.instances);
+        // Those that leave, by address: an instance that comes back under another id is the same
+        // endpoint, and keeps its connections.
+        let mut leaving = BTreeMap::new();
+        let mut gone = Vec::new();
+        for change in &changes {
+            if let Difference::Gone(key) = change {
+                self.unusable.remove(key);
+                if let Some(member) = self.members.remove(key) {
+                    let address = Arc::clone(&member.current.endpoint.target.address);
+                    gone.extend(leaving.insert(address, member));
+                }
+            }
+        }
+        for change in changes {
+            if let Difference::Set(key, instance) = change {
+                if !self.members.contains_key(&key)
+                    && let Some(member) = leaving.remove(instance.address.as_str())
+                {
+                    self.members.insert(key.clone(), member);
+                }
+                gone.extend(self.set(key, &instance));
+            }
+        }
+        self.shown = Instances::clone(&snapshot.instances);
+        self.snapshot = Some(snapshot);
+        gone.extend(leaving.into_values());
+        gone
+    }
+
+    /// Returns a member that cannot be used any more.
+    fn set(&mut self, key: InstanceKey, instance: &Instance) -> Option<Member> {
+        let target = match Target::new(instance, self.connector.tls()) {
+            Ok(target) => target,
+            Err(error) => {
+                tracing::warn!(%key, %error, "an instance cannot be called and is left out");
+                self.unusable.insert(key.clone(), error);
+                return self.members.remove(&key);
+            }
+        };
+        self.unusable.remove(&key);
+        let (connector, plan, changed) = (&self.connector, self.plan, &self.changed);
+        let start = |target| Supervised::start(target, instance, connector, plan, changed);
+        match self.members.get_mut(&key) {
+            Some(member) if member.current.endpoint.target == target => {
+                member.current.endpoint.update(instance);
+                member.next = None;
+            }
+            Some(member) => {
+                // What it says of itself holds at once, whatever its address.
+                member.current.endpoint.update(instance);
+                match &member.next {
+                    Some(next) if next.supervised.endpoint.target == target => {
+                        next.supervised.endpoint.update(instance);
+                    }
+                    // Connected before the old one is given up.
+                    _ => {
+                        member.next = Some(Next {
+                            supervised: start(target),
+                            deadline: Instant::now() + self.connector.connect_timeout(),
+                        });
+                    }
+                }
+            }
+            None => {
+                let current = start(target);
+                let next = None;
+                self.members.insert(key, Member { current, next });
+            }
+        }
+        None
+    }
+
+    fn switch_at(&self) -> Option<Instant> {
+        let deadlines = self.members.values().filter_map(|m| m.next.as_ref());
+        deadlines.map(|next| next.deadline).min()
+    }
+
+    /// Lets replacements take over: those that are connected, those whose predecessor is lost anyway, and
+    /// those that could not connect in time, for the set says that the old address is not it any
+    /// more. Returns what was replaced.
+    fn switch(&mut self) -> Vec<Supervised> {
+        let now = Instant::now();
+        let mut replaced = Vec::new();
+        for member in self.members.values_mut() {
+            let due = member.next.take_if(|next| {
+                next.supervised.endpoint.is_connected()
+                    || !member.current.endpoint.is_connected()
+                    || now >= next.deadline
+            });
+            if let Some(next) = due {
+                let old = std::mem::replace(&mut member.current, next.supervised);
+                replaced.push(old);
+            }
+        }
+        replaced
+    }
+
+    fn publish(&self) {
+        let members = self.members.values();
+        let ready: Vec<Ready> = members
+            .clone()
+            .filter_map(|member| member.current.endpoint.ready())
+            .collect();
+        let picker = Picker::new(self.policy, ready, &self.turn);
+        let any = !picker.is_empty();
+        self.view.picker.store(Arc::new(picker));
+        if any {
+            self.view.ready.notify_waiters();
+        }
+        let endpoints = members.flat_map(|member| {
+            let next = member.next.as_ref().map(|next| &next.supervised);
+            [Some(&member.current), next]
+                .into_iter()
+                .flatten()
+                .map(|supervised| Arc::clone(&supervised.endpoint))
+        });
+        let known = self.view.known.load();
+        self.view.known.store(Arc::new(Known {
+            range: match &self.snapshot {
+                Some(snapshot) => Arc::clone(&snapshot.range),
+                None => Arc::clone(&known.range),
+            },
+            endpoints: endpoints.collect(),
+            unusable: self.unusable.values().cloned().collect(),
+            freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
+        }));
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

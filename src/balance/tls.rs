@@ -1,0 +1,183 @@
+//! TLS for the connections of a channel.
+
+#[cfg(feature = "_tls")]
+pub(super) use with_rustls::Tls;
+
+#[cfg(not(feature = "_tls"))]
+pub(super) use without::Tls;
+
+#[cfg(feature = "_tls")]
+mod with_rustls {
+    use std::sync::Arc;
+
+    use tokio::io::{AsyncRead, AsyncWrite};
+    use tokio_rustls::TlsConnector;
+    use tokio_rustls::client::TlsStream;
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+    use super::super::connect::Target;
+    use crate::error::chain;
+    use crate::{Error, Result, TlsConfig};
+
+    /// HTTP/2's name in the TLS handshake.
+    const ALPN: &[u8] = b"h2";
+
+    /// A TLS configuration, ready for use.
+    pub(in super::super) struct Tls {
+        connector: TlsConnector,
+        server_name: Option<ServerName<'static>>,
+    }
+
+    impl Tls {
+        pub(in super::super) fn new(config: &TlsConfig) -> Result<Self> {
+            let builder = ClientConfig::builder_with_provider(provider())
+                .with_safe_default_protocol_versions()
+                .map_err(|error| Error::invalid("tls", "protocol versions", error.to_string()))?
+                .with_root_certificates(roots(config)?);
+            let identity = (
+                config.pem("tls.cert_file", &config.cert_file, &config.cert_pem)?,
+                config.pem("tls.key_file", &config.key_file, &config.key_pem)?,
+            );
+            let mut rustls = match identity {
+                (None, None) => builder.with_no_client_auth(),
+                (Some(cert), Some(key)) => {
+                    let chain = CertificateDer::pem_slice_iter(&cert)
+                        .collect::<Result<Vec<_>, _>>()
+                        .map_err(|error| invalid("tls.cert_file", error.to_string()))?;
+                    let key = PrivateKeyDer::from_pem_slice(&key)
+                        .map_err(|error| invalid("tls.key_file", error.to_string()))?;
+                    builder
+                        .with_client_auth_cert(chain, key)
+                        .map_err(|error| invalid("tls.cert_file", error.to_string()))?
+                }
+                (Some(_), None) => {
+                    return Err(invalid("tls.cert_file", "a certificate needs its key"));
+                }
+                (None, Some(_)) => {
+                    return Err(invalid("tls.key_file", "a key needs its certificate"));
+                }
+            };
+            rustls.alpn_protocols = vec![ALPN.to_vec()];
+            let server_name = config
+                .server_name
+                .clone()
+                .map(|name| {
+                    ServerName::try_from(name.clone())
+                        .map_err(|error| Error::invalid("server_name", name, error.to_string()))
+                })
+                .transpose()?;
+            Ok(Self {
+                connector: TlsConnector::from(Arc::new(rustls)),
+                server_name,
+            })
+        }
+
+        pub(in super::super) async fn secure<T>(
+            &self,
+            target: &Target,
+            io: T,
+        ) -> Result<TlsStream<T>, String>
+        where
+            T: AsyncRead + AsyncWrite + Unpin,
+        {
+            let name = match &self.server_name {
+                Some(name) => name.clone(),
+                None => {
+                    let host = target.authority.host();
+                    // A URI writes an IPv6 address in brackets, a certificate does not.
+                    let host = host.trim_start_matches('[').trim_end_matches(']');
+                    ServerName::try_from(host.to_owned())
+                        .map_err(|error| format!("{host:?} is not a server name: {error}"))?
+                }
+            };
+            let stream = self
+                .connector
+                .connect(name, io)
+                .await
+                .map_err(|error| chain(&error))?;
+            if stream.get_ref().1.alpn_protocol() != Some(ALPN) {
+                return Err("the server does not speak HTTP/2 (it did not choose \"h2\")".into());
+            }
+            Ok(stream)
+        }
+    }
+
+    fn invalid(field: &'static str, reason: impl Into<String>) -> Error {
+        Error::invalid(field, "[redacted]", reason)
+    }
+
+    /// The backends may be enabled together; then the one that the whole program chose, else ring.
+    fn provider() -> Arc<tokio_rustls::rustls::crypto::CryptoProvider> {
+        if let Some(chosen) = tokio_rustls::rustls::crypto::CryptoProvider::get_default() {
+            return Arc::clone(chosen);
+        }
+        #[cfg(feature = "tls-ring")]
+        let provider = tokio_rustls::rustls::crypto::ring::default_provider();
+        #[cfg(not(feature = "tls-ring"))]
+        let provider = tokio_rustls::rustls::crypto::aws_lc_rs::default_provider();
+        Arc::new(provider)
+    }
+
+    fn roots(config: &TlsConfig) -> Result<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        if let Some(pem) = config.pem("tls.ca_file", &config.ca_file, &config.ca_pem)? {
+            for certificate in CertificateDer::pem_slice_iter(&pem) {
+                let certificate =
+                    certificate.map_err(|error| invalid("tls.ca_file", error.to_string()))?;
+                roots
+                    .add(certificate)
+                    .map_err(|error| invalid("tls.ca_file", error.to_string()))?;
+            }
+            if roots.is_empty() {
+                return Err(invalid("tls.ca_file", "there is no PEM certificate in it"));
+            }
+            return Ok(roots);
+        }
+        #[cfg(feature = "tls-native-roots")]
+        {
+            let found = rustls_native_certs::load_native_certs();
+            for error in &found.errors {
+                tracing::warn!(%error, "some of the system's root certificates cannot be read");
+            }
+            roots.add_parsable_certificates(found.certs);
+        }
+        #[cfg(feature = "tls-webpki-roots")]
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        if roots.is_empty() {
+            return Err(Error::invalid(
+                "tls",
+                "system roots",
+                "none are known; set ca_file, or enable the cargo feature `tls-native-roots` or \
+                 `tls-webpki-roots` of goo-etcd",
+            ));
+        }
+        Ok(roots)
+    }
+}
+
+#[cfg(not(feature = "_tls"))]
+mod without {
+    use super::super::connect::Target;
+    use crate::{Error, Result, TlsConfig};
+
+    /// Never made: this build has no TLS.
+    pub(in super::super) enum Tls {}
+
+    impl Tls {
+        pub(in super::super) fn new(_: &TlsConfig) -> Result<Self> {
+            Err(Error::invalid(
+                "tls",
+                "enabled",
+                "this build has no TLS; enable the cargo feature `tls`, `tls-ring` or \
+                 `tls-aws-lc` of goo-etcd",
+            ))
+        }
+
+        pub(in super::super) async fn secure<T>(&self, _: &Target, io: T) -> Result<T, String> {
+            let _ = io;
+            match *self {}
+        }
+    }
+}

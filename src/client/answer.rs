@@ -1,0 +1,121 @@
+//! Messages at hand from beginning to end: a request's, and an answer's.
+
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Response, response};
+use http_body::Frame;
+use http_body_util::BodyExt as _;
+use tonic::body::Body;
+use tonic::{Code, Status};
+
+use super::message::Codec;
+
+/// The whole of an answer: a connection that breaks in the middle of one is like one that broke
+/// before.
+pub(super) struct Answer {
+    head: response::Parts,
+    data: Bytes,
+    trailers: Option<HeaderMap>,
+}
+
+impl Answer {
+    pub(super) async fn read(response: Response<Body>, codec: &Codec) -> Result<Self, Status> {
+        let (mut head, mut body) = response.into_parts();
+        codec.answer(&mut head.headers)?;
+        let mut data = Bytes::new();
+        let mut more = BytesMut::new();
+        let mut trailers = None;
+        while let Some(frame) = body.frame().await {
+            match frame?.into_data() {
+                Ok(piece) if data.is_empty() && more.is_empty() => {
+                    codec.check_begun(&piece)?;
+                    data = piece;
+                }
+                Ok(piece) => {
+                    if more.is_empty() {
+                        more.extend_from_slice(&std::mem::take(&mut data));
+                    }
+                    more.extend_from_slice(&piece);
+                    codec.check_begun(&more)?;
+                }
+                Err(frame) => trailers = frame.into_trailers().ok(),
+            }
+        }
+        if !more.is_empty() {
+            data = more.freeze();
+        }
+        Ok(Self {
+            head,
+            data: codec.whole(data)?,
+            trailers,
+        })
+    }
+
+    pub(super) fn code(&self) -> Code {
+        let trailers = self.trailers.as_ref().and_then(code_in);
+        trailers
+            .or_else(|| code_in(&self.head.headers))
+            .unwrap_or(Code::Unknown)
+    }
+
+    pub(super) fn message(&self) -> String {
+        message_in(self.trailers.as_ref().unwrap_or(&self.head.headers))
+    }
+
+    pub(super) fn into_response(self) -> Response<Body> {
+        let body = Whole {
+            data: (!self.data.is_empty()).then_some(self.data),
+            trailers: self.trailers,
+        };
+        Response::from_parts(self.head, Body::new(body))
+    }
+}
+
+pub(super) fn code_in(headers: &HeaderMap) -> Option<Code> {
+    let status = headers.get("grpc-status")?;
+    Some(Code::from_bytes(status.as_bytes()))
+}
+
+pub(super) fn message_in(headers: &HeaderMap) -> String {
+    Status::from_header_map(headers).map_or_else(String::new, |status| status.message().to_owned())
+}
+
+/// A body that is at hand.
+struct Whole {
+    data: Option<Bytes>,
+    trailers: Option<HeaderMap>,
+}
+
+impl http_body::Body for Whole {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let data = self.data.take().map(Frame::data);
+        let frame = data.or_else(|| self.trailers.take().map(Frame::trailers));
+        Poll::Ready(frame.map(Ok))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.data.is_none() && self.trailers.is_none()
+    }
+}
+
+/// A request's message: tonic has it at hand, most often in one piece.
+pub(super) async fn whole(mut body: Body) -> Result<Bytes, Status> {
+    let mut whole = Bytes::new();
+    while let Some(frame) = body.frame().await {
+        if let Ok(piece) = frame?.into_data() {
+            whole = if whole.is_empty() {
+                piece
+            } else {
+                [whole, piece].concat().into()
+            };
+        }
+    }
+    Ok(whole)
+}

@@ -1,0 +1,289 @@
+//! A place in a queue in etcd: what locks and elections are made of.
+//!
+//! The recipe, and the keys, are those of Go's `go.etcd.io/etcd/client/v3/concurrency` and of etcd's own
+//! lock service, so that all of them exclude each other: every claimant puts a key `name/LEASE` under
+//! a lease that it keeps alive, and the oldest key holds.
+
+use std::fmt;
+use std::future::Future;
+
+use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, TxnOp, TxnOpResponse};
+use futures::StreamExt;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Code;
+
+use super::{Client, KeepAlive, KeyValue, PutOptions, WatchOptions};
+use crate::backoff::Backoff;
+use crate::{Error, EventType, Result};
+
+/// A claim, while it is not given up. Dropped, it is: in the background, as well as that goes.
+pub(super) struct Claim {
+    client: Client,
+    /// `name/`.
+    queue: Vec<u8>,
+    key: Vec<u8>,
+    lease: i64,
+    /// When the key was created: the place in the queue.
+    revision: i64,
+    /// Why the lease cannot be relied on any more.
+    lost: watch::Receiver<Option<Error>>,
+    _keeper: AbortOnDropHandle<()>,
+    given_up: bool,
+}
+
+impl Claim {
+    /// Takes a place in the queue.
+    pub(super) async fn new(
+        client: &Client,
+        name: &[u8],
+        value: Vec<u8>,
+        ttl: i64,
+    ) -> Result<Self> {
+        let lease = Box::pin(granted(client, ttl)).await?;
+        let queue = queue(name);
+        let mut claim = Self {
+            key: [&queue[..], format!("{lease:x}").as_bytes()].concat(),
+            queue,
+            client: client.clone(),
+            lease,
+            revision: 0,
+            lost: watch::channel(None).1,
+            _keeper: AbortOnDropHandle::new(tokio::spawn(async {})),
+            given_up: false,
+        };
+        let (tell, lost) = watch::channel(None);
+        let keep_alive = Box::pin(client.keep_alive(lease)).await?;
+        claim.lost = lost;
+        claim._keeper = AbortOnDropHandle::new(tokio::spawn(keep(keep_alive, tell)));
+        claim.revision = claim.unless_lost(claim.enter(value)).await?;
+        Ok(claim)
+    }
+
+    /// Creates the key; it is this claim's own, so that doing it twice does no harm.
+    async fn enter(&self, value: Vec<u8>) -> Result<i64> {
+        let mut pauses = Backoff::for_etcd();
+        loop {
+            let options = PutOptions::new().with_lease(self.lease);
+            let entered = self
+                .client
+                .txn()
+                .when([Compare::create_revision(
+                    self.key.as_slice(),
+                    CompareOp::Equal,
+                    0,
+                )])
+                .and_then([TxnOp::put(
+                    self.key.as_slice(),
+                    value.as_slice(),
+                    Some(options),
+                )])
+                .or_else([TxnOp::get(self.key.as_slice(), None)])
+                .commit()
+                .await;
+            match entered {
+                Ok(entered) if entered.succeeded() => {
+                    return Ok(entered.header().map_or(0, |header| header.revision()));
+                }
+                Ok(entered) => {
+                    if let Some(TxnOpResponse::Get(got)) = entered.op_responses().first()
+                        && let Some(kv) = got.kvs().first()
+                    {
+                        return Ok(kv.create_revision());
+                    }
+                }
+                Err(error) if is_over(&error) => return Err(error),
+                Err(error) => tracing::debug!(%error, "not in the queue yet"),
+            }
+            tokio::time::sleep(pauses.next()).await;
+        }
+    }
+
+    /// The claim before this one, if there is one, and etcd's revision then.
+    async fn before(&self) -> Result<(Option<KeyValue>, i64)> {
+        let options = GetOptions::new()
+            .with_prefix()
+            .with_keys_only()
+            .with_max_create_revision(self.revision - 1)
+            .with_sort(SortTarget::Create, SortOrder::Descend)
+            .with_limit(1);
+        let found = self.client.get(self.queue.as_slice(), options).await?;
+        let revision = found.header().map_or(0, |header| header.revision());
+        Ok((found.kvs().first().cloned(), revision))
+    }
+
+    /// Whether it holds now.
+    pub(super) async fn is_first(&self) -> Result<bool> {
+        let (before, _) = self.unless_lost(self.before()).await?;
+        Ok(before.is_none())
+    }
+
+    /// Waits until it holds.
+    pub(super) async fn first(&self) -> Result<()> {
+        self.unless_lost(async {
+            let mut pauses = Backoff::for_etcd();
+            loop {
+                match self.wait_for_one().await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => pauses.reset(),
+                    Err(error) if is_over(&error) => return Err(error),
+                    Err(error) => {
+                        tracing::debug!(%error, "waiting for a lock");
+                        tokio::time::sleep(pauses.next()).await;
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    /// True if there is none before it; else waits until that one is gone.
+    async fn wait_for_one(&self) -> Result<bool> {
+        let (before, revision) = self.before().await?;
+        let Some(before) = before else {
+            return Ok(true);
+        };
+        let options = WatchOptions::new().with_start_revision(revision + 1);
+        let mut watch = self.client.watch(before.key(), options).await?;
+        while let Some(response) = watch.next().await {
+            let gone = |event: &super::Event| event.event_type() == EventType::Delete;
+            if response?.events().iter().any(gone) {
+                break;
+            }
+        }
+        Ok(false)
+    }
+
+    /// Changes the value, if the claim is still there.
+    pub(super) async fn set(&self, value: Vec<u8>) -> Result<()> {
+        let options = PutOptions::new().with_lease(self.lease);
+        let set = self
+            .client
+            .txn()
+            .when([self.guard()])
+            .and_then([TxnOp::put(self.key.as_slice(), value, Some(options))])
+            .commit();
+        if self.unless_lost(set).await?.succeeded() {
+            Ok(())
+        } else {
+            Err(Error::LeaseNotFound { id: self.lease })
+        }
+    }
+
+    pub(super) fn key(&self) -> &[u8] {
+        &self.key
+    }
+
+    pub(super) fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    pub(super) fn guard(&self) -> Compare {
+        Compare::create_revision(self.key.as_slice(), CompareOp::Equal, self.revision)
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.lost.borrow().is_none()
+    }
+
+    /// Resolves when the lease is lost, or may be.
+    pub(super) async fn lost(&self) -> Error {
+        let mut lost = self.lost.clone();
+        let lost = lost.wait_for(Option::is_some).await;
+        let error = lost.ok().and_then(|error| error.clone());
+        error.unwrap_or_else(|| self.client.closed())
+    }
+
+    async fn unless_lost<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        // Boxed: rare, and large.
+        let mut work = Box::pin(work);
+        tokio::select! {
+            biased;
+            error = self.lost() => Err(error),
+            result = &mut work => result,
+        }
+    }
+
+    /// Gives the claim up; whoever is next has it when this returns.
+    pub(super) async fn give_up(mut self) -> Result<()> {
+        let revoked = Box::pin(self.client.revoke(self.lease)).await;
+        self.given_up = revoked.is_ok();
+        match revoked {
+            Ok(_) => Ok(()),
+            // As given up as can be.
+            Err(Error::LeaseNotFound { .. }) => {
+                self.given_up = true;
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.given_up || self.client.is_closed() {
+            return;
+        }
+        // Without a runtime the lease runs out in its time.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let (client, lease) = (self.client.clone(), self.lease);
+            runtime.spawn(async move {
+                if let Err(error) = client.revoke(lease).await {
+                    tracing::debug!(%error, "a lock is given up when its lease runs out");
+                }
+            });
+        }
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claim")
+            .field("key", &String::from_utf8_lossy(&self.key))
+            .field("revision", &self.revision)
+            .field("is_held", &self.is_held())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where the claims on a name are.
+pub(super) fn queue(name: &[u8]) -> Vec<u8> {
+    [name, b"/"].concat()
+}
+
+/// A lease for one claim. Under an id of ours a grant can be tried again though it may have been done:
+/// that the lease exists is then as good. A try that was lost with a leader takes all of its time, so
+/// there is time for a second, and for a third.
+async fn granted(client: &Client, ttl: i64) -> Result<i64> {
+    let id = fastrand::i64(1..=i64::MAX);
+    let begun = Instant::now();
+    let mut pauses = Backoff::for_etcd();
+    loop {
+        match client.grant_with_id(id, ttl).await {
+            Ok(_) => return Ok(id),
+            // Nobody else chooses the same of 2^63.
+            Err(error) if error.code() == Some(Code::FailedPrecondition) => return Ok(id),
+            Err(error) if is_over(&error) || begun.elapsed() >= client.request_timeout() * 2 => {
+                return Err(error);
+            }
+            Err(error) => tracing::debug!(%error, "no lease yet"),
+        }
+        tokio::time::sleep(pauses.next()).await;
+    }
+}
+
+/// Renews the lease, and tells the first reason not to rely on it.
+async fn keep(mut keep_alive: KeepAlive, tell: watch::Sender<Option<Error>>) {
+    while let Some(answer) = keep_alive.next().await {
+        if let Err(error) = answer {
+            tell.send_replace(Some(error));
+            return;
+        }
+    }
+}
+
+fn is_over(error: &Error) -> bool {
+    error.is_permanent() || matches!(error, Error::Closed { .. } | Error::LeaseNotFound { .. })
+}

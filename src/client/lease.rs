@@ -1,0 +1,320 @@
+//! Leases, and keeping them alive.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use etcd_client::{
+    LeaseGrantOptions, LeaseGrantResponse, LeaseKeepAliveResponse, LeaseKeepAliveStream,
+    LeaseKeeper, LeaseLeasesResponse, LeaseRevokeResponse, LeaseTimeToLiveOptions,
+    LeaseTimeToLiveResponse,
+};
+use futures::stream::{BoxStream, Stream, StreamExt, unfold};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Code, Status};
+
+use super::Client;
+use super::wire::Route;
+use crate::backoff::Backoff;
+use crate::balance::Tried;
+use crate::{Error, Result};
+
+/// Leases. Errors as for [`Client::put`], and [`Error::LeaseNotFound`] for a lease that is gone.
+impl Client {
+    /// Grants a lease that lasts `ttl` seconds unless it is renewed. etcd may give a longer one
+    /// than was asked for (its minimum is one and a half election timeouts, 2 s by default);
+    /// the answer tells.
+    pub async fn grant(&self, ttl: i64) -> Result<LeaseGrantResponse> {
+        self.granted(ttl, 0).await
+    }
+
+    /// Grants a lease with an id of the caller's, above 0. etcd refuses one that exists, with
+    /// `FailedPrecondition`.
+    pub async fn grant_with_id(&self, id: i64, ttl: i64) -> Result<LeaseGrantResponse> {
+        if id <= 0 {
+            return Err(Error::invalid(
+                "id",
+                id.to_string(),
+                "it must be above 0; `grant` has etcd choose one",
+            ));
+        }
+        self.granted(ttl, id).await
+    }
+
+    async fn granted(&self, ttl: i64, id: i64) -> Result<LeaseGrantResponse> {
+        if ttl <= 0 {
+            return Err(Error::invalid(
+                "ttl",
+                ttl.to_string(),
+                "a lease lasts one second at least",
+            ));
+        }
+        let mut lease = self.inner.transport.lease.clone();
+        let options = LeaseGrantOptions::new().with_id(id);
+        self.call(
+            || format!("grant a lease of {ttl} s"),
+            lease.grant(ttl, Some(options)),
+        )
+        .await
+    }
+
+    /// Revokes a lease; every key on it is deleted at once, in one revision.
+    pub async fn revoke(&self, id: i64) -> Result<LeaseRevokeResponse> {
+        let mut lease = self.inner.transport.lease.clone();
+        let operation = || format!("revoke lease {id:x}");
+        self.bounded(operation, async {
+            lease
+                .revoke(id)
+                .await
+                .map_err(|error| lease_error(operation(), id, error))
+        })
+        .await
+    }
+
+    /// How long a lease still lasts, in seconds, and with options the keys that hang on it.
+    pub async fn lease_time_to_live(
+        &self,
+        id: i64,
+        options: impl Into<Option<LeaseTimeToLiveOptions>>,
+    ) -> Result<LeaseTimeToLiveResponse> {
+        let mut lease = self.inner.transport.lease.clone();
+        let operation = || format!("time to live of lease {id:x}");
+        let answer = self
+            .call(operation, lease.time_to_live(id, options.into()))
+            .await?;
+        // etcd's way to say that there is none.
+        if answer.ttl() < 0 {
+            return Err(Error::LeaseNotFound { id });
+        }
+        Ok(answer)
+    }
+
+    /// All leases there are.
+    pub async fn leases(&self) -> Result<LeaseLeasesResponse> {
+        let mut lease = self.inner.transport.lease.clone();
+        self.call(|| "list leases".to_owned(), lease.leases()).await
+    }
+
+    /// Renews a lease once, and tells its new TTL.
+    pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
+        self.opened_stream(|| keeping(id), || self.renewed(id, None))
+            .await
+            .map(|(answer, _)| answer)
+    }
+
+    /// Renews a lease once, in one round trip; etcd-client keeps the first answer to itself.
+    pub(crate) async fn renew(&self, id: i64) -> Result<()> {
+        self.opened_stream(|| keeping(id), || self.opened(id))
+            .await
+            .map(drop)
+    }
+
+    /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
+    /// is polled or not, until the [`KeepAlive`] is dropped. Returns after the first renewal.
+    pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
+        let open = || async {
+            let sent = Instant::now();
+            let (first, link) = self.renewed(id, None).await?;
+            Ok((sent, first, link))
+        };
+        let (sent, first, link) = self.opened_stream(|| keeping(id), open).await?;
+        let keeping = Keeping {
+            client: self.clone(),
+            id,
+            link: Some(link),
+            ttl: seconds(first.ttl()),
+            renewed: sent,
+        };
+        let (answers, latest) = watch::channel(Ok(first));
+        Ok(KeepAlive::new(
+            latest,
+            AbortOnDropHandle::new(tokio::spawn(keeping.run(answers))),
+        ))
+    }
+
+    async fn opened(&self, id: i64) -> Result<Link> {
+        let mut lease = self.inner.transport.lease.clone();
+        lease
+            .keep_alive(id)
+            .await
+            .map_err(|error| lease_error(keeping(id), id, error))
+    }
+
+    /// One renewal with its answer, on the open link or a new one. Where it fails the link is
+    /// gone, so that a late answer is never taken for another's.
+    async fn renewed(&self, id: i64, link: Option<Link>) -> Result<(LeaseKeepAliveResponse, Link)> {
+        let (mut keeper, mut stream) = match link {
+            Some(link) => link,
+            None => self.opened(id).await?,
+        };
+        let failed = |error| lease_error(keeping(id), id, error);
+        keeper.keep_alive().await.map_err(failed)?;
+        let answer = stream
+            .message()
+            .await
+            .map_err(failed)?
+            .ok_or_else(|| Error::Rpc {
+                operation: keeping(id),
+                status: Box::new(Status::unavailable("the server ended the stream")),
+            })?;
+        if answer.ttl() <= 0 {
+            return Err(Error::LeaseNotFound { id });
+        }
+        Ok((answer, (keeper, stream)))
+    }
+}
+
+type Link = (LeaseKeeper, LeaseKeepAliveStream);
+
+/// The renewals of a lease, from [`Client::keep_alive`].
+///
+/// Yields the latest answer; those that nobody fetched in time are skipped, so it may be left
+/// unpolled. While etcd cannot be reached it keeps trying. When the TTL has passed without an
+/// answer, the lease may have expired: the stream then yields [`Error::LeaseUnconfirmed`] once,
+/// and goes on, since a restarted etcd extends its leases. It ends with
+/// [`Error::LeaseNotFound`] when etcd says that the lease is gone, with [`Error::Closed`] when
+/// the client is closed, or with [`Error::Rpc`] when etcd refuses the user.
+///
+/// Dropping it stops the renewals; the lease then expires in its time.
+#[must_use = "the lease is kept alive only while this is held"]
+pub struct KeepAlive {
+    answers: BoxStream<'static, Result<LeaseKeepAliveResponse>>,
+    _renewals: AbortOnDropHandle<()>,
+}
+
+impl KeepAlive {
+    fn new(
+        mut latest: watch::Receiver<Result<LeaseKeepAliveResponse>>,
+        renewals: AbortOnDropHandle<()>,
+    ) -> Self {
+        // The first answer is there already, and is yielded too.
+        latest.mark_changed();
+        let answers = unfold(latest, |mut latest| async {
+            latest.changed().await.ok()?;
+            let answer = latest.borrow_and_update().clone();
+            Some((answer, latest))
+        });
+        KeepAlive {
+            answers: answers.boxed(),
+            _renewals: renewals,
+        }
+    }
+}
+
+impl Stream for KeepAlive {
+    type Item = Result<LeaseKeepAliveResponse>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.answers.poll_next_unpin(cx)
+    }
+}
+
+impl fmt::Debug for KeepAlive {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeepAlive").finish_non_exhaustive()
+    }
+}
+
+struct Keeping {
+    client: Client,
+    id: i64,
+    link: Option<Link>,
+    ttl: Duration,
+    /// When the last renewal that was answered had been sent: the lease lasts a TTL from
+    /// then on at least.
+    renewed: Instant,
+}
+
+impl Keeping {
+    async fn run(mut self, answers: watch::Sender<Result<LeaseKeepAliveResponse>>) {
+        let client = self.client.clone();
+        loop {
+            let round = client.unless_closed(async {
+                sleep(self.ttl / 3).await;
+                self.renew(&answers).await
+            });
+            match round.await {
+                Ok(answer) => drop(answers.send_replace(Ok(answer))),
+                Err(error) => {
+                    drop(answers.send_replace(Err(error)));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Tries until the lease is renewed or is gone.
+    async fn renew(
+        &mut self,
+        answers: &watch::Sender<Result<LeaseKeepAliveResponse>>,
+    ) -> Result<LeaseKeepAliveResponse> {
+        // A hung member must leave time for others within the TTL.
+        let one_try = (self.ttl / 3).min(self.client.inner.config.request_timeout);
+        let mut told = false;
+        let tried = Tried::default();
+        let mut pauses = Backoff::for_etcd();
+        loop {
+            let sent = Instant::now();
+            let route = Route {
+                only: None,
+                tried: Some(tried.clone()),
+            };
+            let try_once = route.of(self.client.renewed(self.id, self.link.take()));
+            let error = match timeout(one_try, try_once).await {
+                Ok(Ok((answer, link))) => {
+                    self.link = Some(link);
+                    self.ttl = seconds(answer.ttl());
+                    self.renewed = sent;
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => error,
+                Err(_) => Error::Timeout {
+                    operation: keeping(self.id),
+                    after: one_try,
+                },
+            };
+            if is_over(&error) {
+                return Err(error);
+            }
+            let silent = self.renewed.elapsed();
+            if silent >= self.ttl && !told {
+                told = true;
+                drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
+                    id: self.id,
+                    after: silent,
+                    reason: error.to_string(),
+                })));
+            }
+            sleep(pauses.next()).await;
+        }
+    }
+}
+
+fn is_over(error: &Error) -> bool {
+    matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
+}
+
+fn seconds(ttl: i64) -> Duration {
+    // etcd answers with one second or more for a lease that is there.
+    Duration::from_secs(ttl.max(1).unsigned_abs())
+}
+
+fn keeping(id: i64) -> String {
+    format!("keep lease {id:x} alive")
+}
+
+fn lease_error(operation: String, id: i64, error: etcd_client::Error) -> Error {
+    match error {
+        etcd_client::Error::GRpcStatus(status) if status.code() == Code::NotFound => {
+            Error::LeaseNotFound { id }
+        }
+        // What etcd-client makes of an answer with a TTL of 0.
+        etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
+            Error::LeaseNotFound { id }
+        }
+        error => Error::from_etcd(operation, error),
+    }
+}

@@ -1,0 +1,141 @@
+//! What a client talks through, and the first answer.
+
+use std::fmt;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::members;
+use super::wire::Wire;
+use crate::backoff::Backoff;
+use crate::{Config, Error, Result};
+
+/// What one client talks through.
+pub(super) struct Transport {
+    pub(super) raw: etcd_client::Client,
+    // Cloned by themselves: one of them costs an eighth of the whole client.
+    pub(super) kv: etcd_client::KvClient,
+    pub(super) watch: etcd_client::WatchClient,
+    pub(super) lease: etcd_client::LeaseClient,
+    pub(super) cluster: etcd_client::ClusterClient,
+    pub(super) maintenance: etcd_client::MaintenanceClient,
+    pub(super) wire: Wire,
+    _auto_sync: Option<AbortOnDropHandle<()>>,
+}
+
+impl Transport {
+    /// Connects, authenticates if there is a user, and waits for a first answer, all within
+    /// `dial_timeout`.
+    pub(super) async fn connect(config: &Config, closed: &CancellationToken) -> Result<Self> {
+        let configured = members::configured(config)?;
+        let (members, current) = watch::channel(configured.clone());
+        let wire = Wire::new(members::channel(config, current)?, config, closed);
+        let raw = first_answer(config, &wire).await?;
+        let auto_sync = config.auto_sync.then(|| {
+            let cluster = raw.cluster_client();
+            let sync = members::keep_up_to_date(config.clone(), configured, cluster, members);
+            let closed = closed.clone();
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                closed.run_until_cancelled(sync).await;
+            }))
+        });
+        Ok(Transport {
+            // The limits are seen to on the wire, for every call; tonic's own of 4 MiB would come
+            // before a larger one.
+            kv: raw.kv_client().max_decoding_message_size(usize::MAX),
+            watch: raw.watch_client().max_decoding_message_size(usize::MAX),
+            lease: raw.lease_client(),
+            cluster: raw.cluster_client(),
+            maintenance: raw.maintenance_client(),
+            raw,
+            wire,
+            _auto_sync: auto_sync,
+        })
+    }
+}
+
+/// Tries until a member answers or `dial_timeout` is over. What no repetition can mend, such as a
+/// wrong password, ends it at once.
+async fn first_answer(config: &Config, wire: &Wire) -> Result<etcd_client::Client> {
+    let deadline = Instant::now() + config.dial_timeout;
+    let mut reason = None;
+    let mut pauses = Backoff::for_etcd();
+    let tries = async {
+        loop {
+            match authenticated(config, wire).await {
+                Ok(client) => return Ok(client),
+                Err(error) if error.is_permanent() => return Err(error),
+                Err(Error::Rpc { status, .. }) => reason = Some(status.message().to_owned()),
+                Err(error) => reason = Some(error.to_string()),
+            }
+            sleep(pauses.next()).await;
+        }
+    };
+    match timeout_at(deadline, tries).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::Unreachable {
+            endpoints: config.endpoints.clone(),
+            after: config.dial_timeout,
+            reason: wire
+                .unready()
+                .or(reason)
+                .unwrap_or_else(|| "connected, and not answered".to_owned()),
+        }),
+    }
+}
+
+async fn authenticated(config: &Config, wire: &Wire) -> Result<etcd_client::Client> {
+    let mut options = etcd_client::ConnectOptions::new().with_auto_token_refresh(true);
+    let mut operation = "connect".to_owned();
+    if let (Some(name), Some(password)) = (&config.username, &config.password) {
+        options = options.with_user(name, password);
+        operation = format!("authenticate as {name:?}");
+    }
+    let client = match etcd_client::Client::from_channel(wire.channel(), Some(options)).await {
+        Ok(client) => client,
+        // etcd's own client goes on without the user where the server asks for none.
+        Err(etcd_client::Error::GRpcStatus(status)) if is_auth_not_enabled(&status) => {
+            tracing::warn!(
+                endpoints = ?config.endpoints,
+                "a username is configured, but authentication is not enabled in etcd; going on without"
+            );
+            etcd_client::Client::from_channel(wire.channel(), None)
+                .await
+                .map_err(|error| Error::from_etcd("connect", error))?
+        }
+        Err(error) => return Err(Error::from_etcd(operation, error)),
+    };
+    answered(client.maintenance_client().status().await, "connect")?;
+    Ok(client)
+}
+
+/// Any answer to a status call shows that the member is there, even the refusal to answer it to
+/// this user.
+pub(super) fn answered(
+    answer: Result<etcd_client::StatusResponse, etcd_client::Error>,
+    operation: &str,
+) -> Result<()> {
+    match answer {
+        Ok(_) => Ok(()),
+        Err(etcd_client::Error::GRpcStatus(status))
+            if status.code() == tonic::Code::PermissionDenied =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(Error::from_etcd(operation, error)),
+    }
+}
+
+/// etcd's `ErrAuthNotEnabled`, told apart by its text as in etcd's own client.
+fn is_auth_not_enabled(status: &tonic::Status) -> bool {
+    status.code() == tonic::Code::FailedPrecondition
+        && status.message().contains("authentication is not enabled")
+}
+
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Transport").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,387 @@
+//! The calls as they go over the wire: what etcd-client asks for, on a member that can answer.
+//!
+//! Between etcd-client, which writes and reads the messages and knows the user, and the
+//! [`BalancedChannel`], which keeps the members connected and picks one. Here a call gets what only
+//! someone who knows etcd can give it:
+//!
+//! - a read that failed is sent to another member, and one that is slow to answer is sent to another
+//!   beside the first: a member that hangs costs a read a fifth of its time, and not its life. A write is
+//!   sent again only by the channel, where it provably reached no member;
+//! - the limits of messages, gzip, and the debug log.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use http::{HeaderName, HeaderValue, Request, Response, request};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::{Code, Status};
+use tower::{BoxError, Service};
+
+use super::answer::{Answer, code_in, message_in, whole};
+use super::call_log::CallLog;
+use super::message::{Answers, Codec, Requests};
+use super::method::{AUTHENTICATE, Method};
+use crate::BalancedChannel;
+use crate::backoff::Backoff;
+use crate::balance::{EndpointState, Tried};
+
+/// How often a read is sent within its time, once after each such part of it, as long as none was
+/// answered: beyond the members that hang, there are those that wait for a leader that does.
+const ATTEMPTS_IN_TIME: u32 = 5;
+
+/// How long a new token may be unknown to some member: it reaches them in the order of the log, and
+/// one may lag behind.
+const TOKEN_SPREADS_WITHIN: Duration = Duration::from_secs(2);
+
+/// With this header a member that is cut off from its cluster ends a stream instead of leaving it
+/// silent. etcd's own client asks for it on leases as well.
+const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
+
+tokio::task_local! {
+    /// How the calls within are to be made.
+    static ROUTE: Route;
+}
+
+/// Where calls go, other than to any member.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Route {
+    /// Only here.
+    pub(super) only: Option<BalancedChannel>,
+    /// Not here, if possible.
+    pub(super) tried: Option<Tried>,
+}
+
+impl Route {
+    /// The calls that `work` makes, made so.
+    pub(super) async fn of<T>(self, work: impl Future<Output = T>) -> T {
+        ROUTE.scope(self, work).await
+    }
+}
+
+/// What etcd-client calls. Clones are the same.
+#[derive(Debug, Clone)]
+pub(super) struct Wire {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// Taken away by `close`, while a raw client may still be held.
+    channel: ArcSwapOption<BalancedChannel>,
+    codec: Codec,
+    log: bool,
+    /// How long a read is tried.
+    patience: Duration,
+    closed: CancellationToken,
+    /// When a token was last given out.
+    token: std::sync::Mutex<Option<Instant>>,
+}
+
+impl Wire {
+    pub(super) fn new(
+        channel: BalancedChannel,
+        config: &crate::Config,
+        closed: &CancellationToken,
+    ) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                channel: ArcSwapOption::from_pointee(channel),
+                codec: Codec {
+                    max_send: config.max_call_send_msg_size,
+                    max_recv: config.max_call_recv_msg_size,
+                    gzip: config.enable_compression,
+                },
+                log: config.enable_grpc_debug_log,
+                patience: config.request_timeout,
+                closed: closed.clone(),
+                token: std::sync::Mutex::new(None),
+            }),
+        }
+    }
+
+    /// For etcd-client.
+    pub(super) fn channel(&self) -> etcd_client::Channel {
+        etcd_client::Channel::Custom(tower::util::BoxCloneSyncService::new(self.clone()))
+    }
+
+    /// Closes the connections; those that carry calls follow with the last of them.
+    pub(super) fn close(&self) {
+        self.shared.channel.store(None);
+    }
+
+    /// Why no member can be asked now; `None` while one is connected.
+    pub(super) fn unready(&self) -> Option<String> {
+        let channel = self.shared.channel.load_full()?;
+        unready(&channel)
+    }
+}
+
+/// Why no endpoint can be called now; `None` while one is connected.
+fn unready(channel: &BalancedChannel) -> Option<String> {
+    let members = channel.endpoints();
+    if members.iter().any(|m| m.state == EndpointState::Ready) {
+        return None;
+    }
+    let each = members.iter().map(|member| {
+        let why = member.last_error.as_deref().unwrap_or("not connected yet");
+        format!("{}: {why}", member.address)
+    });
+    Some(each.collect::<Vec<_>>().join("; "))
+}
+
+impl Service<Request<Body>> for Wire {
+    type Response = Response<Body>;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Response<Body>, BoxError>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let shared = Arc::clone(&self.shared);
+        let route = ROUTE.try_with(Route::clone).unwrap_or_default();
+        Box::pin(async move {
+            let answer = match route.only {
+                Some(only) => shared.call(&only, request, route.tried).await,
+                None => match shared.channel.load_full() {
+                    Some(channel) => shared.call(&channel, request, route.tried).await,
+                    None => Err(Status::cancelled("the client is closed")),
+                },
+            };
+            Ok(answer?)
+        })
+    }
+}
+
+impl Shared {
+    async fn call(
+        self: &Arc<Self>,
+        channel: &BalancedChannel,
+        request: Request<Body>,
+        tried: Option<Tried>,
+    ) -> Result<Response<Body>, Status> {
+        let (mut head, body) = request.into_parts();
+        let method = Method::of(head.uri.path());
+        self.codec.announce(&mut head.headers);
+        let log = self.log.then(|| CallLog::begin(&head.uri));
+        // Reads and the log need to know where calls went; a write has no use for it.
+        let tried =
+            tried.or_else(|| (log.is_some() || method != Method::Write).then(Tried::default));
+        if matches!(method, Method::Streams | Method::AnswerStream) {
+            return self.stream(channel, head, body, tried, method, log).await;
+        }
+        let call = Call {
+            shared: self,
+            channel,
+            head,
+            message: self.codec.request(whole(body).await?)?,
+            tried,
+            begun: Instant::now(),
+        };
+        let answer = match method {
+            Method::Read => call.hedged().await,
+            Method::Repeatable => call.persistent().await,
+            _ => call.known_user().await,
+        };
+        if let Some(log) = log {
+            let code = answer.as_ref().map_or_else(Status::code, Answer::code);
+            log.end(code, call.tried.and_then(|tried| tried.last()));
+        }
+        let answer = self.understood(answer?)?;
+        Ok(answer.into_response())
+    }
+
+    /// A server without gzip says so in words that do not lead back to the configuration.
+    fn understood(&self, answer: Answer) -> Result<Answer, Status> {
+        if self.codec.gzip && answer.code() == Code::Unimplemented {
+            return Err(no_gzip(&answer.message()));
+        }
+        Ok(answer)
+    }
+
+    async fn stream(
+        self: &Arc<Self>,
+        channel: &BalancedChannel,
+        mut head: request::Parts,
+        body: Body,
+        tried: Option<Tried>,
+        method: Method,
+        log: Option<CallLog>,
+    ) -> Result<Response<Body>, Status> {
+        let codec = self.codec;
+        let body = match method {
+            Method::Streams => {
+                head.headers
+                    .insert(HAS_LEADER, HeaderValue::from_static("true"));
+                Body::new(Requests { codec, body })
+            }
+            _ => Body::new(http_body_util::Full::new(
+                codec.request(whole(body).await?)?,
+            )),
+        };
+        let mut log = log;
+        let request = Request::from_parts(head, body);
+        let opened = channel.call_beside(request, tried.as_ref()).await;
+        let mut end = move |code| {
+            if let Some(log) = log.take() {
+                log.end(code, tried.as_ref().and_then(Tried::last));
+            }
+        };
+        let (mut head, body) = match opened {
+            Ok(response) => response.into_parts(),
+            Err(status) => {
+                end(status.code());
+                return Err(status);
+            }
+        };
+        if let Some(code) = code_in(&head.headers) {
+            end(code);
+            if codec.gzip && code == Code::Unimplemented {
+                return Err(no_gzip(&message_in(&head.headers)));
+            }
+        }
+        codec.answer(&mut head.headers)?;
+        let closed = self.closed.clone().cancelled_owned();
+        let answers = Answers::new(codec, body, closed, move |trailers, status| {
+            end(match status {
+                Some(status) => status.code(),
+                None => code_in(trailers).unwrap_or(Code::Ok),
+            });
+        });
+        Ok(Response::from_parts(head, Body::new(answers)))
+    }
+
+    fn token_was_given(&self) {
+        *self.token() = Some(Instant::now());
+    }
+
+    fn token_is_new(&self) -> bool {
+        self.token()
+            .is_some_and(|given| given.elapsed() < TOKEN_SPREADS_WITHIN)
+    }
+
+    fn token(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        self.token
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A call with one message each way, as often as it takes.
+struct Call<'a> {
+    shared: &'a Shared,
+    channel: &'a BalancedChannel,
+    head: request::Parts,
+    message: Bytes,
+    tried: Option<Tried>,
+    begun: Instant,
+}
+
+impl Call<'_> {
+    /// The first answer of several members, each asked when those before it have been slow.
+    async fn hedged(&self) -> Result<Answer, Status> {
+        let part = self.shared.patience / ATTEMPTS_IN_TIME;
+        let mut first = pin!(self.persistent());
+        tokio::select! {
+            biased;
+            answer = &mut first => return answer,
+            () = sleep(part) => {}
+        }
+        let mut failed = None;
+        let mut others = FuturesUnordered::new();
+        loop {
+            if others.len() + 1 < ATTEMPTS_IN_TIME as usize {
+                others.push(Box::pin(self.persistent()));
+            }
+            let mut next = pin!(sleep(part));
+            loop {
+                let answer = tokio::select! {
+                    biased;
+                    answer = &mut first, if failed.is_none() => {
+                        if answer.is_err() {
+                            failed = Some(answer);
+                            continue;
+                        }
+                        answer
+                    }
+                    Some(answer) = others.next() => answer,
+                    () = &mut next => break,
+                };
+                if answer.is_ok() || (others.is_empty() && failed.is_some()) {
+                    return answer;
+                }
+            }
+        }
+    }
+
+    /// Until it is answered, one member after the other, unless the answer is that it cannot be done.
+    async fn persistent(&self) -> Result<Answer, Status> {
+        let mut pauses = None;
+        loop {
+            let answer = self.known_user().await;
+            let code = answer.as_ref().map_or_else(Status::code, Answer::code);
+            if !is_passing(code) || self.is_hopeless() {
+                return answer;
+            }
+            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
+        }
+    }
+
+    /// Whether it was tried for all of its time, or for half of it without a member to try it on.
+    fn is_hopeless(&self) -> bool {
+        let (tried, patience) = (self.begun.elapsed(), self.shared.patience);
+        tried >= patience || (tried >= patience / 2 && unready(self.channel).is_some())
+    }
+
+    /// One that no member refuses only because the user's new token has not reached it yet. Such a
+    /// refusal comes before anything is done, so this holds for writes too.
+    async fn known_user(&self) -> Result<Answer, Status> {
+        let mut pauses = None;
+        loop {
+            let answer = self.once().await?;
+            if answer.code() != Code::Unauthenticated || !self.shared.token_is_new() {
+                if answer.code() == Code::Ok && self.head.uri.path() == AUTHENTICATE {
+                    self.shared.token_was_given();
+                }
+                return Ok(answer);
+            }
+            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
+        }
+    }
+
+    async fn once(&self) -> Result<Answer, Status> {
+        let mut request = Request::new(Body::new(http_body_util::Full::new(self.message.clone())));
+        *request.method_mut() = self.head.method.clone();
+        *request.uri_mut() = self.head.uri.clone();
+        *request.version_mut() = self.head.version;
+        *request.headers_mut() = self.head.headers.clone();
+        let response = self
+            .channel
+            .call_beside(request, self.tried.as_ref())
+            .await?;
+        Answer::read(response, &self.shared.codec).await
+    }
+}
+
+/// What another member may not say, or the same a moment later: it is going down, or the cluster is
+/// choosing a leader.
+fn is_passing(code: Code) -> bool {
+    matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
+}
+
+fn no_gzip(said: &str) -> Status {
+    Status::unimplemented(format!(
+        "this etcd server has no gzip, which enable_compression asks for; leave it out \
+         (the server: {said})"
+    ))
+}

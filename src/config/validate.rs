@@ -1,0 +1,159 @@
+//! What contradicts itself is refused before anything is sent.
+
+use std::time::Duration;
+
+use super::{Config, TlsConfig, endpoint_uri};
+use crate::{Error, Result};
+
+/// etcd's server refuses clients that ping more often (`--grpc-keepalive-min-time`, 5 s by default).
+const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+
+impl Config {
+    /// Checks that the fields make sense by themselves and together. Reads no file and opens no
+    /// connection.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] with the field, its value (unless secret) and what to do.
+    pub fn validate(&self) -> Result<()> {
+        if self.endpoints.is_empty() {
+            return Err(Error::invalid(
+                "endpoints",
+                "[]",
+                "at least one endpoint is needed, such as localhost:2379",
+            ));
+        }
+        for endpoint in &self.endpoints {
+            endpoint_uri(endpoint, self.enable_tls)?;
+        }
+        self.validate_user()?;
+        self.validate_times()?;
+        for (field, size) in [
+            ("max_call_send_msg_size", self.max_call_send_msg_size),
+            ("max_call_recv_msg_size", self.max_call_recv_msg_size),
+        ] {
+            if size == 0 {
+                return Err(Error::invalid(field, "0", "no message would fit"));
+            }
+        }
+        match &self.tls_config {
+            Some(_) if !self.enable_tls => Err(Error::invalid(
+                "tls_config",
+                "set",
+                "it needs enable_tls; without it the connection would be plaintext",
+            )),
+            Some(tls) => tls.validate(),
+            None => Ok(()),
+        }?;
+        if self.enable_tls && !cfg!(feature = "_tls") {
+            return Err(Error::invalid(
+                "enable_tls",
+                "true",
+                "this build has no TLS; enable the cargo feature `tls` of goo-etcd",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_user(&self) -> Result<()> {
+        match (&self.username, &self.password) {
+            (Some(name), _) if name.is_empty() => {
+                Err(Error::invalid("username", "", "a user has a name"))
+            }
+            (Some(name), None) => Err(Error::invalid(
+                "username",
+                name,
+                "it needs a password as well",
+            )),
+            (None, Some(_)) => Err(Error::invalid(
+                "password",
+                "[redacted]",
+                "it needs a username as well",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_times(&self) -> Result<()> {
+        for (field, time) in [
+            ("dial_timeout", self.dial_timeout),
+            ("request_timeout", self.request_timeout),
+            ("keep_alive_timeout", self.keep_alive_timeout),
+        ] {
+            if time.is_zero() {
+                return Err(Error::invalid(
+                    field,
+                    "0s",
+                    "nothing can be done in no time",
+                ));
+            }
+        }
+        if self.keep_alive_interval < MIN_KEEP_ALIVE_INTERVAL {
+            return Err(Error::invalid(
+                "keep_alive_interval",
+                humantime::format_duration(self.keep_alive_interval).to_string(),
+                "etcd disconnects clients that ping more often than every 5s",
+            ));
+        }
+        if self.auto_sync && self.auto_sync_interval.is_zero() {
+            return Err(Error::invalid(
+                "auto_sync_interval",
+                "0s",
+                "auto_sync needs an interval, such as 30s",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl TlsConfig {
+    fn validate(&self) -> Result<()> {
+        let twice = |field, value: &std::path::Path, other: &str| {
+            let value = value.display().to_string();
+            Err(Error::invalid(
+                field,
+                value,
+                format!("{other} is set too; give one of them"),
+            ))
+        };
+        if let (Some(file), Some(_)) = (&self.ca_file, &self.ca_pem) {
+            return twice("tls_config.ca_file", file, "ca_pem");
+        }
+        if let (Some(file), Some(_)) = (&self.cert_file, &self.cert_pem) {
+            return twice("tls_config.cert_file", file, "cert_pem");
+        }
+        if let (Some(file), Some(_)) = (&self.key_file, &self.key_pem) {
+            return twice("tls_config.key_file", file, "key_pem");
+        }
+        let cert = self.cert_file.is_some() || self.cert_pem.is_some();
+        let key = self.key_file.is_some() || self.key_pem.is_some();
+        let (field, file, missing) = match (cert, key) {
+            (true, false) => match &self.cert_file {
+                Some(file) => ("tls_config.cert_file", Some(file), "key_file or key_pem"),
+                None => ("tls_config.cert_pem", None, "key_file or key_pem"),
+            },
+            (false, true) => match &self.key_file {
+                Some(file) => ("tls_config.key_file", Some(file), "cert_file or cert_pem"),
+                None => ("tls_config.key_pem", None, "cert_file or cert_pem"),
+            },
+            _ => return self.validate_server_name(),
+        };
+        let value = file.map_or("[redacted]".to_owned(), |file| file.display().to_string());
+        Err(Error::invalid(
+            field,
+            value,
+            format!("it needs {missing} as well"),
+        ))
+    }
+
+    fn validate_server_name(&self) -> Result<()> {
+        match self.server_name.as_deref() {
+            Some("") => Err(Error::invalid(
+                "tls_config.server_name",
+                "",
+                "leave it out to check the endpoint's host",
+            )),
+            _ => Ok(()),
+        }
+    }
+}

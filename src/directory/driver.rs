@@ -1,0 +1,289 @@
+//! Does for the directory's state machine what it asks for: lists, watches, waits.
+
+use std::time::{Duration, SystemTime};
+
+use tonic::Code;
+
+use super::merge::Source;
+use super::state::{Entry, Input, Machine, Todo};
+use crate::backoff::Backoff;
+use crate::client::{EventType, GetOptions, RawWatch, WatchOptions};
+use crate::{Client, Error, Result};
+
+/// Keys per page of a list. A registration is a few hundred bytes, so that a page stays well under
+/// the limit of one message (2 MiB by default).
+const PAGE: i64 = 1_000;
+
+/// A watch that held for so long was not lost because of a fault that is still there, so that the
+/// next wait is short again.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Lists for the first time and opens the watch, without retries: what etcd says now is what the
+/// caller wants to know. Only a compaction in the middle is no answer.
+pub(super) async fn begin(client: &Client, machine: &mut Machine) -> Result<RawWatch> {
+    let todo = machine.start();
+    begin_with(client, machine, todo).await
+}
+
+async fn begin_with(client: &Client, machine: &mut Machine, mut todo: Todo) -> Result<RawWatch> {
+    let mut page = PAGE;
+    loop {
+        let heard = match todo {
+            Todo::List { from, revision } => list(client, machine, from, revision, &mut page).await,
+            Todo::Watch { from_revision } => match watch(client, machine, from_revision).await {
+                Ok(watch) => {
+                    machine.step(Input::Watching, SystemTime::now());
+                    return Ok(watch);
+                }
+                Err(error) => Err(error),
+            },
+            Todo::Listen | Todo::RelistAfterBackoff => {
+                todo = machine.start();
+                continue;
+            }
+        };
+        let input = match heard {
+            Err(error) if is_compacted(&error) => Input::Lost {
+                reason: error.to_string(),
+            },
+            heard => heard?,
+        };
+        (todo, _) = machine.step(input, SystemTime::now());
+    }
+}
+
+fn is_compacted(error: &Error) -> bool {
+    match error {
+        Error::Compacted { .. } => true,
+        // etcd's `ErrGRPCCompacted`, which has a code that others have too.
+        Error::Rpc { status, .. } => status.message().contains("has been compacted"),
+        _ => false,
+    }
+}
+
+/// Follows etcd until nobody looks any more or the client is closed.
+pub(super) async fn follow(
+    client: Client,
+    mut machine: Machine,
+    watching: RawWatch,
+    source: Source,
+) {
+    let mut backoff = Backoff::for_etcd();
+    let mut page = PAGE;
+    let mut todo = Todo::Listen;
+    let mut open = Some(watching);
+    let mut opened = tokio::time::Instant::now();
+    loop {
+        let heard = match todo {
+            Todo::List { from, revision } => {
+                list(&client, &machine, from, revision, &mut page).await
+            }
+            Todo::Watch { from_revision } => match watch(&client, &machine, from_revision).await {
+                Ok(watch) => {
+                    open = Some(watch);
+                    opened = tokio::time::Instant::now();
+                    Ok(Input::Watching)
+                }
+                Err(error) => Err(error),
+            },
+            Todo::Listen => match &mut open {
+                Some(watch) => events(watch).await,
+                None => unreachable!("the machine listens only to the watch that it asked for"),
+            },
+            Todo::RelistAfterBackoff => {
+                if open.take().is_some() && opened.elapsed() >= QUIET {
+                    backoff.reset();
+                }
+                tokio::time::sleep(backoff.next()).await;
+                todo = machine.start();
+                continue;
+            }
+        };
+        let closed = matches!(heard, Err(Error::Closed { .. }));
+        let input = heard.unwrap_or_else(|error| {
+            tracing::debug!(service = machine.service(), %error, "lost etcd");
+            Input::Lost {
+                reason: error.to_string(),
+            }
+        });
+        let news;
+        (todo, news) = machine.step(input, SystemTime::now());
+        if news {
+            source.show(machine.snapshot());
+        }
+        if closed {
+            return;
+        }
+    }
+}
+
+async fn list(
+    client: &Client,
+    machine: &Machine,
+    from: Vec<u8>,
+    revision: Option<i64>,
+    limit: &mut i64,
+) -> Result<Input> {
+    let mut options = GetOptions::new().with_range(machine.range().end.clone());
+    if let Some(revision) = revision {
+        options = options.with_revision(revision);
+    }
+    let mut answer = loop {
+        let page = options.clone().with_limit(*limit);
+        match client.get(from.as_slice(), Some(page)).await {
+            // More than a message may hold: then fewer keys at a time, from here on.
+            Err(error) if *limit > 1 && is_too_large(&error) => *limit /= 2,
+            answer => break answer?,
+        }
+    };
+    let entries = answer
+        .take_kvs()
+        .into_iter()
+        .map(|kv| {
+            let (create_revision, mod_revision) = (kv.create_revision(), kv.mod_revision());
+            let (key, value) = kv.into_key_value();
+            Entry {
+                key,
+                create_revision,
+                mod_revision,
+                value: Some(value),
+            }
+        })
+        .collect();
+    Ok(Input::Page {
+        entries,
+        more: answer.more(),
+        revision: answer.header().map_or(0, |header| header.revision()),
+    })
+}
+
+/// Whether an answer was larger than a message may be, as opposed to a revision out of etcd's range.
+fn is_too_large(error: &Error) -> bool {
+    match error {
+        Error::Rpc { status, .. } => {
+            status.code() == Code::OutOfRange && !status.message().starts_with("etcdserver")
+        }
+        _ => false,
+    }
+}
+
+async fn watch(client: &Client, machine: &Machine, from_revision: i64) -> Result<RawWatch> {
+    let range = machine.range();
+    let options = WatchOptions::new()
+        .with_range(range.end.clone())
+        .with_start_revision(from_revision);
+    let watch = client.open_watch(range.start.clone(), &options).await?;
+    // A watch from a revision that is yet to come is silent until then. A member that lags behind
+    // the list gets there; an etcd that was wiped since would hide its new history up to there.
+    let seen = from_revision - 1;
+    if watch.revision() < seen {
+        let now = client.current_revision(&range.start).await?;
+        if now < seen {
+            return Err(Error::RevisionWentBack { seen, now });
+        }
+    }
+    Ok(watch)
+}
+
+async fn events(watch: &mut RawWatch) -> Result<Input> {
+    let heard = watch.next().await?;
+    let entries: Vec<Entry> = heard
+        .events()
+        .iter()
+        .filter_map(|event| {
+            let kv = event.kv()?;
+            Some(Entry {
+                key: kv.key().to_vec(),
+                create_revision: kv.create_revision(),
+                mod_revision: kv.mod_revision(),
+                value: match event.event_type() {
+                    EventType::Put => Some(kv.value().to_vec()),
+                    EventType::Delete => None,
+                },
+            })
+        })
+        .collect();
+    // Not the revision of the answer's header: to a watch that is catching up, etcd says its newest
+    // there, before it has sent everything up to it.
+    let revision = entries.iter().map(|entry| entry.mod_revision).max();
+    Ok(Input::Events {
+        entries,
+        revision: revision.unwrap_or_default(),
+    })
+}
+
+#[cfg(all(test, feature = "testing"))]
+mod tests_on_etcd {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::Config;
+    use crate::format::EtcdNaming;
+    use crate::testing::Etcd;
+
+    #[tokio::test]
+    async fn given_etcd_was_wiped_between_list_and_watch_then_the_watch_is_refused() {
+        let etcd = Etcd::start().await.unwrap();
+        let config = Config::builder().endpoints([etcd.endpoint()]);
+        let client = Client::new("main", config.build().unwrap()).await.unwrap();
+        let mut machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
+        begin(&client, &mut machine).await.unwrap();
+        let next = machine.snapshot().revision() + 1;
+        assert!(watch(&client, &machine, next).await.is_ok());
+        let error = watch(&client, &machine, next + 1).await.err();
+        assert!(
+            matches!(error, Some(Error::RevisionWentBack { seen, now }) if seen == next && now == next - 1),
+            "{error:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn given_history_was_compacted_between_list_and_watch_then_it_lists_anew_without_ghosts()
+    {
+        let etcd = Etcd::start().await.unwrap();
+        let config = Config::builder().endpoints([etcd.endpoint()]);
+        let client = Client::new("main", config.build().unwrap()).await.unwrap();
+        let put = async |id: &str| {
+            let key = format!("services/a/{id}");
+            client.put(key, r#"{"Addr":"h:1"}"#, None).await.unwrap();
+        };
+        put("ghost").await;
+        put("stays").await;
+        let mut machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
+        begin(&client, &mut machine).await.unwrap();
+        let from_revision = machine.snapshot().revision() + 1;
+
+        client.delete("services/a/ghost", None).await.unwrap();
+        put("newborn").await;
+        etcd.compact().await.unwrap();
+
+        // etcd creates the watch, and takes it away again with the reason.
+        let mut lost = watch(&client, &machine, from_revision).await.unwrap();
+        assert!(
+            events(&mut lost)
+                .await
+                .is_err_and(|error| is_compacted(&error))
+        );
+        let ghostly = machine.snapshot();
+        assert_eq!(ghostly.len(), 2);
+        let spent = watch(&client, &machine, from_revision).await.unwrap();
+        let (mut sources, mut shown) = super::super::merge::Sources::begin(vec![ghostly]);
+        let source = sources.remove(0);
+        let following = tokio::spawn(follow(client.clone(), machine, spent, source));
+        let truth = shown.wait_for(|snapshot| {
+            let keys: Vec<&str> = snapshot.iter().map(|(key, _)| key.as_str()).collect();
+            keys == ["services/a/newborn", "services/a/stays"] && snapshot.freshness().is_live()
+        });
+        let truth = tokio::time::timeout(Duration::from_secs(30), truth).await;
+        assert!(truth.is_ok(), "the ghost stays");
+        drop(truth);
+        following.abort();
+
+        let mut machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
+        // A page that is pinned to what is compacted is no answer either.
+        let (from, revision) = (b"services/a/".to_vec(), Some(from_revision - 1));
+        let todo = Todo::List { from, revision };
+        begin_with(&client, &mut machine, todo).await.unwrap();
+        assert_eq!(machine.snapshot().len(), 2);
+    }
+}

@@ -1,0 +1,272 @@
+//! Keeps instances registered in etcd.
+//!
+//! A [`Registrar`] holds what should be in etcd and keeps making it so: it grants a lease, puts the
+//! instances under it, and renews it at a third of its time to live. When the lease is lost, etcd
+//! restarts or the network is cut, it starts over, with jitter, for as long as its process lives.
+//!
+//! One lease and one renewal serve all instances of a registrar.
+//!
+//! # Leaving
+//!
+//! [`Registration::leave_on`] is the way for a server: on the signal the instance is marked as
+//! draining, which makes clients stop choosing it; after a grace period its key goes, and then the
+//! server may stop accepting. A registration that is dropped without that is withdrawn at once,
+//! best effort; a process that is killed disappears with its lease, after its time to live at most.
+
+mod driver;
+mod registration;
+mod state;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use registration::Registration;
+use state::Pairs;
+pub use state::RegistrationState;
+
+use crate::format::{EtcdNaming, Layout};
+use crate::{Client, Error, Instance, Result};
+
+/// The shortest time to live that etcd grants with its default election timeout of 1 s: one and a
+/// half times that, in whole seconds (`minTTL` in etcd's `server/etcdserver/server.go`). It grants
+/// more than asked for below it, silently.
+const MIN_TTL: Duration = Duration::from_secs(2);
+
+/// The longest time to live that etcd grants (`MaxLeaseTTL` in etcd's `server/lease/lessor.go`).
+const MAX_TTL: Duration = Duration::from_secs(9_000_000_000);
+
+/// How long a leaving instance stays in etcd, marked as draining, unless configured. A watch brings
+/// the mark to clients within milliseconds; a second leaves room for slow ones.
+const LEAVE_GRACE: Duration = Duration::from_secs(1);
+
+/// Keeps instances registered. Cheap to clone; clones share one lease.
+///
+/// Dropping the last clone, and the last [`Registration`] made through it, withdraws what is
+/// left and ends its task.
+///
+/// ```no_run
+/// # async fn example(client: goo_etcd::Client) -> Result<(), Box<dyn std::error::Error>> {
+/// use goo_etcd::{Instance, Registrar};
+///
+/// let registrar = Registrar::new(&client);
+/// let registration = registrar
+///     .register(Instance::new("greeter", "10.0.0.5:50051"))
+///     .await?;
+/// // The service runs; when it is to end:
+/// registration.deregister().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Registrar {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<driver::Shared>,
+    layouts: Vec<Layout>,
+    leave_grace: Duration,
+    request_timeout: Duration,
+}
+
+impl Inner {
+    /// The key and the value of an instance in each format.
+    fn write(&self, instance: &Instance) -> Result<Pairs> {
+        let pairs: Pairs = self
+            .layouts
+            .iter()
+            .map(|layout| layout.write(instance))
+            .collect::<Result<_>>()?;
+        for (at, (key, _)) in pairs.iter().enumerate() {
+            if pairs[..at].iter().any(|(other, _)| other == key) {
+                let reason = "two of the registrar's formats write it; give one another prefix";
+                return Err(Error::invalid("key", key, reason));
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Not aborted: it tries to clean up, once, and then ends by itself.
+        self.shared.abandon();
+    }
+}
+
+impl Registrar {
+    /// A registrar with the default format, prefix (`services`) and time to live (10 s).
+    ///
+    /// Must be called within a Tokio runtime: a task of its own talks to etcd.
+    pub fn new(client: &Client) -> Self {
+        Self::builder(client).start()
+    }
+
+    /// A registrar with settings of its own.
+    pub fn builder(client: &Client) -> RegistrarBuilder {
+        RegistrarBuilder {
+            client: client.clone(),
+            prefix: None,
+            ttl: None,
+            layout: EtcdNaming.into(),
+            others: Vec::new(),
+            leave_grace: LEAVE_GRACE,
+        }
+    }
+
+    /// Registers an instance. When this returns it is in etcd, and it is kept there for as long as
+    /// the registration is held.
+    ///
+    /// Dropping the future withdraws the instance.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for an instance that cannot be registered, or not in this format;
+    /// [`Error::InstanceAlreadyRegistered`]; etcd's answer when it refuses (a missing permission,
+    /// an authentication that failed); and when etcd cannot be reached within the client's request
+    /// time-out, the last failure. Then it is not registered: to keep trying, use
+    /// [`register_eventually`](Self::register_eventually).
+    pub async fn register(&self, instance: Instance) -> Result<Registration> {
+        let (registration, generation) = self.want(instance)?;
+        registration.wait_written(generation).await?;
+        Ok(registration)
+    }
+
+    /// Registers an instance as soon as etcd can be reached, however long that takes. Returns at
+    /// once; [`Registration::state`] tells how far it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] and [`Error::InstanceAlreadyRegistered`], before anything is sent.
+    pub fn register_eventually(&self, instance: Instance) -> Result<Registration> {
+        self.want(instance).map(|(registration, _)| registration)
+    }
+
+    fn want(&self, instance: Instance) -> Result<(Registration, u64)> {
+        instance.validate()?;
+        let pairs = self.inner.write(&instance)?;
+        let keys = pairs.iter().map(|(key, _)| key.clone()).collect();
+        let ticket = self
+            .inner
+            .shared
+            .want(|reconciler| reconciler.register(pairs, instance.draining))?;
+        let generation = ticket.generation;
+        let registration = Registration::new(self.clone(), keys, instance, ticket);
+        Ok((registration, generation))
+    }
+}
+
+impl fmt::Debug for Registrar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registrar")
+            .field("layouts", &self.inner.layouts)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Settings of a [`Registrar`].
+#[derive(Debug, Clone)]
+#[must_use = "a builder does nothing until `build`"]
+pub struct RegistrarBuilder {
+    client: Client,
+    prefix: Option<String>,
+    ttl: Option<Duration>,
+    layout: Layout,
+    others: Vec<Layout>,
+    leave_grace: Duration,
+}
+
+impl RegistrarBuilder {
+    /// The prefix under which services stand; the format's own unless set (`services`).
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.prefix = Some(prefix.into());
+        self
+    }
+
+    /// How long a crashed process stays registered; the format's own unless set (10 s). Whole
+    /// seconds, 2 at least. It is renewed at a third of it.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// The format that instances are written in; [`EtcdNaming`] unless set. A [`Layout`] says where as
+    /// well; [`prefix`](Self::prefix) goes before its own. Any [`Format`](crate::format::Format) is one,
+    /// also an `Arc<dyn Format>` that is chosen at run time.
+    pub fn format(mut self, layout: impl Into<Layout>) -> Self {
+        self.layout = layout.into();
+        self
+    }
+
+    /// Writes each instance in another format as well, or in the same one under another prefix; may be
+    /// called several times. All of an instance's keys are under one lease, and are put, changed and
+    /// deleted in one transaction.
+    ///
+    /// The time to live is the first format's unless set.
+    ///
+    /// ```no_run
+    /// # async fn example(client: goo_etcd::Client) -> goo_etcd::Result<()> {
+    /// use goo_etcd::format::{EtcdNaming, Kratos};
+    /// use goo_etcd::Registrar;
+    ///
+    /// // For clients that read kratos' format still, and for those that read the default one.
+    /// let registrar = Registrar::builder(&client)
+    ///     .format(Kratos)
+    ///     .also(EtcdNaming)
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn also(mut self, layout: impl Into<Layout>) -> Self {
+        self.others.push(layout.into());
+        self
+    }
+
+    /// How long [`Registration::leave_on`] leaves an instance in etcd marked as draining, for clients
+    /// to turn away from it. Default 1 s.
+    pub fn leave_grace(mut self, grace: Duration) -> Self {
+        self.leave_grace = grace;
+        self
+    }
+
+    /// Starts the registrar.
+    ///
+    /// Must be called within a Tokio runtime: a task of its own talks to etcd.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`] for a time to live that etcd cannot grant.
+    pub fn build(self) -> Result<Registrar> {
+        let ttl = self.ttl.unwrap_or_else(|| self.layout.format.default_ttl());
+        let invalid = |reason| Err(Error::invalid("ttl", format!("{ttl:?}"), reason));
+        if ttl < MIN_TTL {
+            return invalid("etcd grants no lease of less than 2 s");
+        }
+        if ttl > MAX_TTL {
+            return invalid("etcd grants no lease of more than 9,000,000,000 s");
+        }
+        if ttl.subsec_nanos() != 0 {
+            return invalid("etcd counts a lease in whole seconds");
+        }
+        Ok(self.start())
+    }
+
+    fn start(self) -> Registrar {
+        let shared = Arc::new(driver::Shared::new());
+        let ttl = self.ttl.unwrap_or_else(|| self.layout.format.default_ttl());
+        let request_timeout = self.client.request_timeout();
+        // Owned through `abandon`, which ends it.
+        tokio::spawn(driver::reconcile(Arc::clone(&shared), self.client, ttl));
+        let mut layouts = vec![self.layout.under(self.prefix)];
+        layouts.extend(self.others);
+        Registrar {
+            inner: Arc::new(Inner {
+                shared,
+                layouts,
+                leave_grace: self.leave_grace,
+                request_timeout,
+            }),
+        }
+    }
+}

@@ -1,0 +1,425 @@
+//! Every kind of call: the same as with tonic's own channel.
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::time::Duration;
+
+use futures::channel::mpsc;
+use futures::{StreamExt, stream};
+use h2::Reason;
+use helloworld::echo::echo_client::EchoClient;
+use helloworld::echo::{EchoReply, EchoRequest};
+use helloworld::greeter::HelloRequest;
+use helloworld::greeter::greeter_client::GreeterClient;
+use support::PATIENCE;
+use support::balanced::{fixed, hello, in_flight, until_ready};
+use support::echo::EchoServer;
+use support::raw::RawServer;
+use tonic::metadata::{MetadataMap, MetadataValue};
+use tonic::transport::Endpoint;
+use tonic::{Code, Request, Response, Status, Streaming};
+use tower::ServiceExt;
+use tower::util::BoxCloneSyncService;
+
+/// Either channel.
+type Either = BoxCloneSyncService<
+    http::Request<tonic::body::Body>,
+    http::Response<tonic::body::Body>,
+    tonic::codegen::StdError,
+>;
+
+async fn tonics(address: &str) -> Either {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+    BoxCloneSyncService::new(channel.map_err(Into::into))
+}
+
+async fn ours(address: &str) -> Either {
+    let channel = fixed([address], |builder| builder);
+    until_ready(&channel, 1).await;
+    BoxCloneSyncService::new(channel.map_err(Into::into))
+}
+
+/// All that a caller can see of metadata, without what differs between any two calls.
+fn metadata(metadata: &MetadataMap) -> String {
+    let mut headers = metadata.clone().into_headers();
+    for varying in ["date", "seen-user-agent"] {
+        headers.remove(varying);
+    }
+    let mut lines: Vec<_> = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {value:?}"))
+        .collect();
+    lines.sort();
+    lines.join("\n")
+}
+
+fn failure(status: &Status) -> String {
+    format!(
+        "{:?} {:?} {:?} {}",
+        status.code(),
+        status.message(),
+        status.details(),
+        metadata(status.metadata())
+    )
+}
+
+fn unary<T: Debug>(result: Result<Response<T>, Status>) -> String {
+    match result {
+        Ok(response) => {
+            let seen = metadata(response.metadata());
+            format!("{seen} {:?}", response.into_inner())
+        }
+        Err(status) => failure(&status),
+    }
+}
+
+async fn streamed(result: Result<Response<Streaming<EchoReply>>, Status>) -> String {
+    let response = match result {
+        Ok(response) => response,
+        Err(status) => return format!("at once: {}", failure(&status)),
+    };
+    let mut all = vec![metadata(response.metadata())];
+    let mut replies = response.into_inner();
+    loop {
+        match replies.message().await {
+            Ok(Some(reply)) => all.push(format!("{} of {}", reply.index, reply.payload.len())),
+            Ok(None) => {
+                let trailers = replies.trailers().await.unwrap();
+                all.push(format!("{:?}", trailers.as_ref().map(metadata)));
+                break;
+            }
+            Err(status) => {
+                all.push(failure(&status));
+                break;
+            }
+        }
+    }
+    all.join("\n")
+}
+
+fn failing(code: Code) -> EchoRequest {
+    EchoRequest {
+        fail_with: code as u32,
+        ..hello()
+    }
+}
+
+fn of_size(size: usize) -> EchoRequest {
+    EchoRequest {
+        payload: vec![0xa5; size],
+        ..EchoRequest::default()
+    }
+}
+
+/// Makes the same calls on both channels and compares what a caller sees of them.
+async fn assert_the_same<F>(what: &str, address: &str, calls: impl Fn(EchoClient<Either>) -> F)
+where
+    F: Future<Output = String>,
+{
+    let expected = calls(EchoClient::new(tonics(address).await)).await;
+    let got = calls(EchoClient::new(ours(address).await)).await;
+    let short = |text: &str| text.chars().take(2_000).collect::<String>();
+    assert!(
+        got == expected,
+        "{what}:\n{}\ninstead of\n{}",
+        short(&got),
+        short(&expected)
+    );
+}
+
+#[tokio::test]
+async fn given_1_000_bytes_of_metadata_when_called_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    assert_the_same("metadata", server.address(), |mut client| async move {
+        let with_metadata = |message| {
+            let mut request = Request::new(message);
+            let text = "m".repeat(1_000).parse().unwrap();
+            request.metadata_mut().insert("x-echo", text);
+            request
+                .metadata_mut()
+                .append("x-echo", "again".parse().unwrap());
+            let bytes: Vec<u8> = (0..1_000).map(|byte| byte as u8).collect();
+            let bytes = MetadataValue::from_bytes(&bytes);
+            request.metadata_mut().insert_bin("x-echo-bin", bytes);
+            request
+        };
+        let answered = unary(client.unary(with_metadata(hello())).await);
+        assert!(answered.contains(&"m".repeat(1_000)), "{answered}");
+        let many = EchoRequest {
+            count: 2,
+            ..hello()
+        };
+        answered + &streamed(client.server_stream(with_metadata(many)).await).await
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn given_every_status_when_a_call_fails_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    assert_the_same("statuses", server.address(), |mut client| async move {
+        let mut all = String::new();
+        for code in 1..=16 {
+            let code = Code::from_i32(code);
+            // Trailers only, the first two; after some messages, the others.
+            all += &unary(client.unary(failing(code)).await);
+            all += &streamed(client.server_stream(failing(code)).await).await;
+            let later = EchoRequest {
+                count: 3,
+                ..failing(code)
+            };
+            all += &streamed(client.server_stream(later).await).await;
+            let requests = stream::iter([hello(), failing(code), hello()]);
+            all += &unary(client.client_stream(requests).await);
+            let requests = stream::iter([hello(), failing(code), hello()]);
+            all += &streamed(client.bidi(requests).await).await;
+        }
+        assert!(all.contains("as asked"), "{all}");
+        all
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn given_streams_of_any_length_when_called_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    assert_the_same("streams", server.address(), |mut client| async move {
+        let mut all = String::new();
+        for count in [0, 1, 2, 1_000] {
+            let many = EchoRequest { count, ..hello() };
+            all += &streamed(client.server_stream(many).await).await;
+            let requests = stream::iter(vec![hello(); count as usize]);
+            all += &unary(client.client_stream(requests).await);
+            let requests = stream::iter(vec![hello(); count as usize]);
+            all += &streamed(client.bidi(requests).await).await;
+        }
+        all += &unary(client.unary(EchoRequest::default()).await);
+        all
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn given_one_message_after_another_when_each_waits_for_its_answer_then_they_alternate() {
+    let server = EchoServer::start();
+    assert_the_same("ping-pong", server.address(), |mut client| async move {
+        let (requests, receiver) = mpsc::unbounded();
+        requests.unbounded_send(hello()).unwrap();
+        let replies = client.bidi(receiver).await.unwrap();
+        let mut replies = replies.into_inner();
+        for index in 0..200 {
+            let reply = replies.message().await.unwrap().unwrap();
+            assert_eq!(reply.index, index);
+            requests.unbounded_send(hello()).unwrap();
+        }
+        requests.close_channel();
+        replies.count().await.to_string()
+    })
+    .await;
+}
+
+const MIB: usize = 1 << 20;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_messages_of_4_mib_when_called_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    assert_the_same("sizes", server.address(), |client| async move {
+        let mut client = client.max_decoding_message_size(64 * MIB);
+        let mut all = String::new();
+        // About the size that is kept for another attempt, frames, windows, and beyond.
+        for size in [16_384, 65_530, 65_536, 65_537, 4 * MIB, 16 * MIB] {
+            let reply = client.unary(of_size(size)).await.unwrap().into_inner();
+            assert!(reply.payload == of_size(size).payload);
+            let several = EchoRequest {
+                count: 3,
+                ..of_size(size)
+            };
+            all += &streamed(client.server_stream(several).await).await;
+            let requests = stream::iter(vec![of_size(size); 3]);
+            all += &unary(client.client_stream(requests).await);
+            let requests = stream::iter(vec![of_size(size); 3]);
+            all += &streamed(client.bidi(requests).await).await;
+        }
+        all
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn given_messages_past_a_limit_when_called_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    assert_the_same("limits", server.address(), |client| async move {
+        let mut receives = client.clone().max_decoding_message_size(1_000);
+        let mut all = unary(receives.unary(of_size(1_001)).await);
+        let several = EchoRequest {
+            count: 3,
+            ..of_size(1_001)
+        };
+        all += &streamed(receives.server_stream(several).await).await;
+        // What the server says of a message past its own limit.
+        all += &unary(receives.unary(of_size(65 * MIB)).await);
+        all
+    })
+    .await;
+
+    // tonic's channel hides this one behind "h2 protocol error".
+    let channel = fixed([server.address()], |builder| builder);
+    let mut sends = EchoClient::new(channel.clone()).max_encoding_message_size(1_000);
+    let error = sends.unary(of_size(1_001)).await.unwrap_err();
+    assert_eq!(error.code(), Code::OutOfRange);
+    assert!(error.message().contains("the limit is: 1000"), "{error:?}");
+    let requests = stream::iter([of_size(1), of_size(1_001)]);
+    let error = sends.client_stream(requests).await.unwrap_err();
+    assert_eq!(error.code(), Code::OutOfRange, "{error:?}");
+    let later = stream::iter([of_size(1), of_size(1_001)]).then(|request| async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        request
+    });
+    let error = sends.client_stream(later).await.unwrap_err();
+    assert_eq!(error.code(), Code::OutOfRange, "{error:?}");
+    assert_eq!(in_flight(&channel), 0);
+}
+
+#[tokio::test]
+async fn given_a_method_that_is_not_there_when_called_then_as_with_tonics_channel() {
+    let server = EchoServer::start();
+    let mut answers = Vec::new();
+    for channel in [tonics(server.address()).await, ours(server.address()).await] {
+        let mut client = GreeterClient::new(channel);
+        let answer = client.say_hello(HelloRequest::default()).await;
+        answers.push(failure(&answer.unwrap_err()));
+    }
+    assert!(answers[1].starts_with("Unimplemented"), "{answers:?}");
+    assert_eq!(answers[1], answers[0]);
+}
+
+#[tokio::test]
+async fn given_a_stream_whose_reader_is_slow_when_others_call_then_they_are_not_held_up() {
+    let server = EchoServer::start();
+    let channel = fixed([server.address()], |builder| builder);
+    until_ready(&channel, 1).await;
+    let mut client = EchoClient::new(channel.clone()).max_decoding_message_size(64 * MIB);
+    let unread = EchoRequest {
+        count: 100,
+        ..of_size(MIB)
+    };
+    let mut unread = client.server_stream(unread).await.unwrap().into_inner();
+    unread.message().await.unwrap().unwrap();
+    for _ in 0..20 {
+        let call = client.unary(of_size(MIB));
+        tokio::time::timeout(PATIENCE, call).await.unwrap().unwrap();
+    }
+    let rest = unread.count().await;
+    assert_eq!(rest, 99);
+}
+
+/// What servers do that are not gRPC, or break: the code must be tonic's, the message may be better.
+#[tokio::test]
+async fn given_a_server_that_breaks_its_answer_when_called_then_the_code_is_tonics() {
+    let reasons = [
+        Reason::NO_ERROR,
+        Reason::PROTOCOL_ERROR,
+        Reason::INTERNAL_ERROR,
+        Reason::FLOW_CONTROL_ERROR,
+        Reason::CANCEL,
+        Reason::ENHANCE_YOUR_CALM,
+        Reason::INADEQUATE_SECURITY,
+    ];
+    let grpc = || http::Response::builder().header("content-type", "application/grpc");
+    let server = RawServer::start(move |request, mut respond| async move {
+        let metadata = |name| request.headers().get(name)?.to_str().ok()?.parse().ok();
+        let reason = |which: u32| reasons[which as usize % reasons.len()];
+        let Some(how): Option<u32> = metadata("x-how") else {
+            return;
+        };
+        let which = metadata("x-which").unwrap_or(0);
+        match how {
+            // Before the head, after it, after a part of a message.
+            0 => respond.send_reset(reason(which)),
+            1 => {
+                let mut body = respond
+                    .send_response(grpc().body(()).unwrap(), false)
+                    .unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                body.send_reset(reason(which));
+            }
+            2 => {
+                let mut body = respond
+                    .send_response(grpc().body(()).unwrap(), false)
+                    .unwrap();
+                body.send_data(vec![0, 0, 0, 0, 9, 1].into(), false)
+                    .unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                body.send_reset(reason(which));
+            }
+            // No status at all; half a message; not gRPC; an HTTP error; a status that is none.
+            3 => drop(respond.send_response(grpc().body(()).unwrap(), true)),
+            4 => {
+                let mut body = respond
+                    .send_response(grpc().body(()).unwrap(), false)
+                    .unwrap();
+                body.send_data(vec![0, 0, 0, 0, 9, 1].into(), true).unwrap();
+            }
+            5 => {
+                let head = http::Response::builder().header("content-type", "text/html");
+                let mut body = respond
+                    .send_response(head.body(()).unwrap(), false)
+                    .unwrap();
+                body.send_data("<html>".into(), true).unwrap();
+            }
+            6 => {
+                let status = [400, 401, 403, 404, 429, 502, 503, 504][which as usize % 8];
+                let head = http::Response::builder().status(status);
+                drop(respond.send_response(head.body(()).unwrap(), true));
+            }
+            7 => {
+                let head = grpc().header("grpc-status", "what");
+                drop(respond.send_response(head.body(()).unwrap(), true));
+            }
+            // All of an answer, and no interest in the rest of the request.
+            8 => {
+                let mut body = respond
+                    .send_response(grpc().body(()).unwrap(), false)
+                    .unwrap();
+                body.send_data(vec![0; 5].into(), false).unwrap();
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("grpc-status", "0".parse().unwrap());
+                body.send_trailers(trailers).unwrap();
+                respond.send_reset(Reason::NO_ERROR);
+            }
+            // More headers than are accepted.
+            _ => {
+                let head = grpc().header("x-large", "x".repeat(20_000));
+                drop(respond.send_response(head.body(()).unwrap(), true));
+            }
+        }
+    })
+    .await;
+    for how in 0..=9 {
+        for which in 0..8 {
+            let what = format!("x-how {how}, x-which {which}");
+            assert_the_same(&what, server.address(), |mut client| async move {
+                let asking = |message| {
+                    let mut request = Request::new(message);
+                    let metadata = request.metadata_mut();
+                    metadata.insert("x-how", how.to_string().parse().unwrap());
+                    metadata.insert("x-which", which.to_string().parse().unwrap());
+                    request
+                };
+                let unary = client.unary(asking(hello())).await.map(drop);
+                let streamed = match client.server_stream(asking(hello())).await {
+                    Ok(response) => response.into_inner().message().await.map(drop),
+                    Err(status) => Err(status),
+                };
+                [unary, streamed]
+                    .map(|result| format!("{:?}", result.map_err(|status| status.code())))
+                    .join(" ")
+            })
+            .await;
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The client against a real etcd: keys, transactions, leases, cluster, time limits, close.
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use goo_etcd::client::DeleteOptions;
+use goo_etcd::testing::Etcd;
+use goo_etcd::{
+    Client, Compare, CompareOp, Config, Error, GetOptions, PutOptions, TxnOp, TxnOpResponse,
+};
+use tokio::time::{Instant, timeout};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// Generous: the machine may be busy.
+const SOON: Duration = Duration::from_secs(30);
+
+fn config(etcd: &Etcd) -> Config {
+    let mut config = Config::default();
+    config.endpoints = vec![etcd.endpoint()];
+    config
+}
+
+#[tokio::test]
+async fn given_keys_put_then_they_are_read_listed_and_deleted() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    assert_eq!(client.name(), "main");
+    client.ping().await?;
+
+    client.put("a/1", "one", None).await?;
+    client.put(b"a/2".to_vec(), vec![0xff], None).await?;
+    let put = client
+        .put("a/1", "uno", PutOptions::new().with_prev_key())
+        .await?;
+    assert_eq!(put.prev_key().map(|kv| kv.value()), Some(&b"one"[..]));
+
+    let got = client.get("a/1", None).await?;
+    assert_eq!(got.kvs()[0].value(), b"uno");
+    let all = client
+        .get("a/", Some(GetOptions::new().with_prefix()))
+        .await?;
+    assert_eq!(all.count(), 2);
+
+    let deleted = client
+        .delete("a/", DeleteOptions::new().with_prefix())
+        .await?;
+    assert_eq!(deleted.deleted(), 2);
+    assert_eq!(client.get("a/1", None).await?.count(), 0);
+
+    // The raw client sees the same etcd.
+    client.client().put("raw", "1", None).await?;
+    assert_eq!(client.get("raw", None).await?.count(), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_transaction_then_its_comparisons_choose_the_branch() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let elect = |who: &'static str| {
+        client
+            .txn()
+            .or_else([TxnOp::get("leader", None)])
+            .when([Compare::create_revision("leader", CompareOp::Equal, 0)])
+            .and_then([TxnOp::put("leader", who, None)])
+            .and_then([TxnOp::put("term", "1", None)])
+    };
+    assert!(elect("me").commit().await?.succeeded());
+    assert_eq!(client.get("term", None).await?.count(), 1);
+
+    let second = elect("you").commit().await?;
+    assert!(!second.succeeded());
+    match &second.op_responses()[..] {
+        [TxnOpResponse::Get(got)] => assert_eq!(got.kvs()[0].value(), b"me"),
+        other => panic!("{other:?}"),
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_lease_then_it_is_renewed_until_revoked_and_takes_its_keys_along() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let lease = client.grant(60).await?;
+    assert_eq!(lease.ttl(), 60);
+    client
+        .put("leased", "1", PutOptions::new().with_lease(lease.id()))
+        .await?;
+    let renewed = client.keep_alive_once(lease.id()).await?;
+    assert_eq!((renewed.id(), renewed.ttl()), (lease.id(), 60));
+
+    client.revoke(lease.id()).await?;
+    assert_eq!(client.get("leased", None).await?.count(), 0);
+    for error in [
+        client.keep_alive_once(lease.id()).await.unwrap_err(),
+        client.revoke(lease.id()).await.unwrap_err(),
+        client.keep_alive(lease.id()).await.unwrap_err(),
+    ] {
+        assert!(
+            matches!(error, Error::LeaseNotFound { id } if id == lease.id()),
+            "{error}"
+        );
+    }
+    let error = client.grant(0).await.unwrap_err().to_string();
+    assert!(error.contains("ttl") && error.contains("\"0\""), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_keep_alive_nobody_polls_then_the_lease_outlives_its_ttl() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let lease = client.grant(2).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    client
+        .put("kept", "1", PutOptions::new().with_lease(lease))
+        .await?;
+
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    assert_eq!(client.get("kept", None).await?.count(), 1);
+    assert_eq!(kept.next().await.unwrap()?.id(), lease);
+
+    drop(kept);
+    timeout(SOON, async {
+        while client.get("kept", None).await.unwrap().count() > 0 {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    })
+    .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_restarts_then_the_keep_alive_goes_on_until_the_lease_is_revoked() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let lease = client.grant(3).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    assert_eq!(kept.next().await.unwrap()?.id(), lease);
+
+    etcd.kill().await?;
+    // Longer than the TTL: the stream says that it cannot vouch for the lease, and goes on.
+    let doubt = timeout(SOON, kept.next()).await?.unwrap().unwrap_err();
+    assert!(
+        matches!(doubt, Error::LeaseUnconfirmed { id, after, .. }
+            if id == lease && after >= Duration::from_secs(3)),
+        "{doubt}"
+    );
+    etcd.start_again().await?;
+    assert_eq!(timeout(SOON, kept.next()).await?.unwrap()?.ttl(), 3);
+
+    client.revoke(lease).await?;
+    let end = timeout(SOON, async {
+        loop {
+            match kept.next().await {
+                Some(Ok(_)) => {}
+                end => return end,
+            }
+        }
+    })
+    .await?;
+    assert!(
+        matches!(end, Some(Err(Error::LeaseNotFound { id })) if id == lease),
+        "{end:?}"
+    );
+    assert!(kept.next().await.is_none());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_nothing_listening_then_new_fails_in_time_and_names_the_endpoints() -> Outcome {
+    let config = Config::builder()
+        .endpoints(["127.0.0.1:1", "127.0.0.1:2"])
+        .dial_timeout(Duration::from_secs(1))
+        .build()?;
+    let start = Instant::now();
+    let error = timeout(SOON, Client::new("main", config))
+        .await?
+        .unwrap_err();
+    assert!(start.elapsed() >= Duration::from_secs(1));
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    let text = error.to_string();
+    for part in ["127.0.0.1:1", "127.0.0.1:2", "1s", "refused"] {
+        assert!(text.contains(part), "{text}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_hundred_endpoints_of_which_one_lives_then_new_finds_it() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let mut config = config(&etcd);
+    config
+        .endpoints
+        .extend((1..100).map(|port| format!("127.0.0.1:{port}")));
+    config.dial_timeout = SOON;
+    let client = timeout(SOON * 2, Client::new("main", config)).await??;
+    client.close().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_cluster_then_a_member_that_dies_fails_no_later_call() -> Outcome {
+    let cluster = Etcd::builder().start_cluster(3).await?;
+    let mut config = Config::default();
+    config.endpoints = cluster.endpoints();
+    let client = Client::new("main", config).await?;
+    client.put("key", "value", None).await?;
+    for dead in cluster.members() {
+        dead.kill().await?;
+        let mut failed = 0;
+        for _ in 0..100 {
+            failed += u32::from(client.get("key", None).await.is_err());
+        }
+        // That it is dead, and that the leader has to be elected anew, costs a call for each
+        // member that says so.
+        assert!(failed <= 6, "{failed} of 100 reads failed");
+        dead.start_again().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_hangs_then_calls_end_with_a_timeout_that_names_them() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let mut config = config(&etcd);
+    config.request_timeout = Duration::from_millis(300);
+    let client = Client::new("main", config).await?;
+    etcd.pause().await?;
+    let error = client.put("the-key", "the-value", None).await.unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("put \"the-key\"") && text.contains("300ms"),
+        "{text}"
+    );
+    assert!(!text.contains("the-value"), "{text}");
+    etcd.resume()?;
+    timeout(SOON, async { while client.ping().await.is_err() {} }).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_down_then_the_error_says_what_was_tried_and_why_it_failed() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    etcd.kill().await?;
+    // The first may still meet the connection that has just died.
+    let _ = client.get("the-key", None).await;
+    let error = client.get("the-key", None).await.unwrap_err();
+    assert_eq!(error.code(), Some(tonic::Code::Unavailable), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("get \"the-key\"") && text.contains("refused"),
+        "{text}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_close_then_calls_and_streams_of_all_clones_end_with_closed() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let clone = client.clone();
+    let mut raw = client.client();
+    let lease = client.grant(60).await?.id();
+    let mut watch = client.watch("key", None).await?;
+    let mut kept = client.keep_alive(lease).await?;
+    kept.next().await.unwrap()?;
+
+    etcd.pause().await?;
+    let put = tokio::spawn(async move { clone.put("key", "value", None).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    client.close().await?;
+    client.close().await?;
+    assert!(client.is_closed());
+
+    let closed = |error: Error| {
+        assert!(
+            matches!(&error, Error::Closed { name } if name == "main"),
+            "{error:?}"
+        );
+    };
+    closed(timeout(SOON, put).await??.unwrap_err());
+    closed(timeout(SOON, watch.next()).await?.unwrap().unwrap_err());
+    assert!(watch.next().await.is_none());
+    closed(timeout(SOON, kept.next()).await?.unwrap().unwrap_err());
+    assert!(kept.next().await.is_none());
+    closed(client.ping().await.unwrap_err());
+    closed(client.watch("key", None).await.unwrap_err());
+    closed(client.keep_alive(lease).await.unwrap_err());
+    closed(client.status(etcd.endpoint()).await.unwrap_err());
+    // Its connections are gone, even for the raw client.
+    assert!(timeout(SOON, raw.get("key", None)).await?.is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_cluster_then_status_asks_that_very_member() -> Outcome {
+    let cluster = Etcd::builder().start_cluster(3).await?;
+    let mut config = Config::default();
+    config.endpoints = cluster.endpoints();
+    let client = Client::new("main", config).await?;
+    let members = client.member_list().await?;
+    assert_eq!(members.members().len(), 3);
+    for _ in 0..3 {
+        for member in members.members() {
+            let status = client.status(&member.client_urls()[0]).await?;
+            assert_eq!(status.header().map(|h| h.member_id()), Some(member.id()));
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_users_then_a_wrong_password_fails_at_once_and_the_right_one_is_renewed() -> Outcome {
+    let etcd = Etcd::builder()
+        .args(["--auth-token-ttl", "1"])
+        .start()
+        .await?;
+    let open = Client::new("admin", config(&etcd)).await?;
+    let mut auth = open.client().auth_client();
+    auth.user_add("root", "secret", None).await?;
+    auth.user_grant_role("root", "root").await?;
+    auth.user_add("app", "hunter2", None).await?;
+    auth.role_add("app").await?;
+    auth.role_grant_permission(
+        "app",
+        etcd_client::Permission::read_write("app/").with_prefix(),
+    )
+    .await?;
+    auth.user_grant_role("app", "app").await?;
+
+    // A user where etcd asks for none yet: etcd's own client goes on without, and so does this.
+    let mut config = config(&etcd);
+    (config.username, config.password) = (Some("app".into()), Some("hunter2".into()));
+    Client::new("early", config.clone()).await?.ping().await?;
+
+    auth.auth_enable().await?;
+    let app = Client::new("app", config.clone()).await?;
+    assert!(!format!("{app:?}").contains("hunter2"));
+    app.put("app/a", "1", None).await?;
+    let mut watch = app
+        .watch("app/", goo_etcd::WatchOptions::new().with_prefix())
+        .await?;
+
+    let mut wrong = config;
+    wrong.password = Some("hunter3".into());
+    wrong.dial_timeout = SOON * 10;
+    let error = timeout(SOON, Client::new("wrong", wrong))
+        .await?
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("authenticate as \"app\""), "{text}");
+    assert!(text.contains("authentication failed"), "{text}");
+    assert!(!format!("{error:?}").contains("hunter3"), "{error:?}");
+
+    for refused in [
+        app.put("other", "1", None).await.unwrap_err(),
+        app.watch("other", None).await.unwrap_err(),
+    ] {
+        assert_eq!(
+            refused.code(),
+            Some(tonic::Code::PermissionDenied),
+            "{refused}"
+        );
+    }
+
+    // The token expires after a second without use.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let mut second = app.watch("app/b", None).await?;
+    app.put("app/b", "2", None).await?;
+    for watch in [&mut watch, &mut second] {
+        let response = timeout(SOON, watch.next()).await?.unwrap()?;
+        assert_eq!(response.events()[0].kv().unwrap().key(), b"app/b");
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! The client as a user: tokens that expire, passwords and permissions that are refused.
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use goo_etcd::testing::{Etcd, EtcdCluster};
+use goo_etcd::{Client, Config, Error, PutOptions, WatchOptions};
+use support::{PATIENCE, TestResult, soon};
+use tokio::time::sleep;
+use tonic::Code;
+
+/// Turns authentication on, with a user `app` who may do what is under `app/`.
+async fn secure(etcd: &Etcd) -> TestResult {
+    let mut auth = etcd.client().await?.auth_client();
+    auth.user_add("root", "root's", None).await?;
+    auth.user_grant_role("root", "root").await?;
+    auth.user_add("app", "hunter2", None).await?;
+    auth.role_add("app").await?;
+    let permission = etcd_client::Permission::read_write("app/").with_prefix();
+    auth.role_grant_permission("app", permission).await?;
+    auth.user_grant_role("app", "app").await?;
+    auth.auth_enable().await?;
+    Ok(())
+}
+
+fn user(endpoints: Vec<String>, password: &str) -> Config {
+    let mut config = Config::default();
+    config.endpoints = endpoints;
+    config.username = Some("app".to_owned());
+    config.password = Some(password.to_owned());
+    config.dial_timeout = PATIENCE;
+    config
+}
+
+/// How often a member has been asked for a token: etcd itself counts its answered calls.
+async fn authentications(etcd: &Etcd) -> TestResult<u64> {
+    let page = support::metrics(etcd).await?;
+    let calls = page
+        .lines()
+        .filter(|line| line.starts_with("grpc_server_started_total"))
+        .filter(|line| line.contains(r#"grpc_method="Authenticate""#))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+    Ok(calls.sum::<f64>() as u64)
+}
+
+#[tokio::test]
+async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewed_once_for_each_member()
+-> TestResult {
+    let cluster = Etcd::builder()
+        .args(["--auth-token-ttl", "5"])
+        .start_cluster(3)
+        .await?;
+    secure(cluster.member(0)).await?;
+    let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
+    let mut watch = client
+        .watch("app/", WatchOptions::new().with_prefix())
+        .await?;
+    let lease = client.grant(6).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    let on_lease = PutOptions::new().with_lease(lease);
+    client.put("app/kept", "1", on_lease).await?;
+
+    sleep(Duration::from_secs(15)).await;
+    let counted = |cluster: EtcdCluster| async move {
+        let mut sum = 0;
+        for member in cluster.members() {
+            sum += authentications(member).await?;
+        }
+        TestResult::Ok(sum)
+    };
+    let before = counted(cluster.clone()).await?;
+    // Many at a time find it expired, on each member.
+    let puts = (0..64).map(|n| client.put(format!("app/{n}"), "2", None));
+    futures::future::try_join_all(puts).await?;
+    let gets = (0..64).map(|n| client.get(format!("app/{n}"), None));
+    for got in futures::future::try_join_all(gets).await? {
+        assert_eq!(got.count(), 1);
+    }
+    assert_eq!(client.get("app/kept", None).await?.count(), 1);
+    let mut seen = 0;
+    while seen < 65 {
+        seen += soon("an event", watch.next())
+            .await
+            .unwrap()?
+            .events()
+            .len();
+    }
+    assert_eq!(kept.next().await.unwrap()?.id(), lease);
+    // New streams as well, whichever member they come to.
+    for _ in 0..6 {
+        drop(client.watch("app/a", None).await?);
+        client.keep_alive_once(lease).await?;
+    }
+    let more = counted(cluster.clone()).await? - before;
+    assert!((1..=6).contains(&more), "{more} authentications");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_wrong_password_then_new_fails_at_once_after_one_try() -> TestResult {
+    let etcd = Etcd::start().await?;
+    secure(&etcd).await?;
+    let before = authentications(&etcd).await?;
+    let mut config = user(vec![etcd.endpoint()], "hunter3");
+    // Longer than the test waits: it must not be what ends it.
+    config.dial_timeout = PATIENCE * 10;
+    let refused = soon("it is refused", Client::new("wrong", config)).await;
+    let error = refused.unwrap_err();
+    let text = format!("{error} {error:?}");
+    assert!(text.contains("authenticate as \"app\""), "{text}");
+    assert!(text.contains("authentication failed"), "{text}");
+    assert!(!text.contains("hunter3"), "{text}");
+    assert_eq!(authentications(&etcd).await? - before, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_user_without_permission_then_each_call_is_refused_once() -> TestResult {
+    let etcd = Etcd::start().await?;
+    secure(&etcd).await?;
+    let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let before = authentications(&etcd).await?;
+    let refusals = [
+        client.put("other", "1", None).await.unwrap_err(),
+        client.get("other", None).await.unwrap_err(),
+        client.delete("other", None).await.unwrap_err(),
+        client.watch("other", None).await.unwrap_err(),
+        client
+            .txn()
+            .and_then([goo_etcd::TxnOp::put("other", "1", None)])
+            .commit()
+            .await
+            .unwrap_err(),
+    ];
+    for refused in refusals {
+        assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
+        assert!(matches!(refused, Error::Rpc { .. }), "{refused:?}");
+    }
+    assert_eq!(authentications(&etcd).await?, before);
+    // It goes on with what it may do.
+    client.put("app/a", "1", None).await?;
+    client.ping().await?;
+    client.status(etcd.endpoint()).await?;
+    Ok(())
+}

@@ -1,0 +1,245 @@
+//! How large messages may be, and gzip.
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::path::PathBuf;
+
+use futures::StreamExt;
+use goo_etcd::testing::{Etcd, Proxy};
+use goo_etcd::{Client, Config, Error, GetOptions, PutOptions, Result, TxnOp, WatchOptions};
+use support::{PATIENCE, TestResult, connect, soon};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+const MIB: usize = 1024 * 1024;
+
+fn config(endpoint: String) -> Config {
+    let mut config = Config::default();
+    config.endpoints = vec![endpoint];
+    config.dial_timeout = PATIENCE;
+    config
+}
+
+fn names_the_limit<T: std::fmt::Debug>(result: Result<T>, field: &str, limit: usize) {
+    let error = result.unwrap_err();
+    assert_eq!(error.code(), Some(tonic::Code::OutOfRange), "{error}");
+    let text = error.to_string();
+    for part in [field, &limit.to_string()] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn given_a_request_over_the_limit_then_every_call_says_so_and_the_client_goes_on()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let mut config = config(etcd.endpoint());
+    config.max_call_send_msg_size = 1000;
+    let client = Client::new("main", config).await?;
+    let large = vec![7; 1001];
+    let put = TxnOp::put("key", large.clone(), None);
+    let field = "max_call_send_msg_size";
+    names_the_limit(client.put("key", large.clone(), None).await, field, 1000);
+    names_the_limit(client.get(large.clone(), None).await, field, 1000);
+    names_the_limit(client.txn().and_then([put]).commit().await, field, 1000);
+    names_the_limit(client.watch(large.clone(), None).await, field, 1000);
+    let urls = ["http://a".repeat(200)];
+    names_the_limit(client.member_add(urls).await, field, 1000);
+    names_the_limit(client.campaign("e", large.clone(), 60).await, field, 1000);
+    // etcd-client's own calls as well.
+    let raw = client.client().lock(large, None).await.unwrap_err();
+    assert!(raw.to_string().contains(field), "{raw}");
+
+    client.put("key", vec![7; 900], None).await?;
+    assert_eq!(client.get("key", None).await?.kvs()[0].value().len(), 900);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_an_answer_over_the_limit_then_the_error_says_so_and_the_client_goes_on() -> TestResult
+{
+    let etcd = Etcd::start().await?;
+    let writer = connect(etcd.endpoint()).await;
+    let mut config = config(etcd.endpoint());
+    config.max_call_recv_msg_size = 10_000;
+    let client = Client::new("main", config).await?;
+    let mut watch = client.watch("large", None).await?;
+    writer.put("large", vec![7; 10_001], None).await?;
+    for n in 1..=400 {
+        let lease = writer.grant_with_id(i64::MAX - n, 60);
+        lease.await?;
+    }
+    let field = "max_call_recv_msg_size";
+    names_the_limit(client.get("large", None).await, field, 10_000);
+    let previous = PutOptions::new().with_prev_key();
+    names_the_limit(client.put("large", "", previous).await, field, 10_000);
+    names_the_limit(soon("it ends", watch.next()).await.unwrap(), field, 10_000);
+    assert!(watch.next().await.is_none());
+    let mut tight = config_of(&client);
+    tight.max_call_recv_msg_size = 1000;
+    let tight = Client::new("tight", tight).await?;
+    names_the_limit(tight.leases().await, field, 1000);
+
+    assert_eq!(client.leases().await?.leases().len(), 400);
+    let mut watch = client.watch("small", None).await?;
+    client.put("small", "1", None).await?;
+    soon("an event", watch.next()).await.unwrap()?;
+    Ok(())
+}
+
+fn config_of(client: &Client) -> Config {
+    let text = format!("{client:?}");
+    let start = text.find("127.0.0.1:").unwrap();
+    let endpoint = text[start..].split('"').next().unwrap();
+    config(endpoint.to_owned())
+}
+
+#[tokio::test]
+async fn given_a_limit_above_grpc_s_usual_4_mib_then_it_is_the_one_in_force() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let mut config = config(etcd.endpoint());
+    config.max_call_recv_msg_size = 8 * MIB;
+    let client = Client::new("main", config).await?;
+    for n in 0..6 {
+        client.put(format!("large/{n}"), vec![7; MIB], None).await?;
+    }
+    let all = client
+        .get("large/", GetOptions::new().with_prefix())
+        .await?;
+    assert_eq!(
+        all.kvs().iter().map(|kv| kv.value().len()).sum::<usize>(),
+        6 * MIB
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_history_over_the_limit_in_small_events_then_a_watch_catches_up_with_it()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    for n in 0..6 {
+        client.put("n", vec![n; MIB], None).await?;
+    }
+    let from_start = WatchOptions::new().with_start_revision(1);
+    let mut watch = client.watch("n", from_start).await?;
+    let mut seen = Vec::new();
+    while seen.len() < 6 {
+        for event in soon("events", watch.next()).await.unwrap()?.events() {
+            seen.push(event.kv().unwrap().value()[0]);
+        }
+    }
+    assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_compression_then_a_large_value_is_a_tenth_of_its_bytes_both_ways_and_on_watches()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let line = "a line that is much like the others, ";
+    let value = line.repeat(MIB / line.len());
+    let mut bytes = Vec::new();
+    for compression in [false, true] {
+        let proxy = Proxy::start(etcd.endpoint()).await?;
+        let mut config = config(proxy.endpoint());
+        config.enable_compression = compression;
+        let client = Client::new("main", config).await?;
+        let mut watch = client.watch("key", None).await?;
+        client.put("key", value.as_str(), None).await?;
+        assert_eq!(
+            client.get("key", None).await?.kvs()[0].value(),
+            value.as_bytes()
+        );
+        let response = soon("an event", watch.next()).await.unwrap()?;
+        assert_eq!(response.events()[0].kv().unwrap().value(), value.as_bytes());
+        // Small ones, and errors, are understood as well.
+        client.put("small", "1", None).await?;
+        assert!(matches!(
+            client.revoke(7).await,
+            Err(Error::LeaseNotFound { id: 7 })
+        ));
+        bytes.push((proxy.bytes_up(), proxy.bytes_down()));
+    }
+    let [(up, down), (packed_up, packed_down)] = bytes[..] else {
+        unreachable!();
+    };
+    assert!(up > value.len() as u64 && packed_up * 10 < up, "{bytes:?}");
+    assert!(
+        down > 2 * value.len() as u64 && packed_down * 10 < down,
+        "{bytes:?}"
+    );
+    Ok(())
+}
+
+/// etcd 3.4, from ETCD_3_4 or where `scripts/tools` puts it. `none` says that there is none.
+fn etcd_3_4() -> Option<PathBuf> {
+    let set = std::env::var("ETCD_3_4").unwrap_or_default();
+    if set == "none" {
+        return None;
+    }
+    let found = if set.is_empty() {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/etcd-3.4")
+    } else {
+        set.into()
+    };
+    assert!(
+        found.is_file(),
+        "{} is missing: run scripts/tools, or set ETCD_3_4 to an etcd 3.4 or to `none`",
+        found.display()
+    );
+    Some(found)
+}
+
+fn says_no_gzip(refused: Result<Client>) {
+    let error = refused.unwrap_err();
+    assert_eq!(error.code(), Some(tonic::Code::Unimplemented), "{error}");
+    let text = error.to_string();
+    for part in ["this etcd server has no gzip", "enable_compression"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn given_compression_and_a_server_without_gzip_then_new_says_so_at_once() -> TestResult {
+    // Any server that has none; and etcd's own, where it is to be had.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let endpoint = listener.local_addr()?.to_string();
+    let service = tonic::service::Routes::default();
+    let server = tonic::transport::Server::builder().add_routes(service);
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let mut compressed = config(endpoint);
+    compressed.enable_compression = true;
+    says_no_gzip(soon("it is refused", Client::new("main", compressed)).await);
+
+    if let Some(program) = etcd_3_4() {
+        let etcd = Etcd::builder().program(program).start().await?;
+        let mut compressed = config(etcd.endpoint());
+        compressed.enable_compression = true;
+        says_no_gzip(soon("it is refused", Client::new("main", compressed)).await);
+        // It is this field alone that it cannot serve.
+        let plain = Client::new("main", config(etcd.endpoint())).await?;
+        plain.put("key", "1", None).await?;
+        assert_eq!(plain.get("key", None).await?.count(), 1);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_server_that_talks_nonsense_then_new_says_what_it_met() -> TestResult {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let endpoint = listener.local_addr()?.to_string();
+    tokio::spawn(async move {
+        while let Ok((mut peer, _)) = listener.accept().await {
+            let _ = peer.read(&mut [0; 1000]).await;
+            let _ = peer.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
+        }
+    });
+    let mut config = config(endpoint.clone());
+    config.dial_timeout = std::time::Duration::from_secs(1);
+    let error = Client::new("main", config).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    assert!(error.to_string().contains(&endpoint), "{error}");
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! Which members a client uses: auto sync, many endpoints, dead endpoints.
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
+use goo_etcd::{Client, Config, Error};
+use support::{PATIENCE, TestResult, eventually, soon};
+use tracing_subscriber::fmt::MakeWriter;
+
+fn config(endpoints: Vec<String>) -> Config {
+    let mut config = Config::default();
+    config.endpoints = endpoints;
+    config.dial_timeout = PATIENCE;
+    config
+}
+
+fn synced(endpoints: Vec<String>) -> Config {
+    let mut config = config(endpoints);
+    config.auto_sync = true;
+    config.auto_sync_interval = Duration::from_millis(200);
+    config
+}
+
+/// How many calls of clients a member has begun to answer.
+async fn reads(etcd: &Etcd) -> TestResult<f64> {
+    let page = support::metrics(etcd).await?;
+    let ranges = page
+        .lines()
+        .filter(|line| line.starts_with("grpc_server_started_total"))
+        .filter(|line| line.contains(r#"grpc_method="Range""#));
+    Ok(ranges
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+        .sum())
+}
+
+async fn is_used(client: &Client, member: &Etcd) -> bool {
+    let before = reads(member).await.unwrap();
+    for _ in 0..20 {
+        client.get("key", None).await.unwrap();
+    }
+    reads(member).await.unwrap() > before
+}
+
+#[tokio::test]
+async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_went() -> TestResult
+{
+    let cluster = EtcdCluster::start().await?;
+    // It is told of one, behind a proxy, and finds the others.
+    let proxy = Proxy::start(cluster.member(0).endpoint()).await?;
+    let client = Client::new("main", synced(vec![proxy.endpoint()])).await?;
+    for member in cluster.members() {
+        eventually("a member is found", async || is_used(&client, member).await).await;
+    }
+    eventually("its own address is used", async || proxy.connections() == 0).await;
+
+    // One leaves: not one call more goes there, though it would be answered.
+    let list = client.member_list().await?;
+    let gone = cluster.member(2);
+    let id = list
+        .members()
+        .iter()
+        .find(|m| m.name() == gone.name())
+        .ok_or("listed")?
+        .id();
+    // etcd refuses while it does not see its members connected for long enough.
+    eventually("it is removed", async || {
+        client.member_remove(id).await.is_ok()
+    })
+    .await;
+    let left = client.member_list().await?.members().len();
+    assert_eq!(left, 2);
+    for _ in 0..200 {
+        client.get("key", None).await?;
+    }
+
+    // It comes back under another id, with nothing: used again, once it has caught up.
+    cluster.replace(2).await?;
+    eventually("it is used again", async || is_used(&client, gone).await).await;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_an_answer_without_client_urls_then_nothing_changes() -> TestResult {
+    // As etcd behind an address translation is often set up: it does not tell where it is.
+    let etcd = Etcd::builder()
+        .args(["--advertise-client-urls", "https://127.0.0.1:1"])
+        .start()
+        .await?;
+    let client = Client::new("main", synced(vec![etcd.endpoint()])).await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for _ in 0..20 {
+        client.put("key", "1", None).await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_learner_then_it_is_not_asked_before_it_is_promoted() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    // It will never start, so it has no name, no URL, and cannot be promoted.
+    // etcd refuses while it does not see its members connected for long enough.
+    let mut id = 0;
+    eventually("it is added", async || {
+        let added = client.member_add_as_learner(["http://127.0.0.1:1"]).await;
+        id = added
+            .ok()
+            .and_then(|added| added.member().map(|m| m.id()))
+            .unwrap_or(0);
+        id != 0
+    })
+    .await;
+    let refused = client.member_promote(id).await.unwrap_err().to_string();
+    assert!(
+        refused.contains(&format!("promote member {id:x}")),
+        "{refused}"
+    );
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for _ in 0..50 {
+        client.get("key", None).await?;
+    }
+    client.member_remove(id).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_hundred_endpoints_of_which_one_lives_then_no_call_fails() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let mut endpoints: Vec<_> = (1..100).map(|port| format!("127.0.0.1:{port}")).collect();
+    endpoints.insert(50, etcd.endpoint());
+    let client = Client::new("main", config(endpoints)).await?;
+    for n in 0..200 {
+        client.put("key", n.to_string(), None).await?;
+        assert_eq!(client.get("key", None).await?.count(), 1);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_nothing_listening_then_new_fails_in_time_with_each_endpoint_and_what_it_met()
+-> TestResult {
+    // Never accepted from: it hangs after the TCP handshake.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let hangs = silent.local_addr()?.to_string();
+    let mut config = config(vec!["127.0.0.1:1".to_owned(), hangs.clone()]);
+    config.dial_timeout = Duration::from_secs(2);
+    let begun = tokio::time::Instant::now();
+    let error = soon("it fails", Client::new("main", config))
+        .await
+        .unwrap_err();
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
+    let Error::Unreachable {
+        endpoints, reason, ..
+    } = error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(endpoints, ["127.0.0.1:1", hangs.as_str()]);
+    assert!(
+        reason.contains("127.0.0.1:1: cannot connect") && reason.contains("refused"),
+        "{reason}"
+    );
+    assert!(reason.contains(&hangs), "{reason}");
+    Ok(())
+}
+
+/// What is logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for Log {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
+
+#[tokio::test]
+async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values() -> TestResult {
+    let log = Log::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter("goo_etcd::client::call_log=debug")
+        .with_writer(log.clone())
+        .with_ansi(false)
+        .finish();
+    let _scope = tracing::subscriber::set_default(subscriber);
+    let etcd = Etcd::start().await?;
+    for enabled in [false, true] {
+        let mut config = config(vec![etcd.endpoint()]);
+        config.enable_grpc_debug_log = enabled;
+        let client = Client::new("main", config).await?;
+        client.put("the-key", "the-value", None).await?;
+        client.get("the-key", None).await?;
+        client.revoke(7).await.unwrap_err();
+        drop(client.watch("the-key", None).await?);
+        client.status(etcd.endpoint()).await?;
+        client.close().await?;
+        let written = String::from_utf8(log.0.lock().unwrap().clone())?;
+        if !enabled {
+            assert_eq!(written, "");
+            continue;
+        }
+        let member = etcd.endpoint();
+        for (method, status) in [
+            ("etcdserverpb.KV/Put", "Ok"),
+            ("etcdserverpb.KV/Range", "Ok"),
+            ("etcdserverpb.Lease/LeaseRevoke", "NotFound"),
+            ("etcdserverpb.Maintenance/Status", "Ok"),
+        ] {
+            let mut lines = written.lines().filter(|line| line.contains(method));
+            let line = lines
+                .next_back()
+                .ok_or_else(|| format!("{method} in {written}"))?;
+            for part in [status, &member, "time="] {
+                assert!(line.contains(part), "{part} in {line}");
+            }
+        }
+        assert_eq!(written.matches("KV/Put").count(), 1, "{written}");
+        assert!(written.contains("etcdserverpb.Watch/Watch"), "{written}");
+        assert!(
+            !written.contains("the-key") && !written.contains("the-value"),
+            "{written}"
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,255 @@
+//! Watches against a real etcd: every event once and in order, whatever happens to it.
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use goo_etcd::testing::Etcd;
+use goo_etcd::{Client, Config, Error, EventType, Watch, WatchOptions};
+use tokio::time::timeout;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+/// Generous: the machine may be busy.
+const SOON: Duration = Duration::from_secs(30);
+
+async fn connect(etcd: &Etcd) -> goo_etcd::Result<Client> {
+    let mut config = Config::default();
+    config.endpoints = vec![etcd.endpoint()];
+    Client::new("main", config).await
+}
+
+/// The next `n` events as (type, key, value).
+async fn events(watch: &mut Watch, n: usize) -> Vec<(EventType, String, String)> {
+    let mut events = Vec::new();
+    while events.len() < n {
+        let response = timeout(SOON, watch.next())
+            .await
+            .unwrap_or_else(|_| panic!("no event after {events:?}"))
+            .expect("the watch ended")
+            .expect("the watch failed");
+        for event in response.events() {
+            let kv = event.kv().unwrap();
+            events.push((
+                event.event_type(),
+                kv.key_str().unwrap().to_owned(),
+                kv.value_str().unwrap().to_owned(),
+            ));
+        }
+    }
+    events
+}
+
+async fn put_until_it_works(client: &Client, key: &str, value: &str) {
+    timeout(SOON, async {
+        while client.put(key, value, None).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn given_a_watch_on_a_prefix_then_it_yields_what_happens_there_and_nothing_else() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    client.put("a/before", "0", None).await?;
+    let mut watch = client
+        .watch("a/", WatchOptions::new().with_prefix())
+        .await?;
+    client.put("a/1", "1", None).await?;
+    client.put("b/1", "1", None).await?;
+    client.delete("a/1", None).await?;
+    assert_eq!(
+        events(&mut watch, 2).await,
+        [
+            (EventType::Put, "a/1".to_owned(), "1".to_owned()),
+            (EventType::Delete, "a/1".to_owned(), String::new()),
+        ]
+    );
+    // From the start, with a start revision.
+    let from_start = WatchOptions::new().with_prefix().with_start_revision(1);
+    let mut watch = client.watch("a/", from_start).await?;
+    assert_eq!(events(&mut watch, 3).await[0].1, "a/before");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_killed_and_restarted_then_every_event_comes_once_and_in_order() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    // One has seen nothing yet when etcd dies, one has.
+    let mut quiet = client.watch("n", None).await?;
+    let mut busy = client.watch("n", None).await?;
+    let writer = connect(&etcd).await?;
+    let mut last = 0;
+    for round in 0..3 {
+        for _ in 0..20 {
+            last += 1;
+            put_until_it_works(&writer, "n", &last.to_string()).await;
+        }
+        if round == 1 {
+            let seen = events(&mut busy, 40).await;
+            assert_eq!(seen[39].2, "40");
+        }
+        etcd.kill().await?;
+        etcd.start_again().await?;
+    }
+    put_until_it_works(&writer, "n", "end").await;
+
+    // What etcd itself has: 3.5.1 may lose a write that it had confirmed when it is killed
+    // (etcd-io/etcd#13766).
+    let from_start = WatchOptions::new().with_start_revision(1);
+    let mut told = client.watch("n", from_start).await?;
+    let wanted = until_the_end(&mut told).await;
+    assert!(wanted.len() > 50, "{wanted:?}");
+    let seen_before = wanted.iter().position(|n| n == "40").ok_or("no 40")?;
+    assert_eq!(until_the_end(&mut busy).await, wanted[seen_before + 1..]);
+    assert_eq!(until_the_end(&mut quiet).await, wanted);
+    Ok(())
+}
+
+async fn until_the_end(watch: &mut Watch) -> Vec<String> {
+    let mut values = Vec::new();
+    while values.last().is_none_or(|value| value != "end") {
+        values.extend(events(watch, 1).await.into_iter().map(|event| event.2));
+    }
+    values
+}
+
+#[tokio::test]
+async fn given_a_gap_before_the_first_event_then_nothing_in_it_is_missed() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut watch = client.watch("n", None).await?;
+    etcd.restart().await?;
+    // The watch is not polled, so its stream is still lost when this happens.
+    put_until_it_works(&connect(&etcd).await?, "n", "in the gap").await;
+    assert_eq!(events(&mut watch, 1).await[0].2, "in the gap");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_compacted_start_then_the_watch_ends_with_compacted() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    for n in 0..10 {
+        client.put("n", n.to_string(), None).await?;
+    }
+    let compacted = etcd.compact().await?;
+    let mut watch = client
+        .watch("n", WatchOptions::new().with_start_revision(2))
+        .await?;
+    let end = timeout(SOON, watch.next()).await?.unwrap().unwrap_err();
+    assert!(
+        matches!(end, Error::Compacted { compact_revision } if compact_revision == compacted),
+        "{end:?}"
+    );
+    assert!(watch.next().await.is_none());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_history_compacted_while_cut_off_then_the_watch_ends_with_compacted() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut watch = client.watch("n", None).await?;
+    client.put("n", "1", None).await?;
+    events(&mut watch, 1).await;
+    etcd.restart().await?;
+    let writer = connect(&etcd).await?;
+    put_until_it_works(&writer, "n", "2").await;
+    put_until_it_works(&writer, "n", "3").await;
+    let compacted = etcd.compact().await?;
+    let end = timeout(SOON, watch.next()).await?.unwrap();
+    assert!(
+        matches!(end, Err(Error::Compacted { compact_revision }) if compact_revision == compacted),
+        "{end:?}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_wiped_then_the_watch_says_so_instead_of_waiting_for_ever() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut watch = client.watch("n", None).await?;
+    for n in 0..10 {
+        client.put("n", n.to_string(), None).await?;
+    }
+    events(&mut watch, 10).await;
+    etcd.wipe_and_restart().await?;
+    let end = timeout(SOON, watch.next()).await?.unwrap().unwrap_err();
+    assert!(
+        matches!(end, Error::RevisionWentBack { seen: 11, now: 1 }),
+        "{end:?}"
+    );
+    assert!(watch.next().await.is_none());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_watch_idle_for_long_then_it_still_yields() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut watch = client.watch("n", None).await?;
+    // Several questions for progress, whose answers are no items.
+    assert!(
+        timeout(Duration::from_secs(12), watch.next())
+            .await
+            .is_err()
+    );
+    client.put("n", "1", None).await?;
+    assert_eq!(events(&mut watch, 1).await[0].2, "1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_etcd_frozen_and_thawed_then_the_watch_goes_on() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut watch = client.watch("n", None).await?;
+    etcd.pause().await?;
+    // Longer than keep-alive interval and timeout: the connection is given up meanwhile.
+    assert!(
+        timeout(Duration::from_secs(16), watch.next())
+            .await
+            .is_err()
+    );
+    etcd.resume()?;
+    put_until_it_works(&client, "n", "1").await;
+    assert_eq!(events(&mut watch, 1).await[0].2, "1");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_dropped_watch_then_etcd_forgets_it() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let watches = futures::future::try_join_all((0..5).map(|_| client.watch("n", None))).await?;
+    assert_eq!(watchers(&etcd).await?, 5);
+    drop(watches);
+    timeout(SOON, async {
+        while watchers(&etcd).await.unwrap() > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await?;
+    Ok(())
+}
+
+/// How many watches etcd itself counts.
+async fn watchers(etcd: &Etcd) -> Result<u64, Box<dyn std::error::Error>> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut connection = tokio::net::TcpStream::connect(etcd.endpoint()).await?;
+    connection
+        .write_all(b"GET /metrics HTTP/1.0\r\nHost: etcd\r\n\r\n")
+        .await?;
+    let mut page = String::new();
+    connection.read_to_string(&mut page).await?;
+    let count = page
+        .lines()
+        .find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "))
+        .ok_or("etcd does not tell how many watchers it has")?;
+    Ok(count.trim().parse::<f64>()? as u64)
+}
