@@ -16,8 +16,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
-use super::Client;
 use super::wire::Route;
+use super::{Client, STREAM_OPENS_WITHIN};
 use crate::backoff::Backoff;
 use crate::balance::Tried;
 use crate::{Error, Result};
@@ -108,11 +108,20 @@ impl Client {
             .map(|(answer, _)| answer)
     }
 
-    /// Renews a lease once, in one round trip; etcd-client keeps the first answer to itself.
-    pub(crate) async fn renew(&self, id: i64) -> Result<()> {
-        self.opened_stream(|| keeping(id), || self.opened(id))
+    /// Renews a lease on the stream of the last renewal, or else on a new one, on any member.
+    pub(crate) async fn renew(&self, id: i64, link: Option<Link>) -> Result<Link> {
+        if let Some(link) = link {
+            let renewal = Box::pin(self.renewed(id, Some(link)));
+            match timeout(STREAM_OPENS_WITHIN, self.unless_closed(renewal)).await {
+                Ok(Ok((_, link))) => return Ok(link),
+                Ok(Err(error)) if is_over(&error) => return Err(error),
+                Ok(Err(error)) => tracing::debug!(%error, "a stream of renewals was lost"),
+                Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
+            }
+        }
+        self.opened_stream(|| keeping(id), || self.renewed(id, None))
             .await
-            .map(drop)
+            .map(|(_, link)| link)
     }
 
     /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
@@ -196,7 +205,8 @@ impl Client {
     }
 }
 
-type Link = (LeaseKeeper, LeaseKeepAliveStream);
+/// A stream of renewals.
+pub(crate) type Link = (LeaseKeeper, LeaseKeepAliveStream);
 
 /// The renewals of a lease, from [`Client::keep_alive`].
 ///
