@@ -591,4 +591,6 @@ impl Reconciler {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
