@@ -11,6 +11,7 @@ use tower::Service;
 use super::call::Calls;
 use super::connect::{BoxError, Connector, Custom, Settings, custom};
 use super::endpoint::Plan;
+use super::guard::KEEP_FOR;
 use super::pick::Policy;
 use super::pool::{Pool, View};
 use super::retry::RetryPolicy;
@@ -48,6 +49,7 @@ pub struct BalancedChannelBuilder {
     concurrency_limit: Option<usize>,
     user_agent: Option<String>,
     origin: Option<Uri>,
+    mass_deletion_guard: Option<Duration>,
 }
 
 impl std::fmt::Debug for BalancedChannelBuilder {
@@ -80,6 +82,7 @@ impl BalancedChannelBuilder {
             concurrency_limit: None,
             user_agent: None,
             origin: None,
+            mass_deletion_guard: None,
         }
     }
 
@@ -241,6 +244,19 @@ impl BalancedChannelBuilder {
         self
     }
 
+    /// For how long endpoints that have vanished from the set together are kept, each while it is
+    /// connected; zero: not at all. Default 60 s for a [`Directory`](crate::Directory), whose instances
+    /// vanish as well when leases end though the servers live, and none for other sources.
+    ///
+    /// Together means that within 5 s more have vanished than there are left in the set, new ones included: a
+    /// fleet that is replaced by another is let go. One that has said that it is draining is let go
+    /// at once, and so is one whose connection is lost; it is not connected anew. What is kept shows as
+    /// [`EndpointStatus::kept`](super::EndpointStatus::kept), with a warning in the log.
+    pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
+        self.mass_deletion_guard = Some(keep_for);
+        self
+    }
+
     /// Makes the channel and starts to connect. Returns at once.
     ///
     /// Must be called within a Tokio runtime: tasks of its own keep the endpoints connected.
@@ -320,7 +336,12 @@ impl BalancedChannelBuilder {
         let tls = self.tls.as_ref().map(Tls::new).transpose()?;
         let connector = Arc::new(Connector::new(settings, tls, self.connector));
         let view = Arc::new(View::new(Arc::clone(self.source.name())));
-        let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy);
+        let keep_for = match self.mass_deletion_guard {
+            Some(keep_for) => keep_for.min(FOREVER),
+            None if self.source.expires() => KEEP_FOR,
+            None => Duration::ZERO,
+        };
+        let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, keep_for);
         let calls = Calls {
             view,
             ready_timeout: self.ready_timeout.min(FOREVER),

@@ -12,7 +12,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -74,6 +74,10 @@ pub struct EndpointStatus {
     pub weight: u32,
     /// Why its connection could not be made, or was lost; `None` while all is well.
     pub last_error: Option<String>,
+    /// Its instance is not in the set any more: it has vanished with most of the others, and is kept while it
+    /// is connected, for the time of
+    /// [`mass_deletion_guard`](super::BalancedChannelBuilder::mass_deletion_guard).
+    pub kept: bool,
 }
 
 /// An endpoint, shared by its tasks, the pool and the calls on it.
@@ -83,6 +87,7 @@ pub(super) struct Endpoint {
     pub(super) load: Load,
     /// 0 while the instance is not to get new calls.
     weight: AtomicU32,
+    kept: AtomicBool,
     connections: Mutex<Vec<Slot>>,
 }
 
@@ -106,6 +111,7 @@ impl Endpoint {
             target,
             load: Load::new(Instant::now()),
             weight: AtomicU32::new(0),
+            kept: AtomicBool::new(false),
             connections: Mutex::new(
                 std::iter::repeat_with(Slot::default)
                     .take(connections)
@@ -124,6 +130,15 @@ impl Endpoint {
             0
         };
         self.weight.store(weight, Ordering::Relaxed);
+    }
+
+    /// It is to get no new calls, for its instance has vanished.
+    pub(super) fn retire(&self) {
+        self.weight.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_kept(&self, kept: bool) {
+        self.kept.store(kept, Ordering::Relaxed);
     }
 
     /// It as something to pick, if it can be picked now.
@@ -166,6 +181,7 @@ impl Endpoint {
             latency: self.load.latency(Instant::now()),
             weight,
             last_error: slots.iter().find_map(|slot| slot.last_error.clone()),
+            kept: self.kept.load(Ordering::Relaxed),
         }
     }
 

@@ -48,6 +48,7 @@ mod connection;
 mod deadline;
 mod endpoint;
 mod failure;
+mod guard;
 mod load;
 mod pick;
 mod pool;

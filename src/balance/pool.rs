@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures::StreamExt;
@@ -13,6 +14,7 @@ use tokio::time::Instant;
 
 use super::connect::{Connector, Target};
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Plan, Ready, Supervised};
+use super::guard::Guard;
 use super::pick::{Picker, Policy, Turn};
 use super::source::Source;
 use crate::directory::{Difference, Instances, differences};
@@ -110,6 +112,8 @@ pub(super) struct Pool {
     changed: Arc<Notify>,
     shown: Instances,
     members: BTreeMap<InstanceKey, Member>,
+    /// What has vanished with most of the others.
+    guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
     unusable: BTreeMap<InstanceKey, String>,
     snapshot: Option<Arc<Snapshot>>,
 }
@@ -118,6 +122,12 @@ pub(super) struct Pool {
 struct Member {
     current: Supervised,
     next: Option<Next>,
+}
+
+impl Member {
+    fn is_connected(&self) -> bool {
+        self.current.endpoint.is_connected()
+    }
 }
 
 /// The endpoint that replaces the current one as soon as it is connected.
@@ -133,6 +143,7 @@ impl Pool {
         connector: Arc<Connector>,
         plan: Plan,
         policy: Policy,
+        keep_for: Duration,
     ) -> Self {
         Self {
             view,
@@ -143,6 +154,7 @@ impl Pool {
             changed: Arc::new(Notify::new()),
             shown: Instances::new(),
             members: BTreeMap::new(),
+            guard: Guard::new(keep_for),
             unusable: BTreeMap::new(),
             snapshot: None,
         }
@@ -152,18 +164,21 @@ impl Pool {
     pub(super) async fn run(mut self, source: Source) {
         let mut snapshots = source.into_stream().fuse();
         loop {
-            let switch_at = self.switch_at();
+            let wake_at = [self.switch_at(), self.guard.ends_at()];
+            let wake_at = wake_at.into_iter().flatten().min();
             let mut gone = Vec::new();
             tokio::select! {
                 // None after its end: the last set stays.
                 Some(snapshot) = snapshots.next() => gone = self.apply(snapshot),
                 () = self.changed.notified() => {}
-                () = sleep_until(switch_at) => {}
+                () = sleep_until(wake_at) => {}
             }
             let replaced = self.switch();
+            let is_connected = |(member, _): &_| Member::is_connected(member);
+            let released = self.guard.release(is_connected, Instant::now());
             self.publish();
             // Only now: nothing may be picked that is being taken down.
-            drop((gone, replaced));
+            drop((gone, replaced, released));
         }
     }
 
@@ -179,24 +194,71 @@ impl Pool {
                 self.unusable.remove(key);
                 if let Some(member) = self.members.remove(key) {
                     let address = Arc::clone(&member.current.endpoint.target.address);
-                    gone.extend(leaving.insert(address, member));
+                    let left = leaving.insert(address, (key.clone(), member));
+                    gone.extend(left.map(|(_, member)| member));
                 }
             }
         }
         for change in changes {
             if let Difference::Set(key, instance) = change {
-                if !self.members.contains_key(&key)
-                    && let Some(member) = leaving.remove(instance.address.as_str())
-                {
-                    self.members.insert(key.clone(), member);
+                if !self.members.contains_key(&key) {
+                    let left = leaving.remove(instance.address.as_str());
+                    let member = left.map(|(_, member)| member).or_else(|| {
+                        let kept = self.guard.take(|of, (member, _)| {
+                            *of == key
+                                || *member.current.endpoint.target.address == *instance.address
+                        });
+                        kept.map(|(member, _)| member)
+                    });
+                    if let Some(member) = member {
+                        member.current.endpoint.set_kept(false);
+                        self.members.insert(key.clone(), member);
+                    }
                 }
                 gone.extend(self.set(key, &instance));
             }
         }
+        let vanished = leaving.into_values();
+        gone.extend(vanished.filter_map(|(key, member)| self.vanish(key, member)));
+        self.guard_fleet();
         self.shown = Instances::clone(&snapshot.instances);
         self.snapshot = Some(snapshot);
-        gone.extend(leaving.into_values());
         gone
+    }
+
+    /// Returns a member that is to go: the guard has no use for it.
+    fn vanish(&mut self, key: InstanceKey, member: Member) -> Option<Member> {
+        // Still that of the snapshot before.
+        let Some(instance) = self.shown.get(&key).filter(|i| i.is_eligible()) else {
+            // It has said that it would leave.
+            return Some(member);
+        };
+        let instance = Arc::clone(instance);
+        member.current.endpoint.retire();
+        let is_connected = member.is_connected();
+        let refused = self
+            .guard
+            .vanished(key, (member, instance), is_connected, Instant::now());
+        refused.map(|(member, _)| member)
+    }
+
+    /// Has those that vanished with most of the others serve on.
+    fn guard_fleet(&mut self) {
+        let remaining = self.members.len();
+        let (together, kept) = self.guard.judge(remaining, Instant::now());
+        if kept.is_empty() {
+            return;
+        }
+        for (member, instance) in &kept {
+            member.current.endpoint.update(instance);
+            member.current.endpoint.set_kept(true);
+        }
+        tracing::warn!(
+            vanished = together,
+            remaining,
+            kept = kept.len(),
+            "most instances have vanished together: those that are connected still are kept for a while"
+        );
     }
 
     /// Returns a member that cannot be used any more.
@@ -268,7 +330,8 @@ impl Pool {
     }
 
     fn publish(&self) {
-        let members = self.members.values();
+        let kept = self.guard.kept().map(|(member, _)| member);
+        let members = self.members.values().chain(kept);
         let ready: Vec<Ready> = members
             .clone()
             .filter_map(|member| member.current.endpoint.ready())

@@ -14,6 +14,8 @@ use crate::{Directory, Instance, Result, Snapshot};
 /// A [`Directory`] is one; [`Source::new`] takes any stream, and [`Source::fixed`] a list.
 pub struct Source {
     name: Arc<str>,
+    /// Whether its sets are made of leases, which may end though the servers live.
+    expires: bool,
     snapshots: Pin<Box<dyn Stream<Item = Arc<Snapshot>> + Send>>,
 }
 
@@ -31,6 +33,7 @@ impl Source {
         let snapshots = sets.map(move |set| Arc::new(Snapshot::of(Arc::clone(&range), set)));
         Self {
             name,
+            expires: false,
             snapshots: Box::pin(snapshots),
         }
     }
@@ -60,6 +63,10 @@ impl Source {
         &self.name
     }
 
+    pub(super) fn expires(&self) -> bool {
+        self.expires
+    }
+
     pub(super) fn into_stream(self) -> impl Stream<Item = Arc<Snapshot>> + Send + Unpin {
         self.snapshots
     }
@@ -69,6 +76,7 @@ impl From<Directory> for Source {
     fn from(directory: Directory) -> Self {
         Self {
             name: Arc::clone(&directory.snapshot().range),
+            expires: true,
             snapshots: Box::pin(directory.changes()),
         }
     }
