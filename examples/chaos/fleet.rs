@@ -102,6 +102,7 @@ impl Fleet {
         let life = Life {
             name,
             address: address.to_owned(),
+            started: self.clock.now(),
             end: None,
         };
         lock(&self.lives).insert(name, life);

@@ -12,8 +12,9 @@
 //! directories showed and what became of each call is recorded, and then judged (see `check.rs`):
 //!
 //! - what a directory showed is a state that etcd had, in order;
-//! - 5 s after the last fault every directory shows what is in etcd, and every server that lives is
-//!   in there; those that ended have gone with their lease;
+//! - 5 s after the last fault, and wherever nothing is done to them for so long in between, every
+//!   directory shows what is in etcd, and every server that lives is in there; those that ended have
+//!   gone with their lease;
 //! - no call failed but those in flight on a server that was killed.
 //!
 //! The last line sums up, and the exit status is 0 if all that was so. The seed fixes the faults and
@@ -29,6 +30,7 @@ mod record;
 mod schedule;
 mod server;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,19 +44,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{sleep, sleep_until};
 use tracing_subscriber::EnvFilter;
 
+use check::calm::{self, CALM};
 use clients::Caller;
 use fleet::{Fleet, Paths};
 use observer::Observer;
 use play::Stage;
-use record::Clock;
+use record::{Clock, Failure, Life};
 use schedule::{CLIENT_PATHS, CLIENTS, MEMBERS, Path, SHORTEST, Schedule};
 
 /// The time to live of registrations: short, so that much expires, and longer than the least that etcd
 /// grants (2 s).
 const TTL: Duration = Duration::from_secs(3);
-
-/// How long after the last fault everything may still be on its way.
-const CONVERGE: Duration = Duration::from_secs(5);
 
 /// How long the fleet may take to be there at the beginning.
 const WARM_UP: Duration = Duration::from_secs(60);
@@ -199,11 +199,11 @@ async fn run(
     stage.play(schedule).await;
     let last_fault = clock.now();
     stage.say("the last fault is over");
-    let (lost, apart) = settle(&stage, &callers, last_fault + CONVERGE).await?;
+    let (lost, apart) = settle(&stage, &callers, last_fault + CALM).await?;
     stage.say("waiting for what is left of leases, and whether all stays as it is");
     sleep_until(clock.instant(begun + length)).await;
     let ghosts = outlive_leases(&stage).await?;
-    let (lost_later, apart_later) = settle(&stage, &callers, clock.now() + CONVERGE).await?;
+    let (lost_later, apart_later) = settle(&stage, &callers, clock.now() + CALM).await?;
 
     let mut problems = stage.problems();
     problems.extend(stage.fleet.deserters());
@@ -214,33 +214,26 @@ async fn run(
         notes.push(caller.finish().await);
     }
     let epochs = stage.observer.epochs();
+    let disturbances = stage.disturbances();
     let (mut divergences, mut unjudged) = (Vec::new(), 0);
     for (client, notes) in notes.iter().enumerate() {
         let verdict = check::directory(client, &notes.shown, &epochs);
         divergences.extend(verdict.divergences);
         unjudged += verdict.unjudged;
+        let apart = calm::apart(client, &notes.shown, &epochs, &disturbances, last_fault);
+        divergences.extend(apart);
     }
-    divergences.extend(apart.into_iter().chain(apart_later));
+    // What was so at both looks is one violation.
+    let apart: BTreeSet<String> = apart.into_iter().chain(apart_later).collect();
+    divergences.extend(apart);
     let failures = notes.iter().flat_map(|notes| &notes.failures);
     let (allowed, failed): (Vec<_>, Vec<_>) =
         failures.partition(|failure| check::is_allowed(failure, &lives));
-    let lost: Vec<String> = lost.into_iter().chain(lost_later).chain(ghosts).collect();
+    let in_calm = calm::lost(&lives, &epochs, &disturbances, last_fault);
+    let lost: BTreeSet<String> = lost.into_iter().chain(lost_later).collect();
+    let lost: Vec<String> = in_calm.into_iter().chain(lost).chain(ghosts).collect();
 
-    let failed_calls = failed.iter().map(|failure| {
-        let to = failure.sent_to.as_deref().unwrap_or("nobody");
-        let end = lives
-            .iter()
-            .find(|life| failure.sent_to.as_ref() == Some(&life.address));
-        format!(
-            "client {} from {:.3} s to {:.3} s, sent to {to} ({:?}): {}",
-            failure.client,
-            failure.begun.as_secs_f64(),
-            failure.ended.as_secs_f64(),
-            end.map(|life| (life.name.to_string(), life.end)),
-            failure.status
-        )
-    });
-    report("failed calls", failed_calls);
+    report("failed calls", told(&failed, &lives).into_iter());
     report("divergences", divergences.iter().cloned());
     report("lost registrations", lost.iter().cloned());
     report("problems", problems.iter().cloned());
@@ -272,6 +265,32 @@ async fn run(
         lost.len()
     );
     Ok(failed.is_empty() && divergences.is_empty() && lost.is_empty() && problems.is_empty())
+}
+
+/// What calls failed with: those that failed alike in one line.
+fn told(failed: &[&Failure], lives: &[Life]) -> Vec<String> {
+    let mut alike: BTreeMap<(usize, &str), Vec<&Failure>> = BTreeMap::new();
+    for failure in failed {
+        let how = (failure.client, failure.status.as_str());
+        alike.entry(how).or_default().push(failure);
+    }
+    let line = |((client, status), failures): ((usize, &str), Vec<&Failure>)| {
+        let begun = failures.iter().map(|f| f.begun).min().unwrap_or_default();
+        let ended = failures.iter().map(|f| f.ended).max().unwrap_or_default();
+        let sent_to = failures.iter().find_map(|failure| failure.sent_to.as_ref());
+        let server = lives.iter().find(|life| Some(&life.address) == sent_to);
+        let server = match server {
+            Some(Life { name, end, .. }) => format!("{name} ({end:?})"),
+            None => "nobody".to_owned(),
+        };
+        format!(
+            "{} of client {client} from {:.3} s to {:.3} s, sent to {server}: {status}",
+            failures.len(),
+            begun.as_secs_f64(),
+            ended.as_secs_f64()
+        )
+    };
+    alike.into_iter().map(line).collect()
 }
 
 fn report(kind: &str, violations: impl ExactSizeIterator<Item = String>) {

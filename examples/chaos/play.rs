@@ -1,7 +1,7 @@
 //! Plays a schedule: does the faults, and undoes them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::fleet::{Fleet, Paths};
 use crate::observer::{Observer, PATIENCE, leadership};
-use crate::record::{Clock, Ending, key_of};
+use crate::record::{Clock, Disturbance, Ending, Whom, key_of};
 use crate::schedule::{Damage, Fault, Name, Path, Planned, Schedule};
 
 /// How long a cluster may take to agree on a leader before all members are wiped.
@@ -31,6 +31,7 @@ pub struct Stage {
     pub observer: Observer,
     played: AtomicUsize,
     problems: Mutex<Vec<String>>,
+    disturbances: Mutex<Vec<Disturbance>>,
 }
 
 impl Stage {
@@ -49,6 +50,7 @@ impl Stage {
             observer,
             played: AtomicUsize::new(0),
             problems: Mutex::default(),
+            disturbances: Mutex::default(),
         }
     }
 
@@ -59,11 +61,12 @@ impl Stage {
 
     /// What did not end as it should, such as a server that did not leave when asked to.
     pub fn problems(&self) -> Vec<String> {
-        self.lock_problems().clone()
+        lock(&self.problems).clone()
     }
 
-    fn lock_problems(&self) -> std::sync::MutexGuard<'_, Vec<String>> {
-        self.problems.lock().unwrap_or_else(PoisonError::into_inner)
+    /// When whom what was done to.
+    pub fn disturbances(&self) -> Vec<Disturbance> {
+        lock(&self.disturbances).clone()
     }
 
     /// A line with the time.
@@ -101,7 +104,14 @@ impl Stage {
         } else {
             self.say(&format!("{fault} for {:.3} s", lasts.as_secs_f64()));
         }
-        match self.do_it(fault, *lasts).await {
+        let from = self.clock.now();
+        let outcome = self.do_it(fault, *lasts).await;
+        if let Some(whom) = fault.disturbs() {
+            let to = self.clock.now();
+            let disturbance = Disturbance { from, to, whom };
+            lock(&self.disturbances).push(disturbance);
+        }
+        match outcome {
             Ok(Done::Yes) => {
                 self.played.fetch_add(1, Ordering::Relaxed);
             }
@@ -109,7 +119,7 @@ impl Stage {
             Err(error) => {
                 let problem = format!("{fault}: {error}");
                 self.say(&problem);
-                self.lock_problems().push(problem);
+                lock(&self.problems).push(problem);
             }
         }
     }
@@ -282,6 +292,31 @@ impl Stage {
             }
         }
         Ok(Done::No(last))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Fault {
+    /// Who cannot be as they should be while it lasts. What happens to a server's process is told by
+    /// its [`Life`](crate::record::Life).
+    fn disturbs(&self) -> Option<Whom> {
+        match self {
+            Fault::KillMember(_)
+            | Fault::PauseMember(_)
+            | Fault::RestartMember(_)
+            | Fault::WipeMember(_)
+            | Fault::KillAll
+            | Fault::PauseAll
+            | Fault::WipeAll => Some(Whom::Everybody),
+            Fault::Cut(path) | Fault::Blackhole(path) => Some(Whom::Path(*path)),
+            Fault::RevokeLease(name) | Fault::DeleteKey(name) | Fault::CorruptKey(name, _) => {
+                Some(Whom::Server(*name))
+            }
+            Fault::Compact | Fault::KillServer(..) | Fault::EndServer(..) | Fault::Join(_) => None,
+        }
     }
 }
 

@@ -114,6 +114,7 @@ pub enum Ending {
 pub struct Life {
     pub name: Name,
     pub address: String,
+    pub started: Duration,
     pub end: Option<End>,
 }
 
@@ -133,4 +134,21 @@ pub struct Extension {
     pub at: Duration,
     /// Only for servers on this path; for all if `None`.
     pub path: Option<Path>,
+}
+
+/// A time in which something was wrong, on purpose.
+#[derive(Debug, Clone, Copy)]
+pub struct Disturbance {
+    pub from: Duration,
+    pub to: Duration,
+    pub whom: Whom,
+}
+
+/// Who cannot be expected to be as they should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whom {
+    Everybody,
+    /// Who is on this path.
+    Path(Path),
+    Server(Name),
 }

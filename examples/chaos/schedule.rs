@@ -274,7 +274,8 @@ impl Lane {
             }
             let fault = fault(member);
             planned.push(Planned { at, lasts, fault });
-            at += lasts + self.between(1_000, 5_000);
+            // Some of the pauses are long enough for everything to come to rest.
+            at += lasts + self.between(1_000, 8_000);
         }
         planned
     }
@@ -290,7 +291,7 @@ impl Lane {
             }
             let fault = fault(path);
             planned.push(Planned { at, lasts, fault });
-            at += lasts + self.between(300, 3_000);
+            at += lasts + self.between(300, 4_000);
         }
         planned
     }

@@ -1,5 +1,9 @@
 //! The judgement: what was recorded is held against what is promised. No I/O in here.
 
+pub mod calm;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,9 +32,12 @@ struct Allowed {
     optional: bool,
 }
 
+type State = BTreeMap<String, Allowed>;
+
 /// The states of one history, in order of revision.
 struct States {
-    states: Vec<(i64, BTreeMap<String, Allowed>)>,
+    /// With the revision of each, and when it was heard of.
+    states: Vec<(i64, Duration, State)>,
 }
 
 impl States {
@@ -38,9 +45,9 @@ impl States {
     /// directory has seen. Which it has seen is not known here: any of them, or none, will do.
     fn of(changes: &[Change]) -> Self {
         let range = range();
-        let mut state: BTreeMap<String, Allowed> = BTreeMap::new();
+        let mut state = State::new();
         let mut good: BTreeMap<&str, Vec<Arc<Instance>>> = BTreeMap::new();
-        let mut states = vec![(0, state.clone())];
+        let mut states = vec![(0, Duration::ZERO, state.clone())];
         let changes = changes
             .iter()
             .filter(|change| change.key.starts_with(&range));
@@ -73,21 +80,28 @@ impl States {
                 }
             }
             match states.last_mut() {
-                Some((revision, last)) if *revision == change.revision => last.clone_from(&state),
-                _ => states.push((change.revision, state.clone())),
+                Some((revision, _, last)) if *revision == change.revision => {
+                    last.clone_from(&state)
+                }
+                _ => states.push((change.revision, change.at, state.clone())),
             }
         }
         Self { states }
     }
 
-    fn at(&self, revision: i64) -> &BTreeMap<String, Allowed> {
-        let after = self.states.partition_point(|(of, _)| *of <= revision);
-        &self.states[after.max(1) - 1].1
+    fn at(&self, revision: i64) -> &State {
+        let after = self.states.partition_point(|(of, _, _)| *of <= revision);
+        &self.states[after.max(1) - 1].2
+    }
+
+    fn when(&self, at: Duration) -> &State {
+        let after = self.states.partition_point(|(_, heard, _)| *heard <= at);
+        &self.states[after.max(1) - 1].2
     }
 }
 
 /// What differs between a state and a picture, key by key.
-fn differences(state: &BTreeMap<String, Allowed>, picture: &Picture) -> Vec<String> {
+fn differences(state: &State, picture: &Picture) -> Vec<String> {
     let mut found = Vec::new();
     for (key, allowed) in state {
         match picture.get(key) {
@@ -224,7 +238,7 @@ pub fn ghosts(
             if last_put.is_none_or(|put| put.lease == 0) {
                 continue;
             }
-            let deleted = of_key().last().filter(|change| change.value.is_none());
+            let deleted = of_key().next_back().filter(|change| change.value.is_none());
             let until = deleted.map_or(epoch.ended.unwrap_or(now), |change| change.at);
             if until > limit {
                 let state = match deleted {
@@ -262,24 +276,22 @@ pub fn lost(lives: &[Life], changes: &[Change]) -> Vec<String> {
     let mut found = Vec::new();
     for life in lives.iter().filter(|life| life.end.is_none()) {
         let key = key_of(life.name);
-        let change = content.get(key.as_str());
-        let Some(value) = change.and_then(|change| change.value.as_ref()) else {
-            found.push(format!("{} lives and has no key", life.name));
-            continue;
-        };
-        let right = decode(&key, value).is_some_and(|i| i.address == life.address && !i.draining);
-        if !right {
-            let value = String::from_utf8_lossy(value);
-            found.push(format!(
-                "{} lives at {} and has {value}",
-                life.name, life.address
-            ));
-        } else if change.is_some_and(|change| change.lease == 0) {
-            found.push(format!("{} lives and its key has no lease", life.name));
+        if let Some(why) = wrong(life, content.get(key.as_str()).copied()) {
+            found.push(format!("{} lives and {why}", life.name));
         }
     }
     found
 }
 
-#[cfg(test)]
-mod tests;
+/// What is wrong with the last change of a living server's key.
+fn wrong(life: &Life, change: Option<&Change>) -> Option<String> {
+    let Some((change, value)) = change.and_then(|c| Some((c, c.value.as_ref()?))) else {
+        return Some("has no key".to_owned());
+    };
+    let right = |i: Arc<Instance>| i.address == life.address && !i.draining;
+    if !decode(&change.key, value).is_some_and(right) {
+        let value = String::from_utf8_lossy(value);
+        return Some(format!("is at {}, its key has {value}", life.address));
+    }
+    (change.lease == 0).then(|| "its key has no lease".to_owned())
+}
