@@ -7,7 +7,7 @@ mod check;
 #[path = "../examples/chaos/record.rs"]
 mod record;
 #[allow(dead_code, reason = "the program uses all of it")]
-#[path = "../examples/chaos/schedule.rs"]
+#[path = "../examples/chaos/schedule/mod.rs"]
 mod schedule;
 
 use std::error::Error;
