@@ -12,7 +12,7 @@ use goo_etcd::testing::{EtcdCluster, Proxy};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::{sleep, timeout};
 
 use crate::record::{Clock, End, Ending, Life};
@@ -55,12 +55,19 @@ impl Paths {
     }
 }
 
+/// A server's process.
+struct Running {
+    process: Child,
+    /// It ends when this is closed, which waiting for a [`Child`] does that still has it.
+    _input: Option<ChildStdin>,
+}
+
 /// All servers that there are and were. Dropping it kills those that run.
 pub struct Fleet {
     clock: Clock,
     ttl: Duration,
     logs: Option<PathBuf>,
-    running: Mutex<BTreeMap<Name, Child>>,
+    running: Mutex<BTreeMap<Name, Running>>,
     lives: Mutex<BTreeMap<Name, Life>>,
 }
 
@@ -106,7 +113,9 @@ impl Fleet {
             end: None,
         };
         lock(&self.lives).insert(name, life);
-        lock(&self.running).insert(name, process);
+        let _input = process.stdin.take();
+        let running = Running { process, _input };
+        lock(&self.running).insert(name, running);
         Ok(())
     }
 
@@ -119,15 +128,16 @@ impl Fleet {
         // It may be starting still, on a busy machine.
         let started = async {
             loop {
-                if let Some(process) = lock(&self.running).remove(&name) {
-                    return process;
+                if let Some(running) = lock(&self.running).remove(&name) {
+                    return running;
                 }
                 sleep(Duration::from_millis(10)).await;
             }
         };
-        let mut process = timeout(START, started)
+        let mut running = timeout(START, started)
             .await
             .map_err(|_| format!("{name} does not run"))?;
+        let process = &mut running.process;
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok());
         let pid = pid.ok_or_else(|| format!("{name} has ended by itself"))?;
         let signalled = self.clock.now();
@@ -160,8 +170,8 @@ impl Fleet {
     /// The servers that have ended although nobody asked them to.
     pub fn deserters(&self) -> Vec<String> {
         let mut running = lock(&self.running);
-        let ended = running.iter_mut().filter_map(|(name, process)| {
-            let status = process.try_wait().ok().flatten()?;
+        let ended = running.iter_mut().filter_map(|(name, running)| {
+            let status = running.process.try_wait().ok().flatten()?;
             Some(format!("{name} ended by itself: {status}"))
         });
         ended.collect()

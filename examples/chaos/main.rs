@@ -29,6 +29,7 @@ mod play;
 mod record;
 mod schedule;
 mod server;
+mod stall;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -51,10 +52,14 @@ use observer::Observer;
 use play::Stage;
 use record::{Clock, Failure, Life};
 use schedule::{CLIENT_PATHS, CLIENTS, MEMBERS, Path, SHORTEST, Schedule};
+use stall::Stalls;
 
 /// The time to live of registrations: short, so that much expires, and longer than the least that etcd
 /// grants (2 s).
 const TTL: Duration = Duration::from_secs(3);
+
+/// How much longer at most, on a machine that stands still now and then.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the fleet may take to be there at the beginning.
 const WARM_UP: Duration = Duration::from_secs(60);
@@ -176,6 +181,7 @@ async fn run(
     if let Some(folder) = &logs {
         std::fs::create_dir_all(folder)?;
     }
+    let stalls = Stalls::watch(clock);
     let cluster = Etcd::builder().start_cluster(MEMBERS).await?;
     let observer = Observer::start(&cluster, clock);
     let paths = Paths::start(&cluster).await?;
@@ -189,7 +195,7 @@ async fn run(
         let endpoints = stage.paths.endpoints(path, &stage.cluster);
         callers.push(Caller::start(index, endpoints, clock).await?);
     }
-    let (lost, apart) = settle(&stage, &callers, clock.now() + WARM_UP).await?;
+    let (lost, apart) = settle(&stage, &callers, &stalls, clock.now() + WARM_UP).await?;
     if let Some(why) = lost.iter().chain(&apart).next() {
         return Err(format!("the fleet was not complete within {WARM_UP:?}: {why}").into());
     }
@@ -199,11 +205,11 @@ async fn run(
     stage.play(schedule).await;
     let last_fault = clock.now();
     stage.say("the last fault is over");
-    let (lost, apart) = settle(&stage, &callers, last_fault + CALM).await?;
+    let (lost, apart) = settle(&stage, &callers, &stalls, last_fault + CALM).await?;
     stage.say("waiting for what is left of leases, and whether all stays as it is");
     sleep_until(clock.instant(begun + length)).await;
-    let ghosts = outlive_leases(&stage).await;
-    let (lost_later, apart_later) = settle(&stage, &callers, clock.now() + CALM).await?;
+    let ghosts = outlive_leases(&stage, &stalls).await;
+    let (lost_later, apart_later) = settle(&stage, &callers, &stalls, clock.now() + CALM).await?;
 
     let mut problems = stage.problems();
     problems.extend(stage.fleet.deserters());
@@ -214,7 +220,8 @@ async fn run(
         notes.push(caller.finish().await);
     }
     let epochs = stage.observer.epochs();
-    let disturbances = stage.disturbances();
+    let mut disturbances = stage.disturbances();
+    disturbances.extend(stalls.disturbances());
     let (mut divergences, mut unjudged) = (Vec::new(), 0);
     for (client, notes) in notes.iter().enumerate() {
         let verdict = check::directory(client, &notes.shown, &epochs);
@@ -238,6 +245,7 @@ async fn run(
     report("lost registrations", lost.iter().cloned());
     report("problems", problems.iter().cloned());
     let calls: u64 = notes.iter().map(|notes| notes.calls).sum();
+    let stalled = stalls.all();
     let snapshots: usize = notes.iter().map(|notes| notes.shown.len()).sum();
     let slowest = notes
         .iter()
@@ -246,13 +254,19 @@ async fn run(
         .unwrap_or_default();
     println!(
         "chaos: {snapshots} snapshots ({unjudged} could not be judged) of {} histories with {} changes, \
-         slowest call {:.3} s",
+         slowest call {:.3} s, machine stalled {} times, {:.3} s",
         epochs.len(),
         epochs
             .iter()
             .map(|epoch| epoch.changes.len())
             .sum::<usize>(),
-        slowest.as_secs_f64()
+        slowest.as_secs_f64(),
+        stalled.len(),
+        stalled
+            .iter()
+            .map(|(from, to)| *to - *from)
+            .sum::<Duration>()
+            .as_secs_f64()
     );
     println!(
         "chaos: seed={seed} seconds={} faults={} calls={calls} failed_allowed={} failed={} \
@@ -311,11 +325,16 @@ fn report(kind: &str, violations: impl ExactSizeIterator<Item = String>) {
 async fn settle(
     stage: &Stage,
     callers: &[Caller],
+    stalls: &Stalls,
     deadline: Duration,
 ) -> Result<(Vec<String>, Vec<String>)> {
     let mut waiting: Vec<usize> = (0..callers.len()).collect();
     let mut registered = false;
+    let latest = deadline + PATIENCE;
     loop {
+        // Time in which the machine stood still is no time.
+        let stalled = stalls.all().last().map_or(deadline, |(_, to)| *to + CALM);
+        let deadline = deadline.max(stalled).min(latest);
         let truth = match stage.observer.up_to_now().await {
             Ok(truth) => truth,
             // An election, perhaps.
@@ -356,13 +375,14 @@ async fn settle(
 }
 
 /// Waits until every server that is dead is out of etcd, or has been there for too long.
-async fn outlive_leases(stage: &Stage) -> Vec<String> {
+async fn outlive_leases(stage: &Stage, stalls: &Stalls) -> Vec<String> {
     let lives = stage.fleet.lives();
     loop {
         let epochs = stage.observer.epochs();
         let present = epochs.last().map_or(&[][..], |epoch| &epoch.changes);
         let now = stage.clock.now();
-        let extensions = stage.observer.extensions();
+        let mut extensions = stage.observer.extensions();
+        extensions.extend(stalls.extensions());
         let limits = lives.iter().filter_map(|life| {
             let end = life.end?;
             Some(check::expires(life, end, TTL, &extensions))
