@@ -233,9 +233,10 @@ async fn run(
     // What was so at both looks is one violation.
     let apart: BTreeSet<String> = apart.into_iter().chain(apart_later).collect();
     divergences.extend(apart);
+    let stalled = stalls.all();
     let failures = notes.iter().flat_map(|notes| &notes.failures);
     let (allowed, failed): (Vec<_>, Vec<_>) =
-        failures.partition(|failure| check::is_allowed(failure, &lives));
+        failures.partition(|failure| check::is_allowed(failure, &lives, &stalled));
     let in_calm = calm::lost(&lives, &epochs, &disturbances, last_fault);
     let lost: BTreeSet<String> = lost.into_iter().chain(lost_later).collect();
     let lost: Vec<String> = in_calm.into_iter().chain(lost).chain(ghosts).collect();
@@ -245,7 +246,6 @@ async fn run(
     report("lost registrations", lost.iter().cloned());
     report("problems", problems.iter().cloned());
     let calls: u64 = notes.iter().map(|notes| notes.calls).sum();
-    let stalled = stalls.all();
     let snapshots: usize = notes.iter().map(|notes| notes.shown.len()).sum();
     let slowest = notes
         .iter()
@@ -333,7 +333,7 @@ async fn settle(
     let latest = deadline + PATIENCE;
     loop {
         // Time in which the machine stood still is no time.
-        let stalled = stalls.all().last().map_or(deadline, |(_, to)| *to + CALM);
+        let stalled = stalls.long().last().map_or(deadline, |(_, to)| to + CALM);
         let deadline = deadline.max(stalled).min(latest);
         let truth = match stage.observer.up_to_now().await {
             Ok(truth) => truth,

@@ -17,6 +17,9 @@ use crate::schedule::{Damage, Fault, Name, Path, Planned, Schedule};
 /// How long a cluster may take to agree on a leader before all members are wiped.
 const AGREE: Duration = Duration::from_secs(20);
 
+/// A key that is none of the servers'.
+const OTHERS: &str = "others";
+
 /// What a killed follower has sent is with the leader by then.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
@@ -172,6 +175,10 @@ impl Stage {
                 let revision = self.observer.known_to();
                 return self.by_hand(&ByHand::Compact { revision }).await;
             }
+            Fault::Advance(revisions) => {
+                let revisions = *revisions;
+                return self.by_hand(&ByHand::Advance { revisions }).await;
+            }
             Fault::RevokeLease(name) => return self.by_hand(&ByHand::Revoke(*name)).await,
             Fault::DeleteKey(name) => return self.by_hand(&ByHand::Delete(*name)).await,
             Fault::CorruptKey(name, damage) => {
@@ -315,7 +322,11 @@ impl Fault {
             Fault::RevokeLease(name) | Fault::DeleteKey(name) | Fault::CorruptKey(name, _) => {
                 Some(Whom::Server(*name))
             }
-            Fault::Compact | Fault::KillServer(..) | Fault::EndServer(..) | Fault::Join(_) => None,
+            Fault::Compact
+            | Fault::Advance(_)
+            | Fault::KillServer(..)
+            | Fault::EndServer(..)
+            | Fault::Join(_) => None,
         }
     }
 }
@@ -329,6 +340,7 @@ enum Done {
 /// What somebody does with an ordinary client of etcd.
 enum ByHand {
     Compact { revision: i64 },
+    Advance { revisions: u32 },
     Revoke(Name),
     Delete(Name),
     Overwrite(Name, Damage),
@@ -339,6 +351,11 @@ impl ByHand {
         match self {
             ByHand::Compact { revision } => {
                 client.compact(*revision, None).await?;
+            }
+            ByHand::Advance { revisions } => {
+                for _ in 0..*revisions {
+                    client.put(OTHERS, "", None).await?;
+                }
             }
             ByHand::Revoke(name) => {
                 let answer = client.get(key_of(*name), None).await?;

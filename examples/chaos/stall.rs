@@ -12,9 +12,11 @@ use crate::record::{Clock, Disturbance, Extension, Whom};
 /// How often it looks at the clock.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How late a look must be to count. A busy scheduler makes one wait for tens of milliseconds; leases
-/// of 3 s that are renewed every second feel half of one.
-const LATE: Duration = Duration::from_millis(500);
+/// How late a look must be to be told. A busy scheduler makes one wait for tens of milliseconds.
+const LATE: Duration = Duration::from_millis(100);
+
+/// How late it must be to disturb: leases of 3 s that are renewed every second feel half of one.
+const LATE_FOR_LEASES: Duration = Duration::from_millis(500);
 
 /// Looks for as long as it is held.
 pub struct Stalls {
@@ -50,9 +52,15 @@ impl Stalls {
         found.clone()
     }
 
+    /// Those that leases and directories feel.
+    pub fn long(&self) -> impl Iterator<Item = (Duration, Duration)> + use<> {
+        let all = self.all().into_iter();
+        all.filter(|(from, to)| *to - *from > TICK + LATE_FOR_LEASES)
+    }
+
     /// Nobody can be expected to be as they should be.
-    pub fn disturbances(&self) -> impl Iterator<Item = Disturbance> {
-        self.all().into_iter().map(|(from, to)| Disturbance {
+    pub fn disturbances(&self) -> impl Iterator<Item = Disturbance> + use<> {
+        self.long().map(|(from, to)| Disturbance {
             from,
             to,
             whom: Whom::Everybody,
@@ -60,9 +68,7 @@ impl Stalls {
     }
 
     /// What was over is taken away when etcd runs again.
-    pub fn extensions(&self) -> impl Iterator<Item = Extension> {
-        self.all()
-            .into_iter()
-            .map(|(_, at)| Extension { at, path: None })
+    pub fn extensions(&self) -> impl Iterator<Item = Extension> + use<> {
+        self.long().map(|(_, at)| Extension { at, path: None })
     }
 }

@@ -188,7 +188,17 @@ pub fn sent_to(message: &str) -> Option<String> {
 }
 
 /// Whether a call may have failed: it was sent to a server that was killed while it was in flight.
-pub fn is_allowed(failure: &Failure, lives: &[Life]) -> bool {
+/// Time in which the machine stood still does not count for noticing a death.
+pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Duration)]) -> bool {
+    let noticed = |gone: Duration| {
+        let mut noticed = gone + NOTICE;
+        for (from, to) in stalls {
+            if *to > gone && *from < noticed {
+                noticed += *to - *from.max(&gone);
+            }
+        }
+        noticed
+    };
     lives
         .iter()
         .filter(|life| failure.sent_to.as_ref() == Some(&life.address))
@@ -197,7 +207,7 @@ pub fn is_allowed(failure: &Failure, lives: &[Life]) -> bool {
                 how: Ending::Killed,
                 signalled,
                 gone,
-            }) => failure.begun <= gone + NOTICE && failure.ended >= signalled,
+            }) => failure.begun <= noticed(gone) && failure.ended >= signalled,
             _ => false,
         })
 }

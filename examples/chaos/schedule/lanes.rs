@@ -6,6 +6,9 @@ use fastrand::Rng;
 
 use super::{Damage, Fault, MANY, MEMBERS, Name, Path, Planned, SERVERS, Schedule};
 
+/// How many revisions others make at a time; with twenty servers a history has some hundred by itself.
+const REVISIONS: u32 = 200;
+
 /// When a server is there, according to the schedule.
 pub(super) struct Life {
     name: Name,
@@ -108,6 +111,7 @@ impl Lane {
             |name| Fault::CorruptKey(name, Damage::Half),
             |name| Fault::CorruptKey(name, Damage::OtherAddress),
             |_| Fault::Compact,
+            |_| Fault::Advance(REVISIONS),
         ];
         let mut deck = Deck::new(kinds);
         let mut planned = Vec::new();

@@ -117,6 +117,9 @@ pub enum Fault {
     Cut(Path),
     Blackhole(Path),
     Compact,
+    /// So many revisions by others, in no key of ours: after a wipe the new history soon is longer than
+    /// the old one was.
+    Advance(u32),
     RevokeLease(Name),
     DeleteKey(Name),
     CorruptKey(Name, Damage),
@@ -145,6 +148,7 @@ impl fmt::Display for Fault {
             Fault::Cut(path) => write!(f, "cut the path of {path}"),
             Fault::Blackhole(path) => write!(f, "blackhole on the path of {path}"),
             Fault::Compact => write!(f, "compact"),
+            Fault::Advance(revisions) => write!(f, "{revisions} revisions by others"),
             Fault::RevokeLease(name) => write!(f, "revoke the lease of {name}"),
             Fault::DeleteKey(name) => write!(f, "delete the key of {name}"),
             Fault::CorruptKey(name, damage) => write!(f, "overwrite {name} ({damage:?})"),

@@ -19,24 +19,30 @@ fn failure(begun: f64, ended: f64, message: &str) -> Failure {
 fn a_call_may_fail_only_in_flight_on_a_server_that_was_killed() {
     let killed = [life(Some((Ending::Killed, 5.0, 5.01)))];
     let lost = "127.0.0.1:1000: connection lost: broken pipe";
-    assert!(is_allowed(&failure(4.9, 5.02, lost), &killed));
+    assert!(is_allowed(&failure(4.9, 5.02, lost), &killed, &[]));
     // Sent before its end was noticed.
-    assert!(is_allowed(&failure(5.2, 5.3, lost), &killed));
+    assert!(is_allowed(&failure(5.2, 5.3, lost), &killed, &[]));
 
     // It had ended long before.
-    assert!(!is_allowed(&failure(5.3, 5.31, lost), &killed));
+    assert!(!is_allowed(&failure(5.3, 5.31, lost), &killed, &[]));
     // It failed before the server was killed.
-    assert!(!is_allowed(&failure(4.8, 4.9, lost), &killed));
+    assert!(!is_allowed(&failure(4.8, 4.9, lost), &killed, &[]));
     // It was in flight elsewhere.
     let elsewhere = "127.0.0.1:2000: connection lost: broken pipe";
-    assert!(!is_allowed(&failure(4.9, 5.02, elsewhere), &killed));
+    assert!(!is_allowed(&failure(4.9, 5.02, elsewhere), &killed, &[]));
     // It was never sent.
     let nowhere = "no instances under services/chaos/ (waited 5s)";
-    assert!(!is_allowed(&failure(4.9, 5.02, nowhere), &killed));
+    assert!(!is_allowed(&failure(4.9, 5.02, nowhere), &killed, &[]));
     // The server was asked to leave, or is still there.
     let left = [life(Some((Ending::Left, 5.0, 6.0)))];
-    assert!(!is_allowed(&failure(4.9, 5.02, lost), &left));
-    assert!(!is_allowed(&failure(4.9, 5.02, lost), &[life(None)]));
+    assert!(!is_allowed(&failure(4.9, 5.02, lost), &left, &[]));
+    assert!(!is_allowed(&failure(4.9, 5.02, lost), &[life(None)], &[]));
+
+    // Unless nobody could notice: the machine stood still from 5.1 s to 5.9 s.
+    let late = failure(6.0, 6.01, lost);
+    assert!(!is_allowed(&late, &killed, &[]));
+    assert!(is_allowed(&late, &killed, &[(seconds(5.1), seconds(5.9))]));
+    assert!(!is_allowed(&late, &killed, &[(seconds(4.0), seconds(4.9))]));
 }
 
 #[test]
