@@ -42,7 +42,7 @@ use futures::future::try_join_all;
 use goo_etcd::testing::Etcd;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{sleep, sleep_until, timeout};
 use tracing_subscriber::EnvFilter;
 
 use check::calm::{self, CALM};
@@ -63,6 +63,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the fleet may take to be there at the beginning.
 const WARM_UP: Duration = Duration::from_secs(60);
+
+/// What starting, undoing the last faults and judging may take beyond the time of the run.
+const OVERTIME: Duration = Duration::from_secs(240);
 
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(50);
@@ -148,10 +151,13 @@ fn multi_threaded(cli: Cli) -> Result<ExitCode> {
     // Whichever comes first: dropping the run ends its processes.
     runtime.block_on(async {
         tokio::select! {
-            outcome = run(seed, length, &schedule, cli.logs) => Ok(match outcome? {
-                true => ExitCode::SUCCESS,
-                false => ExitCode::FAILURE,
-            }),
+            outcome = timeout(length + OVERTIME, run(seed, length, &schedule, cli.logs)) => {
+                let outcome = outcome.map_err(|_| format!("no end {OVERTIME:?} after its time"))?;
+                Ok(match outcome? {
+                    true => ExitCode::SUCCESS,
+                    false => ExitCode::FAILURE,
+                })
+            }
             _ = stop_signal() => {
                 println!("chaos: interrupted");
                 // As shells report a program that Ctrl-C ended.
