@@ -136,6 +136,18 @@ pub enum Error {
         key: String,
     },
 
+    /// Another process has registered the same key later. When that registration goes, this one is
+    /// back.
+    #[error(
+        "{key} is registered by another, under lease {by:x}; give each process an id of its own"
+    )]
+    Superseded {
+        /// The instance's key in etcd.
+        key: String,
+        /// The other's lease.
+        by: i64,
+    },
+
     /// This instance is registered already through the same registrar.
     #[error(
         "{key} is registered already by this registrar; use the registration you have, or another id"

@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -23,22 +23,20 @@ async fn given_many_that_want_a_lock_then_each_holds_it_alone_while_members_die(
     let client = Client::new("main", config).await?;
     let inside = Arc::new(AtomicUsize::new(0));
     let done = Arc::new(AtomicUsize::new(0));
+    let enough = Arc::new(AtomicBool::new(false));
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..5 {
         let (client, inside, done) = (client.clone(), inside.clone(), done.clone());
+        let enough = enough.clone();
         tasks.spawn(async move {
-            for _ in 0..4 {
+            while !enough.load(Ordering::SeqCst) {
                 let lock = client.lock("busy", 30).await.unwrap();
                 assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                 sleep(Duration::from_millis(20)).await;
                 assert!(lock.is_held());
                 assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1);
                 done.fetch_add(1, Ordering::SeqCst);
-                // As well as that goes while a leader is elected.
-                while client.get(lock.key(), None).await.is_err() {}
-                if let Err(error) = lock.unlock().await {
-                    assert!(!matches!(error, Error::Closed { .. }), "{error}");
-                }
+                lock.unlock().await.unwrap();
             }
         });
     }
@@ -48,6 +46,50 @@ async fn given_many_that_want_a_lock_then_each_holds_it_alone_while_members_die(
         member.kill().await?;
         member.start_again().await?;
     }
+    let before = done.load(Ordering::SeqCst);
+    eventually("it goes on", async || done.load(Ordering::SeqCst) > before).await;
+    enough.store(true, Ordering::SeqCst);
+    while let Some(ended) = timeout(PATIENCE * 3, tasks.join_next()).await? {
+        ended?;
+    }
+    Ok(())
+}
+
+/// A leader answers from what it has applied, and another member may have told of the grant before.
+#[tokio::test]
+async fn given_leases_just_granted_then_none_is_said_to_be_gone_whoever_leads() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let mut config = Config::default();
+    config.endpoints = cluster.endpoints();
+    config.dial_timeout = PATIENCE;
+    let client = Client::new("main", config).await?;
+    let confirmed = Arc::new(AtomicUsize::new(0));
+    let enough = Arc::new(AtomicBool::new(false));
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..16 {
+        let (client, confirmed, enough) = (client.clone(), confirmed.clone(), enough.clone());
+        tasks.spawn(async move {
+            while !enough.load(Ordering::SeqCst) {
+                let Ok(granted) = client.grant(60).await else {
+                    continue;
+                };
+                match client.keep_alive_once(granted.id()).await {
+                    Ok(_) => drop(confirmed.fetch_add(1, Ordering::SeqCst)),
+                    Err(error) => assert!(!matches!(error, Error::LeaseNotFound { .. }), "{error}"),
+                }
+            }
+        });
+    }
+    for member in cluster.members() {
+        let before = confirmed.load(Ordering::SeqCst);
+        eventually("leases are granted", async || {
+            confirmed.load(Ordering::SeqCst) > before + 50
+        })
+        .await;
+        member.kill().await?;
+        member.start_again().await?;
+    }
+    enough.store(true, Ordering::SeqCst);
     while let Some(ended) = timeout(PATIENCE * 3, tasks.join_next()).await? {
         ended?;
     }

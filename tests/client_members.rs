@@ -10,6 +10,7 @@ use std::time::Duration;
 use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error};
 use support::{PATIENCE, TestResult, eventually, soon};
+use tokio::time::timeout;
 use tracing_subscriber::fmt::MakeWriter;
 
 fn config(endpoints: Vec<String>) -> Config {
@@ -77,6 +78,13 @@ async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_w
     for _ in 0..200 {
         client.get("key", None).await?;
     }
+    // Nor is it tried to be reached any more, from the next reading of the list on.
+    gone.kill().await?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let there = tokio::net::TcpListener::bind(gone.endpoint()).await?;
+    let tried = timeout(Duration::from_secs(3), there.accept()).await;
+    assert!(tried.is_err(), "{tried:?}");
+    drop(there);
 
     // It comes back under another id, with nothing: used again, once it has caught up.
     cluster.replace(2).await?;
@@ -125,6 +133,27 @@ async fn given_a_learner_then_it_is_not_asked_before_it_is_promoted() -> TestRes
         client.get("key", None).await?;
     }
     client.member_remove(id).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_learner_that_has_caught_up_then_it_is_promoted_and_used() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    cluster.replace_with_learner(2).await?;
+    let learner = cluster.member(2);
+    let list = client.member_list().await?;
+    let listed = list.members().iter().find(|m| m.name() == learner.name());
+    let listed = listed.ok_or("listed")?;
+    assert!(listed.is_learner());
+    // It must have caught up, as etcd sees it.
+    eventually("it is promoted", async || {
+        client.member_promote(listed.id()).await.is_ok()
+    })
+    .await;
+    let list = client.member_list().await?;
+    assert!(list.members().iter().all(|member| !member.is_learner()));
+    eventually("it is used", async || is_used(&client, learner).await).await;
     Ok(())
 }
 

@@ -52,7 +52,11 @@ impl States {
         let mut states = registration.states();
         let collector = tokio::spawn(async move {
             while let Some(state) = states.next().await {
-                into.lock().unwrap().push(kind(&state));
+                let mut seen: std::sync::MutexGuard<'_, Vec<_>> = into.lock().unwrap();
+                // Of one kind one after the other: the reason has changed.
+                if seen.last() != Some(&kind(&state)) {
+                    seen.push(kind(&state));
+                }
             }
         });
         Self {
@@ -82,6 +86,8 @@ fn kind(state: &RegistrationState) -> &'static str {
         RegistrationState::Recovering { .. } => "recovering",
         RegistrationState::Draining => "draining",
         RegistrationState::Deregistered => "deregistered",
+        RegistrationState::Superseded { .. } => "superseded",
+        RegistrationState::Unready => "unready",
         other => panic!("unknown state {other:?}"),
     }
 }

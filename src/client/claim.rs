@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, TxnOp, TxnOpResponse};
 use futures::StreamExt;
@@ -25,6 +26,8 @@ pub(super) struct Claim {
     queue: Vec<u8>,
     key: Vec<u8>,
     lease: i64,
+    /// The lease's.
+    ttl: Duration,
     /// When the key was created: the place in the queue.
     revision: i64,
     /// Why the lease cannot be relied on any more.
@@ -48,6 +51,8 @@ impl Claim {
             queue,
             client: client.clone(),
             lease,
+            // A grant of 0 or less is refused.
+            ttl: Duration::from_secs(ttl.unsigned_abs()),
             revision: 0,
             lost: watch::channel(None).1,
             _keeper: AbortOnDropHandle::new(tokio::spawn(async {})),
@@ -207,17 +212,10 @@ impl Claim {
 
     /// Gives the claim up; whoever is next has it when this returns.
     pub(super) async fn give_up(mut self) -> Result<()> {
-        let revoked = Box::pin(self.client.revoke(self.lease)).await;
-        self.given_up = revoked.is_ok();
-        match revoked {
-            Ok(_) => Ok(()),
-            // As given up as can be.
-            Err(Error::LeaseNotFound { .. }) => {
-                self.given_up = true;
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
+        let limit = self.client.request_timeout() * 2;
+        Box::pin(revoked(&self.client, self.lease, limit)).await?;
+        self.given_up = true;
+        Ok(())
     }
 }
 
@@ -228,13 +226,29 @@ impl Drop for Claim {
         }
         // Without a runtime the lease runs out in its time.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let (client, lease) = (self.client.clone(), self.lease);
+            let (client, lease, ttl) = (self.client.clone(), self.lease, self.ttl);
             runtime.spawn(async move {
-                if let Err(error) = client.revoke(lease).await {
+                if let Err(error) = revoked(&client, lease, ttl).await {
                     tracing::debug!(%error, "a lock is given up when its lease runs out");
                 }
             });
         }
+    }
+}
+
+/// Revokes a lease. A try that was lost with a leader may have been done or not, and doing it twice does
+/// no harm; the last begins within the limit.
+async fn revoked(client: &Client, lease: i64, limit: Duration) -> Result<()> {
+    let begun = Instant::now();
+    let mut pauses = Backoff::for_etcd();
+    loop {
+        match client.revoke(lease).await {
+            // As given up as can be.
+            Ok(_) | Err(Error::LeaseNotFound { .. }) => return Ok(()),
+            Err(error) if is_over(&error) || begun.elapsed() >= limit => return Err(error),
+            Err(error) => tracing::debug!(%error, "a lock is not given up yet"),
+        }
+        tokio::time::sleep(pauses.next()).await;
     }
 }
 

@@ -16,11 +16,14 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
-use super::Client;
 use super::wire::Route;
+use super::{Client, STREAM_OPENS_WITHIN};
 use crate::backoff::Backoff;
 use crate::balance::Tried;
 use crate::{Error, Result};
+
+/// The time to live of a lease that only asks whether one of its id exists, in seconds: the shortest.
+const CONFIRMATION_TTL: i64 = 1;
 
 /// Leases. Errors as for [`Client::put`], and [`Error::LeaseNotFound`] for a lease that is gone.
 impl Client {
@@ -105,11 +108,20 @@ impl Client {
             .map(|(answer, _)| answer)
     }
 
-    /// Renews a lease once, in one round trip; etcd-client keeps the first answer to itself.
-    pub(crate) async fn renew(&self, id: i64) -> Result<()> {
-        self.opened_stream(|| keeping(id), || self.opened(id))
+    /// Renews a lease on the stream of the last renewal, or else on a new one, on any member.
+    pub(crate) async fn renew(&self, id: i64, link: Option<Link>) -> Result<Link> {
+        if let Some(link) = link {
+            let renewal = Box::pin(self.renewed(id, Some(link)));
+            match timeout(STREAM_OPENS_WITHIN, self.unless_closed(renewal)).await {
+                Ok(Ok((_, link))) => return Ok(link),
+                Ok(Err(error)) if is_over(&error) => return Err(error),
+                Ok(Err(error)) => tracing::debug!(%error, "a stream of renewals was lost"),
+                Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
+            }
+        }
+        self.opened_stream(|| keeping(id), || self.renewed(id, None))
             .await
-            .map(drop)
+            .map(|(_, link)| link)
     }
 
     /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
@@ -137,10 +149,37 @@ impl Client {
 
     async fn opened(&self, id: i64) -> Result<Link> {
         let mut lease = self.inner.transport.lease.clone();
-        lease
-            .keep_alive(id)
-            .await
-            .map_err(|error| lease_error(keeping(id), id, error))
+        match lease.keep_alive(id).await {
+            Ok(link) => Ok(link),
+            Err(error) => Err(self
+                .confirmed(id, lease_error(keeping(id), id, error))
+                .await),
+        }
+    }
+
+    /// An answer to a renewal comes from what the leader has applied so far. A new one may not have
+    /// applied the grant yet, and says that there is no such lease (etcd#6978; seen with 3.5.1).
+    /// A grant goes through the log: that of an id that exists is refused.
+    async fn confirmed(&self, id: i64, error: Error) -> Error {
+        if !matches!(error, Error::LeaseNotFound { .. }) {
+            return error;
+        }
+        match self.granted(CONFIRMATION_TTL, id).await {
+            Ok(_) => {
+                // Nobody has use for it; if this fails, it expires.
+                if let Err(error) = self.revoke(id).await {
+                    tracing::debug!(%error, "a lease that was asked for is left to expire");
+                }
+                error
+            }
+            Err(refused) if refused.code() == Some(Code::FailedPrecondition) => Error::Rpc {
+                operation: keeping(id),
+                status: Box::new(Status::unavailable(
+                    "the lease is there, and the leader does not know it yet",
+                )),
+            },
+            Err(unknown) => unknown,
+        }
     }
 
     /// One renewal with its answer, on the open link or a new one. Where it fails the link is
@@ -152,22 +191,22 @@ impl Client {
         };
         let failed = |error| lease_error(keeping(id), id, error);
         keeper.keep_alive().await.map_err(failed)?;
-        let answer = stream
-            .message()
-            .await
-            .map_err(failed)?
-            .ok_or_else(|| Error::Rpc {
+        let answered = stream.message().await.map_err(failed).and_then(|answer| {
+            answer.ok_or_else(|| Error::Rpc {
                 operation: keeping(id),
                 status: Box::new(Status::unavailable("the server ended the stream")),
-            })?;
-        if answer.ttl() <= 0 {
-            return Err(Error::LeaseNotFound { id });
+            })
+        });
+        match answered {
+            Ok(answer) if answer.ttl() > 0 => Ok((answer, (keeper, stream))),
+            Ok(_) => Err(self.confirmed(id, Error::LeaseNotFound { id }).await),
+            Err(error) => Err(self.confirmed(id, error).await),
         }
-        Ok((answer, (keeper, stream)))
     }
 }
 
-type Link = (LeaseKeeper, LeaseKeepAliveStream);
+/// A stream of renewals.
+pub(crate) type Link = (LeaseKeeper, LeaseKeepAliveStream);
 
 /// The renewals of a lease, from [`Client::keep_alive`].
 ///

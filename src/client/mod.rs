@@ -61,6 +61,7 @@ pub use etcd_client::{
     SortTarget, StatusResponse, TxnOp, TxnOpResponse, TxnResponse, WatchFilterType,
 };
 pub use lease::KeepAlive;
+pub(crate) use lease::Link;
 pub use lock::Lock;
 pub(crate) use raw_watch::RawWatch;
 pub use txn::Txn;

@@ -4,7 +4,17 @@
 //! instances under it, and renews it at a third of its time to live. When the lease is lost, etcd
 //! restarts or the network is cut, it starts over, with jitter, for as long as its process lives.
 //!
-//! One lease and one renewal serve all instances of a registrar.
+//! One lease and one stream of renewals serve the instances of a registrar, up to a hundred keys; then the
+//! next lease begins.
+//!
+//! # What others do to the keys
+//!
+//! Each key is watched. One that was deleted or overwritten by hand is put back at once. One that another
+//! process has registered, under a lease of its own, is left to it, for the later registration wins:
+//! this one is then [`Superseded`](RegistrationState::Superseded), and is back when the other's is gone. Two
+//! that recover at the same time take nothing from each other either; the first to arrive has it.
+//! Each write compares with what was read, so that one that is late undoes nothing. It takes the right to
+//! read and to write the keys.
 //!
 //! # Leaving
 //!
@@ -14,16 +24,20 @@
 //! best effort; a process that is killed disappears with its lease, after its time to live at most.
 
 mod driver;
+mod exchange;
+mod lookout;
+mod readiness;
 mod registration;
 mod state;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::Stream;
 pub use registration::Registration;
-use state::Pairs;
 pub use state::RegistrationState;
+use state::{Claim, Pairs};
 
 use crate::format::{EtcdNaming, Layout};
 use crate::{Client, Error, Instance, Result};
@@ -35,6 +49,10 @@ const MIN_TTL: Duration = Duration::from_secs(2);
 
 /// The longest time to live that etcd grants (`MaxLeaseTTL` in etcd's `server/lease/lessor.go`).
 const MAX_TTL: Duration = Duration::from_secs(9_000_000_000);
+
+/// How many keys share a lease. They go together when it ends, in one revision of etcd; what etcd does
+/// in one transaction at a client's request is 128 operations (`--max-txn-ops`), and this stays below.
+const KEYS_PER_LEASE: usize = 100;
 
 /// How long a leaving instance stays in etcd, marked as draining, unless configured. A watch brings
 /// the mark to clients within milliseconds; a second leaves room for slow ones.
@@ -64,7 +82,10 @@ pub struct Registrar {
 }
 
 struct Inner {
-    shared: Arc<driver::Shared>,
+    client: Client,
+    ttl: Duration,
+    /// One for each lease.
+    parts: Mutex<Vec<Arc<driver::Shared>>>,
     layouts: Vec<Layout>,
     leave_grace: Duration,
     request_timeout: Duration,
@@ -86,19 +107,52 @@ impl Inner {
         }
         Ok(pairs)
     }
+
+    /// Registers with the part that has to do with these keys, or with one that has room.
+    fn register(
+        &self,
+        pairs: Pairs,
+        draining: bool,
+        ready: bool,
+    ) -> Result<(Arc<driver::Shared>, state::Ticket)> {
+        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut leaving, mut roomy) = (None, None);
+        for part in parts.iter() {
+            let reconciler = part.lock();
+            match reconciler.claim(&pairs) {
+                Claim::Wanted(key) => return Err(Error::InstanceAlreadyRegistered { key }),
+                Claim::Leaving => leaving = Some(Arc::clone(part)),
+                Claim::None if reconciler.len() + pairs.len() <= KEYS_PER_LEASE => {
+                    roomy.get_or_insert_with(|| Arc::clone(part));
+                }
+                Claim::None => {}
+            }
+        }
+        let part = leaving.or(roomy).unwrap_or_else(|| {
+            let part = Arc::new(driver::Shared::new());
+            // Owned through `abandon`, which ends it.
+            let work = driver::reconcile(Arc::clone(&part), self.client.clone(), self.ttl);
+            tokio::spawn(work);
+            parts.push(Arc::clone(&part));
+            part
+        });
+        let ticket = part.want(|reconciler| reconciler.register(pairs, draining, ready))?;
+        Ok((part, ticket))
+    }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Not aborted: it tries to clean up, once, and then ends by itself.
-        self.shared.abandon();
+        let parts = self.parts.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for part in parts {
+            // Not aborted: it tries to clean up, once, and then ends by itself.
+            part.abandon();
+        }
     }
 }
 
 impl Registrar {
     /// A registrar with the default format, prefix (`services`) and time to live (10 s).
-    ///
-    /// Must be called within a Tokio runtime: a task of its own talks to etcd.
     pub fn new(client: &Client) -> Self {
         Self::builder(client).start()
     }
@@ -128,7 +182,7 @@ impl Registrar {
     /// time-out, the last failure. Then it is not registered: to keep trying, use
     /// [`register_eventually`](Self::register_eventually).
     pub async fn register(&self, instance: Instance) -> Result<Registration> {
-        let (registration, generation) = self.want(instance)?;
+        let (registration, generation) = self.want(instance, true)?;
         registration.wait_written(generation).await?;
         Ok(registration)
     }
@@ -140,19 +194,66 @@ impl Registrar {
     ///
     /// [`Error::Invalid`] and [`Error::InstanceAlreadyRegistered`], before anything is sent.
     pub fn register_eventually(&self, instance: Instance) -> Result<Registration> {
-        self.want(instance).map(|(registration, _)| registration)
+        self.want(instance, true)
+            .map(|(registration, _)| registration)
     }
 
-    fn want(&self, instance: Instance) -> Result<(Registration, u64)> {
+    /// Registers an instance when `ready` says `true`, withdraws it when it says `false`, and so on.
+    /// Returns at once; until then it is [`Unready`](RegistrationState::Unready).
+    ///
+    /// When `ready` ends, the last that it said holds. The stream is dropped when the registration
+    /// has ended.
+    ///
+    /// ```no_run
+    /// # async fn example(
+    /// #     registrar: goo_etcd::Registrar,
+    /// #     warmed_up: impl Future<Output = ()> + Send + 'static,
+    /// # ) -> goo_etcd::Result<()> {
+    /// use goo_etcd::Instance;
+    ///
+    /// // Once a future has ended.
+    /// let ready = futures::stream::once(async {
+    ///     warmed_up.await;
+    ///     true
+    /// });
+    /// let registration = registrar
+    ///     .register_while_ready(Instance::new("greeter", "10.0.0.5:50051"), ready)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// While the server's own `grpc.health.v1` says that it serves, which is the answers of its `Watch`,
+    /// here with the crate `tonic-health`:
+    ///
+    /// ```ignore
+    /// let mut health = HealthClient::new(Endpoint::from_static("http://127.0.0.1:50051").connect_lazy());
+    /// let answers = health.watch(HealthCheckRequest::default()).await?.into_inner();
+    /// let ready = answers.map(|answer| {
+    ///     answer.is_ok_and(|answer| answer.status() == ServingStatus::Serving)
+    /// });
+    /// let registration = registrar.register_while_ready(instance, ready)?;
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`register_eventually`](Self::register_eventually).
+    pub fn register_while_ready(
+        &self,
+        instance: Instance,
+        ready: impl Stream<Item = bool> + Send + 'static,
+    ) -> Result<Registration> {
+        let (registration, _) = self.want(instance, false)?;
+        registration.follow(ready);
+        Ok(registration)
+    }
+
+    fn want(&self, instance: Instance, ready: bool) -> Result<(Registration, u64)> {
         instance.validate()?;
         let pairs = self.inner.write(&instance)?;
         let keys = pairs.iter().map(|(key, _)| key.clone()).collect();
-        let ticket = self
-            .inner
-            .shared
-            .want(|reconciler| reconciler.register(pairs, instance.draining))?;
+        let (part, ticket) = self.inner.register(pairs, instance.draining, ready)?;
         let generation = ticket.generation;
-        let registration = Registration::new(self.clone(), keys, instance, ticket);
+        let registration = Registration::new(self.clone(), part, keys, instance, ticket);
         Ok((registration, generation))
     }
 }
@@ -230,9 +331,7 @@ impl RegistrarBuilder {
         self
     }
 
-    /// Starts the registrar.
-    ///
-    /// Must be called within a Tokio runtime: a task of its own talks to etcd.
+    /// The registrar. Its tasks begin with its first registration, on the Tokio runtime of that call.
     ///
     /// # Errors
     ///
@@ -253,16 +352,15 @@ impl RegistrarBuilder {
     }
 
     fn start(self) -> Registrar {
-        let shared = Arc::new(driver::Shared::new());
         let ttl = self.ttl.unwrap_or_else(|| self.layout.format.default_ttl());
         let request_timeout = self.client.request_timeout();
-        // Owned through `abandon`, which ends it.
-        tokio::spawn(driver::reconcile(Arc::clone(&shared), self.client, ttl));
         let mut layouts = vec![self.layout.under(self.prefix)];
         layouts.extend(self.others);
         Registrar {
             inner: Arc::new(Inner {
-                shared,
+                client: self.client,
+                ttl,
+                parts: Mutex::default(),
                 layouts,
                 leave_grace: self.leave_grace,
                 request_timeout,

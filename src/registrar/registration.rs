@@ -8,8 +8,9 @@ use std::time::Duration;
 use futures::Stream;
 use tokio::sync::watch;
 
-use super::Registrar;
+use super::driver::Shared;
 use super::state::{RegistrationState, Status, Ticket};
+use super::{Registrar, readiness};
 use crate::{Error, Instance, Result};
 
 /// An instance that is kept registered. Cheap to clone.
@@ -24,6 +25,8 @@ pub struct Registration {
 
 struct Inner {
     registrar: Registrar,
+    /// The part of the registrar that keeps it.
+    part: Arc<Shared>,
     key: String,
     /// One for each format that it is written in, the first is `key`.
     keys: Vec<String>,
@@ -46,9 +49,7 @@ impl Inner {
     }
 
     fn withdraw(&self) {
-        self.registrar
-            .inner
-            .shared
+        self.part
             .want(|reconciler| reconciler.withdraw(&self.key, self.token));
     }
 }
@@ -56,6 +57,7 @@ impl Inner {
 impl Registration {
     pub(super) fn new(
         registrar: Registrar,
+        part: Arc<Shared>,
         keys: Vec<String>,
         instance: Instance,
         ticket: Ticket,
@@ -63,6 +65,7 @@ impl Registration {
         Self {
             inner: Arc::new(Inner {
                 registrar,
+                part,
                 key: keys.first().cloned().unwrap_or_default(),
                 keys,
                 token: ticket.token,
@@ -126,7 +129,7 @@ impl Registration {
     /// a new one for that. [`Error::Deregistered`] after it was. Nothing is changed then.
     ///
     /// etcd's answer when it refuses the change; when it cannot be reached within the client's request
-    /// time-out, the last failure. The change stays wanted.
+    /// time-out, the last failure; [`Error::Superseded`] while another has the key. The change stays wanted.
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
         let inner = &self.inner;
         let registrar = &inner.registrar.inner;
@@ -146,8 +149,8 @@ impl Registration {
                 return Err(Error::invalid("id", to, reason));
             }
             let draining = changed.draining;
-            let generation = registrar
-                .shared
+            let generation = inner
+                .part
                 .want(|reconciler| reconciler.update(&inner.key, inner.token, pairs, draining))
                 .ok_or_else(|| Error::Deregistered {
                     key: inner.key.clone(),
@@ -229,6 +232,16 @@ impl Registration {
         }
     }
 
+    /// Lets `ready` say when it is to be in etcd.
+    pub(super) fn follow(&self, ready: impl Stream<Item = bool> + Send + 'static) {
+        let inner = &self.inner;
+        let (part, key, token) = (Arc::clone(&inner.part), inner.key.clone(), inner.token);
+        let status = inner.status.clone();
+        tokio::spawn(readiness::follow(ready, status, move |ready| {
+            part.want(|reconciler| reconciler.set_ready(&key, token, ready))
+        }));
+    }
+
     pub(super) async fn wait_written(&self, generation: u64) -> Result<()> {
         let written = |status: &Status| status.written.is_some_and(|up_to| up_to >= generation);
         self.wait(written, "registration").await
@@ -237,8 +250,9 @@ impl Registration {
     /// Waits for a status, for at most the client's request time-out; less if etcd refuses what it takes
     /// to get there, for trying again within this call makes no sense then.
     async fn wait(&self, reached: impl Fn(&Status) -> bool, what: &str) -> Result<()> {
-        let hopeless =
-            |error: &Error| error.is_permanent() || matches!(error, Error::Closed { .. });
+        let hopeless = |error: &Error| {
+            error.is_permanent() || matches!(error, Error::Closed { .. } | Error::Superseded { .. })
+        };
         let mut status = self.inner.status.clone();
         let limit = self.inner.registrar.inner.request_timeout;
         let waited = tokio::time::timeout(limit, async {

@@ -125,13 +125,27 @@ impl EtcdCluster {
     ///
     /// When there is no member of this index.
     pub async fn replace(&self, index: usize) -> Result<()> {
+        self.replace_with(index, MemberAddOptions::new()).await
+    }
+
+    /// As [`replace`](Self::replace), by a learner: it receives the log, and has no vote until it is promoted.
+    ///
+    /// # Errors and panics
+    ///
+    /// As of [`replace`](Self::replace).
+    pub async fn replace_with_learner(&self, index: usize) -> Result<()> {
+        self.replace_with(index, MemberAddOptions::new().with_is_learner())
+            .await
+    }
+
+    async fn replace_with(&self, index: usize, options: MemberAddOptions) -> Result<()> {
         let member = self.member(index);
         member.wipe().await?;
         let deadline = Instant::now() + member.options().timeout;
         // etcd refuses to change a cluster whose members have not been connected for some seconds; and
         // it never answers a request that was on its way to a leader that has just been killed.
         loop {
-            let error = match timeout(CHANGE_TIMEOUT, self.readmit(member)).await {
+            let error = match timeout(CHANGE_TIMEOUT, self.readmit(member, &options)).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,
                 Err(_) => TestingError::NoLeader,
@@ -146,7 +160,7 @@ impl EtcdCluster {
     }
 
     /// Removes the member and adds it again; what an earlier try has done is not done twice.
-    async fn readmit(&self, member: &Etcd) -> Result<()> {
+    async fn readmit(&self, member: &Etcd, options: &MemberAddOptions) -> Result<()> {
         let mut client = self.client_beside(member).await?;
         let peer_url = member.peer_url();
         let list = client
@@ -168,7 +182,7 @@ impl EtcdCluster {
                 .map_err(TestingError::client("removing a member"))?;
         }
         client
-            .member_add([peer_url], None::<MemberAddOptions>)
+            .member_add([peer_url], Some(options.clone()))
             .await
             .map_err(TestingError::client("adding a member"))?;
         Ok(())

@@ -53,6 +53,12 @@ impl Etcd {
                 Ok(_) => Ok(()),
                 // With authentication on, the read comes first, and then this refusal.
                 Err(etcd_client::Error::GRpcStatus(status)) if is_refusal(status.code()) => Ok(()),
+                // A learner answers nothing but this, and says so once it runs.
+                Err(etcd_client::Error::GRpcStatus(status))
+                    if status.message().contains("not supported for learner") =>
+                {
+                    Ok(())
+                }
                 Err(error) => Err(error.to_string()),
             }
         };

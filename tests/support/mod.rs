@@ -6,6 +6,7 @@ pub mod greeter;
 pub mod history;
 pub mod process;
 pub mod raw;
+pub mod registered;
 
 use std::error::Error;
 use std::sync::{Arc, Mutex};

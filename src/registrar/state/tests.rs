@@ -1,5 +1,7 @@
 //! The step function, driven by hand: a clock that moves only when told, and no etcd.
 
+use std::time::SystemTime;
+
 use super::*;
 
 const TTL: Duration = Duration::from_secs(9);
@@ -23,7 +25,7 @@ impl Bench {
     }
 
     fn register(&mut self, key: &str) -> Ticket {
-        self.reconciler.register(pairs([key]), false).unwrap()
+        self.reconciler.register(pairs([key]), false, true).unwrap()
     }
 
     fn pass(&mut self, time: Duration) {
@@ -64,19 +66,51 @@ impl Bench {
     }
 
     /// Lets everything succeed that is to be done now.
-    fn settle(&mut self, lease: i64) -> Vec<Action> {
+    fn settle(&mut self, lease: i64) -> Vec<String> {
         let mut done = Vec::new();
         while let Next::Do(action) = self.next() {
             let outcome = match action {
                 Action::Grant => Outcome::Granted { lease, ttl: TTL },
                 Action::Renew { .. } => Outcome::Renewed,
+                Action::Ensure(_) => ENSURED,
                 _ => Outcome::Done,
             };
             self.finish(&action, outcome);
-            done.push(action);
+            done.push(short(&action));
         }
         done
     }
+
+    fn hears(&mut self, key: &str, revision: i64, held: Option<Held>) {
+        let heard = Heard::Changed { revision, held };
+        self.reconciler.heard(key, &heard, self.now);
+    }
+}
+
+const ENSURED: Outcome = Outcome::Ensured { revision: 10 };
+
+/// An action in a few words: of a put the keys, the lease and the generation.
+fn short(action: &Action) -> String {
+    match action {
+        Action::Grant => "grant".into(),
+        Action::Renew { lease } => format!("renew {lease}"),
+        Action::Revoke { lease } => format!("revoke {lease}"),
+        Action::Delete { keys, .. } => format!("delete {}", keys.join(" ")),
+        Action::Ensure(ensure) => {
+            let keys: Vec<_> = ensure.pairs.iter().map(|(key, _)| key.as_str()).collect();
+            let take = if ensure.take { "take" } else { "put" };
+            let (lease, generation) = (ensure.lease, ensure.generation);
+            format!("{take} {} @{lease} #{generation}", keys.join(" "))
+        }
+    }
+}
+
+fn held(lease: i64, value: &str) -> Option<Held> {
+    Some(Held {
+        lease,
+        mod_revision: 11,
+        value: value.into(),
+    })
 }
 
 fn state(ticket: &Ticket) -> RegistrationState {
@@ -85,24 +119,6 @@ fn state(ticket: &Ticket) -> RegistrationState {
 
 fn is_recovering(ticket: &Ticket) -> bool {
     matches!(state(ticket), RegistrationState::Recovering { .. })
-}
-
-fn put(key: &str, lease: i64, generation: u64) -> Action {
-    Action::Put {
-        key: key.into(),
-        pairs: pairs([key]),
-        gone: Vec::new(),
-        lease,
-        generation,
-    }
-}
-
-fn delete(key: &str, lease: i64) -> Action {
-    Action::Delete {
-        key: key.into(),
-        keys: vec![key.into()],
-        lease,
-    }
 }
 
 /// Each key with itself as its value.
@@ -116,12 +132,12 @@ fn instances_share_one_lease_which_is_renewed_at_a_third_of_its_time() {
     let (a, b) = (bench.register("a"), bench.register("b"));
     assert_eq!(state(&a), RegistrationState::Registering);
     let done = bench.settle(1);
-    assert_eq!(done, [Action::Grant, put("a", 1, 0), put("b", 1, 0)]);
+    assert_eq!(done, ["grant", "take a @1 #0", "take b @1 #0"]);
     assert_eq!(state(&a), RegistrationState::Registered);
     assert_eq!(state(&b), RegistrationState::Registered);
     assert_eq!(bench.idle(), Some(bench.now.instant + TTL / 3));
     bench.pass(TTL / 3);
-    assert_eq!(bench.settle(1), [Action::Renew { lease: 1 }]);
+    assert_eq!(bench.settle(1), ["renew 1"]);
 }
 
 #[test]
@@ -135,7 +151,7 @@ fn a_lost_lease_brings_every_instance_back_under_a_new_one() {
     assert!(is_recovering(&a) && is_recovering(&b));
     bench.pass(LONGEST_WAIT);
     let done = bench.settle(2);
-    assert_eq!(done, [Action::Grant, put("a", 2, 0), put("b", 2, 0)]);
+    assert_eq!(done, ["grant", "put a @2 #0", "put b @2 #0"]);
     assert_eq!(state(&a), RegistrationState::Registered);
 }
 
@@ -189,7 +205,7 @@ fn silence_for_the_time_to_live_is_recovering_and_an_answer_ends_it() {
     bench.finish(&renew, Outcome::Renewed);
     assert_eq!(state(&ticket), RegistrationState::Registered);
     bench.pass(TTL / 3);
-    assert_eq!(bench.settle(1), [Action::Renew { lease: 1 }]);
+    assert_eq!(bench.settle(1), ["renew 1"]);
 }
 
 #[test]
@@ -198,11 +214,11 @@ fn the_last_one_to_leave_revokes_the_lease_an_earlier_one_deletes_its_key() {
     let (a, b) = (bench.register("a"), bench.register("b"));
     bench.settle(1);
     bench.reconciler.withdraw("a", a.token);
-    assert_eq!(bench.settle(1), [delete("a", 1)]);
+    assert_eq!(bench.settle(1), ["delete a"]);
     assert_eq!(state(&a), RegistrationState::Deregistered);
     assert_eq!(state(&b), RegistrationState::Registered);
     bench.reconciler.withdraw("b", b.token);
-    assert_eq!(bench.settle(1), [Action::Revoke { lease: 1 }]);
+    assert_eq!(bench.settle(1), ["revoke 1"]);
     assert_eq!(state(&b), RegistrationState::Deregistered);
     assert!(bench.reconciler.is_empty());
 }
@@ -217,13 +233,13 @@ fn a_put_that_is_answered_after_its_lease_was_lost_is_done_again_under_the_next(
     bench.pass(TTL / 3);
     let renew = bench.action();
     bench.finish(&renew, Outcome::LeaseGone);
-    bench.finish(&slow_put, Outcome::Done);
+    bench.finish(&slow_put, ENSURED);
     assert_ne!(state(&ticket), RegistrationState::Registered);
     bench.pass(LONGEST_WAIT);
-    assert_eq!(bench.settle(2), [Action::Grant, put("a", 2, 0)]);
+    assert_eq!(bench.settle(2), ["grant", "take a @2 #0"]);
     assert_eq!(state(&ticket), RegistrationState::Registered);
     // Nor does the old lease's end say anything about the new one.
-    bench.finish(&put("a", 1, 0), Outcome::LeaseGone);
+    bench.finish(&slow_put, Outcome::LeaseGone);
     assert_eq!(state(&ticket), RegistrationState::Registered);
 }
 
@@ -239,16 +255,16 @@ fn one_that_etcd_refuses_holds_up_no_other_and_keeps_its_error_to_itself() {
         bench.finish(action, Outcome::Failed(Error::Rpc { operation, status }));
     };
     let refused = bench.action();
-    assert_eq!(refused, put("a", 1, 0));
+    assert_eq!(short(&refused), "take a @1 #0");
     refuse(&mut bench, &refused);
     assert!(a.status.borrow().error.is_some());
-    assert_eq!(bench.settle(1), [put("b", 1, 0)]);
+    assert_eq!(bench.settle(1), ["take b @1 #0"]);
     assert_eq!(state(&b), RegistrationState::Registered);
     assert!(b.status.borrow().error.is_none());
     // Rights may change.
     bench.idle();
     bench.pass(LONGEST_WAIT);
-    assert_eq!(bench.action(), put("a", 1, 0));
+    assert_eq!(short(&bench.action()), "take a @1 #0");
 }
 
 #[test]
@@ -283,7 +299,9 @@ fn once_the_client_is_closed_everything_says_so() {
     let closed = |error: &Error| matches!(error, Error::Closed { .. });
     assert!(ticket.status.borrow().error.as_ref().is_some_and(closed));
     assert!(is_recovering(&ticket));
-    let again = bench.reconciler.register(vec![("b".into(), vec![])], false);
+    let again = bench
+        .reconciler
+        .register(vec![("b".into(), vec![])], false, true);
     assert!(again.is_err_and(|error| closed(&error)));
     assert_eq!(bench.idle(), None);
 }
@@ -298,7 +316,7 @@ fn a_put_whose_answer_was_lost_is_cleaned_up_when_withdrawn() {
     bench.reconciler.withdraw("a", a.token);
     bench.fail(&put);
     bench.pass(LONGEST_WAIT);
-    assert_eq!(bench.action(), delete("a", 1));
+    assert_eq!(short(&bench.action()), "delete a");
 }
 
 #[test]
@@ -313,7 +331,7 @@ fn an_update_is_written_and_counts_only_once_it_is() {
     assert_eq!(generation, Some(1));
     assert_eq!(ticket.status.borrow().written, Some(0));
     let done = bench.settle(1);
-    assert!(matches!(&done[..], [Action::Put { pairs, .. }] if pairs[0].1 == b"new"));
+    assert_eq!(done, ["put a @1 #1"]);
     assert_eq!(ticket.status.borrow().written, Some(1));
     assert_eq!(state(&ticket), RegistrationState::Draining);
 }
@@ -323,7 +341,7 @@ fn one_key_is_registered_once_and_again_after_it_was_withdrawn() {
     let mut bench = Bench::new();
     let first = bench.register("a");
     bench.settle(1);
-    let again = bench.reconciler.register(pairs(["a"]), false);
+    let again = bench.reconciler.register(pairs(["a"]), false, true);
     assert!(matches!(
         again,
         Err(Error::InstanceAlreadyRegistered { key }) if key == "a"
@@ -333,7 +351,7 @@ fn one_key_is_registered_once_and_again_after_it_was_withdrawn() {
     assert_eq!(state(&first), RegistrationState::Deregistered);
     // The first handle is stale and must not take the second's key away.
     bench.reconciler.withdraw("a", first.token);
-    assert_eq!(bench.settle(1), [put("a", 1, 1)]);
+    assert_eq!(bench.settle(1), ["take a @1 #1"]);
     assert_eq!(state(&second), RegistrationState::Registered);
 }
 
@@ -347,7 +365,7 @@ fn a_renewal_of_a_lease_that_was_replaced_says_nothing_about_the_present_one() {
     bench.reconciler.withdraw("a", ticket.token);
     bench.settle(1);
     let ticket = bench.register("a");
-    assert_eq!(bench.settle(2), [Action::Grant, put("a", 2, 0)]);
+    assert_eq!(bench.settle(2), ["grant", "take a @2 #0"]);
     bench.finish(&renew, Outcome::LeaseGone);
     assert_eq!(state(&ticket), RegistrationState::Registered);
     assert_eq!(bench.idle(), Some(bench.now.instant + TTL / 3));
@@ -356,24 +374,20 @@ fn a_renewal_of_a_lease_that_was_replaced_says_nothing_about_the_present_one() {
 #[test]
 fn all_of_an_instances_keys_are_put_and_deleted_at_once() {
     let mut bench = Bench::new();
-    let a = bench.reconciler.register(pairs(["a", "x/a"]), false);
+    let a = bench.reconciler.register(pairs(["a", "x/a"]), false, true);
     let token = a.unwrap().token;
     bench.register("b");
     let done = bench.settle(1);
-    assert!(
-        matches!(&done[1], Action::Put { pairs: written, .. } if *written == pairs(["a", "x/a"]))
-    );
+    assert_eq!(done[1], "take a x/a @1 #0");
     bench.reconciler.withdraw("a", token);
-    let keys = vec!["a".to_owned(), "x/a".to_owned()];
-    let (key, lease) = ("a".to_owned(), 1);
-    assert_eq!(bench.settle(1), [Action::Delete { key, keys, lease }]);
+    assert_eq!(bench.settle(1), ["delete a x/a"]);
 }
 
 #[test]
 fn a_key_that_another_instance_has_in_any_format_is_refused() {
     let mut bench = Bench::new();
-    let first = bench.reconciler.register(pairs(["a", "x/1"]), false);
-    let again = bench.reconciler.register(pairs(["b", "x/1"]), false);
+    let first = bench.reconciler.register(pairs(["a", "x/1"]), false, true);
+    let again = bench.reconciler.register(pairs(["b", "x/1"]), false, true);
     assert!(matches!(
         again,
         Err(Error::InstanceAlreadyRegistered { key }) if key == "x/1"
@@ -381,24 +395,22 @@ fn a_key_that_another_instance_has_in_any_format_is_refused() {
     bench.settle(1);
     // Withdrawn, its key is the other's to have, and goes with the other's value.
     bench.reconciler.withdraw("a", first.unwrap().token);
-    let second = bench.reconciler.register(pairs(["b", "x/1"]), false);
+    let second = bench.reconciler.register(pairs(["b", "x/1"]), false, true);
     let done = bench.settle(1);
-    assert_eq!(done[0], delete("a", 1));
-    assert!(
-        matches!(&done[1..], [Action::Put { pairs: written, .. }] if *written == pairs(["b", "x/1"]))
-    );
+    assert_eq!(done[0], "delete a");
+    assert_eq!(done[1..], ["take b x/1 @1 #0"]);
     assert_eq!(state(&second.unwrap()), RegistrationState::Registered);
 }
 
 #[test]
 fn a_key_that_an_instance_had_before_it_was_registered_anew_goes() {
     let mut bench = Bench::new();
-    let first = bench.reconciler.register(pairs(["a", "x/1"]), false);
+    let first = bench.reconciler.register(pairs(["a", "x/1"]), false, true);
     bench.settle(1);
     bench.reconciler.withdraw("a", first.unwrap().token);
-    let second = bench.reconciler.register(pairs(["a", "x/2"]), false);
+    let second = bench.reconciler.register(pairs(["a", "x/2"]), false, true);
     let put = bench.action();
-    assert!(matches!(&put, Action::Put { gone, .. } if *gone == ["x/1"]));
+    assert!(matches!(&put, Action::Ensure(put) if put.gone == ["x/1"]));
     // Not knowing whether it happened, leaving deletes all that may be there.
     bench.fail(&put);
     bench.register("b");
@@ -406,8 +418,134 @@ fn a_key_that_an_instance_had_before_it_was_registered_anew_goes() {
     bench.reconciler.withdraw("a", token);
     bench.pass(LONGEST_WAIT);
     let done = bench.settle(1);
-    assert!(
-        matches!(&done[0], Action::Delete { keys, .. } if *keys == ["a", "x/2", "x/1"]),
-        "{done:?}"
-    );
+    assert_eq!(done[0], "delete a x/2 x/1");
+}
+
+#[test]
+fn what_somebody_did_to_its_key_by_hand_is_looked_at_at_once() {
+    let mut bench = Bench::new();
+    let ticket = bench.register("a");
+    bench.settle(1);
+    for by_hand in [None, held(0, "a"), held(0, "else")] {
+        bench.hears("a", 11, by_hand);
+        assert!(is_recovering(&ticket));
+        assert_eq!(bench.settle(1), ["put a @1 #0"]);
+        assert_eq!(state(&ticket), RegistrationState::Registered);
+    }
+    // What is older than what was seen, and what is as it should be, is no news.
+    bench.hears("a", 10, None);
+    bench.hears("a", 11, held(1, "a"));
+    bench.idle();
+    assert_eq!(state(&ticket), RegistrationState::Registered);
+}
+
+#[test]
+fn what_is_heard_while_it_is_looked_at_is_not_lost() {
+    let mut bench = Bench::new();
+    let ticket = bench.register("a");
+    let grant = bench.action();
+    bench.finish(&grant, Outcome::Granted { lease: 1, ttl: TTL });
+    let put = bench.action();
+    bench.hears("a", 11, None);
+    bench.finish(&put, ENSURED);
+    // For the caller it was registered.
+    assert_eq!(ticket.status.borrow().written, Some(0));
+    assert_eq!(bench.settle(1), ["put a @1 #0"]);
+    // So is one that began after it: there may have been a gap.
+    bench.reconciler.heard("a", &Heard::Begun, bench.now);
+    assert_eq!(bench.settle(1), ["put a @1 #0"]);
+    bench.idle();
+}
+
+#[test]
+fn a_key_that_another_took_is_left_to_it_until_it_goes() {
+    let mut bench = Bench::new();
+    let ticket = bench.register("a");
+    bench.settle(1);
+    bench.hears("a", 11, held(9, "theirs"));
+    let look = bench.action();
+    assert_eq!(short(&look), "put a @1 #0");
+    bench.finish(&look, Outcome::Superseded { by: 9 });
+    let superseded =
+        |ticket: &Ticket| matches!(state(ticket), RegistrationState::Superseded { by: 9, .. });
+    assert!(superseded(&ticket));
+    // It waits, and says so also to whoever changes it and when its lease is lost.
+    bench
+        .reconciler
+        .update("a", ticket.token, pairs(["a"]), true);
+    assert!(matches!(
+        ticket.status.borrow().error,
+        Some(Error::Superseded { by: 9, .. })
+    ));
+    let renew_at = bench.idle().unwrap();
+    bench.pass(renew_at - bench.now.instant);
+    let renew = bench.action();
+    bench.finish(&renew, Outcome::LeaseGone);
+    bench.pass(LONGEST_WAIT);
+    let grant = bench.action();
+    bench.finish(&grant, Outcome::Granted { lease: 2, ttl: TTL });
+    let look = bench.action();
+    assert_eq!(short(&look), "put a @2 #1");
+    bench.finish(&look, Outcome::Superseded { by: 9 });
+    assert!(superseded(&ticket));
+    bench.idle();
+    bench.hears("a", 12, None);
+    assert_eq!(bench.settle(2), ["put a @2 #1"]);
+    assert_eq!(state(&ticket), RegistrationState::Draining);
+}
+
+#[test]
+fn one_that_is_not_ready_is_not_in_and_comes_and_goes_with_that() {
+    let mut bench = Bench::new();
+    let ticket = bench
+        .reconciler
+        .register(pairs(["a"]), false, false)
+        .unwrap();
+    assert_eq!(state(&ticket), RegistrationState::Unready);
+    assert_eq!(bench.idle(), None);
+    let ready = |bench: &mut Bench, ready| {
+        let known = bench.reconciler.set_ready("a", ticket.token, ready);
+        assert!(known);
+    };
+    ready(&mut bench, true);
+    assert_eq!(state(&ticket), RegistrationState::Registering);
+    assert_eq!(bench.settle(1), ["grant", "take a @1 #0"]);
+    assert_eq!(state(&ticket), RegistrationState::Registered);
+    let other = bench.register("b");
+    bench.settle(1);
+    ready(&mut bench, false);
+    assert_eq!(bench.settle(1), ["delete a"]);
+    assert_eq!(state(&ticket), RegistrationState::Unready);
+    ready(&mut bench, true);
+    assert_eq!(bench.settle(1), ["take a @1 #0"]);
+    bench.reconciler.withdraw("b", other.token);
+    bench.settle(1);
+    ready(&mut bench, false);
+    assert_eq!(bench.settle(1), ["revoke 1"]);
+    assert_eq!(state(&ticket), RegistrationState::Unready);
+    bench.reconciler.withdraw("a", ticket.token);
+    bench.idle();
+    assert_eq!(state(&ticket), RegistrationState::Deregistered);
+    assert!(!bench.reconciler.set_ready("a", ticket.token, true));
+}
+
+#[test]
+fn a_put_that_arrives_after_its_key_was_deleted_is_deleted_as_well() {
+    let mut bench = Bench::new();
+    let (a, _b) = (bench.register("a"), bench.register("b"));
+    let grant = bench.action();
+    bench.finish(&grant, Outcome::Granted { lease: 1, ttl: TTL });
+    let lost = bench.action();
+    bench.fail(&lost);
+    bench.reconciler.withdraw("a", a.token);
+    bench.pass(LONGEST_WAIT);
+    assert_eq!(bench.settle(1), ["delete a", "take b @1 #0"]);
+    assert_eq!(state(&a), RegistrationState::Deregistered);
+    bench.hears("a", 11, held(1, "a"));
+    assert_eq!(bench.settle(1), ["delete a"]);
+    // Then it is forgotten.
+    assert_eq!(bench.reconciler.to_watch().count(), 2);
+    bench.pass(LATE);
+    bench.settle(1);
+    assert_eq!(bench.reconciler.to_watch().count(), 1);
 }

@@ -1,0 +1,142 @@
+//! One registration: what should be in etcd, and what is known of that.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::action::{Now, Pairs};
+use super::status::{RegistrationState, Status};
+use crate::Error;
+use crate::backoff::Backoff;
+
+/// For how long after its answer was given up on a write may still be done: etcd itself gives up on
+/// one after 5 s and two election timeouts, 7 s by default (`ReqTimeout` in its `server/config`).
+pub(super) const LATE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) token: u64,
+    pub(super) pairs: Pairs,
+    /// Keys of an earlier entry that may be in etcd under a lease of ours and are to go.
+    pub(super) gone: Vec<String>,
+    pub(super) draining: bool,
+    pub(super) wanted: bool,
+    /// What it is registered for says that it is ready.
+    pub(super) ready: bool,
+    /// Counts the changes of `pairs`.
+    pub(super) generation: u64,
+    /// The generation that is in etcd under the present lease.
+    pub(super) written: Option<u64>,
+    /// The revision at which that was seen.
+    pub(super) revision: i64,
+    /// Whether it was in etcd before: from then on it takes its key from no other.
+    pub(super) was_in: bool,
+    /// Something may have changed it: to be looked at.
+    pub(super) suspect: bool,
+    /// Another registration has its key. Nothing is done until the watch tells of a change.
+    pub(super) superseded: bool,
+    /// Whether it may be in etcd under the present lease.
+    pub(super) touched: bool,
+    /// Until when a write whose answer was lost may still be done.
+    pub(super) late_until: Option<Instant>,
+    /// etcd has refused it; the others go on meanwhile.
+    pub(super) refused: Option<Refused>,
+    pub(super) status: watch::Sender<Status>,
+}
+
+/// When what etcd has refused is tried again: rights may change.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) retry_at: Instant,
+    pub(super) backoff: Backoff,
+}
+
+impl Entry {
+    /// Whether it should be in etcd.
+    pub(super) fn belongs_in(&self) -> bool {
+        self.wanted && self.ready
+    }
+
+    /// Whether etcd does not have it as it should be, as far as is known.
+    pub(super) fn is_pending(&self) -> bool {
+        if self.belongs_in() {
+            self.suspect || (!self.superseded && self.written != Some(self.generation))
+        } else {
+            self.touched
+        }
+    }
+
+    /// All keys that may be in etcd.
+    pub(super) fn keys(&self) -> impl Iterator<Item = String> {
+        let keys = self.pairs.iter().map(|(key, _)| key);
+        keys.chain(&self.gone).cloned()
+    }
+
+    pub(super) fn report(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(change);
+    }
+
+    pub(super) fn report_state(&self, state: RegistrationState) {
+        self.status.send_if_modified(|status| {
+            let news = status.state != state;
+            status.state = state;
+            news
+        });
+    }
+
+    pub(super) fn report_written(&self) {
+        if !self.belongs_in() || self.written.is_none() {
+            return;
+        }
+        let state = if self.draining && self.written == Some(self.generation) {
+            RegistrationState::Draining
+        } else {
+            RegistrationState::Registered
+        };
+        let changed = |status: &mut Status| {
+            let news = status.state != state || status.written != self.written;
+            status.state = state;
+            status.written = self.written;
+            status.error = None;
+            news
+        };
+        self.status.send_if_modified(changed);
+    }
+
+    pub(super) fn report_superseded(&self, by: i64, key: &str, now: Now) {
+        self.report(|status| {
+            let since = match status.state {
+                RegistrationState::Superseded { since, by: same } if same == by => since,
+                _ => now.wall,
+            };
+            status.state = RegistrationState::Superseded { since, by };
+            status.written = None;
+            status.error = Some(Error::Superseded {
+                key: key.to_owned(),
+                by,
+            });
+        });
+    }
+
+    pub(super) fn report_recovering(&self, now: Now, noticed: &str) {
+        if !self.belongs_in() || self.superseded {
+            return;
+        }
+        self.report(|status| {
+            let since = match status.state {
+                // Never was in etcd, so there is nothing to recover.
+                RegistrationState::Registering | RegistrationState::Unready => return,
+                // Since when matters more than the latest thing that was noticed.
+                RegistrationState::Recovering { since, .. } => since,
+                _ => now.wall,
+            };
+            let reason = match &status.error {
+                Some(error) => format!("{noticed} ({error})").into(),
+                None => noticed.into(),
+            };
+            status.state = RegistrationState::Recovering { since, reason };
+            status.written = self.written;
+        });
+    }
+}

@@ -1,0 +1,118 @@
+//! Servers that register themselves, as processes, for signals.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use goo_etcd::testing::Etcd;
+use goo_etcd::{Instance, Registrar};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tonic::transport::Server;
+
+use super::echo::{Echoing, bind, incoming};
+use super::{PATIENCE, connect, eventually};
+
+/// What a file of tests calls its server's entry, see [`RegisteredProcess`].
+const ENTRY: &str = "registered_server_process";
+const ETCD: &str = "REGISTERED_AT";
+const SECONDS: &str = "REGISTERED_TTL";
+const REGISTERED: &str = "server is registered at ";
+
+/// A server as a process: the running test program again, of which it runs only the test
+/// `registered_server_process`, which calls [`serve_registered`]. Dropping it kills it.
+pub struct RegisteredProcess {
+    address: String,
+    process: Child,
+    /// Kept open, for the test program writes how its test went.
+    _output: Lines<BufReader<ChildStdout>>,
+}
+
+impl RegisteredProcess {
+    /// Returns when it is registered, as an instance of the service `greeter`.
+    pub async fn start(etcd: &Etcd, ttl: Duration) -> Self {
+        let mut process = Command::new(std::env::current_exe().unwrap())
+            .args([ENTRY, "--exact", "--nocapture"])
+            .env(ETCD, etcd.endpoint())
+            .env(SECONDS, ttl.as_secs().to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        let address = async {
+            while let Some(line) = lines.next_line().await.unwrap() {
+                if let Some((_, address)) = line.split_once(REGISTERED) {
+                    return address.to_owned();
+                }
+            }
+            panic!("the server has ended before it was registered");
+        };
+        let address = tokio::time::timeout(PATIENCE, address).await.unwrap();
+        Self {
+            address,
+            process,
+            _output: lines,
+        }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.process.id().expect("it runs");
+        kill(Pid::from_raw(pid as i32), signal).unwrap();
+    }
+
+    /// SIGSTOP. Returns when it has stopped, which on another core takes a moment.
+    pub async fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        let stat = format!("/proc/{}/stat", self.process.id().expect("it runs"));
+        eventually("the process has stopped", async || {
+            let stat = std::fs::read_to_string(&stat).unwrap();
+            stat.rsplit(") ").next().unwrap().starts_with('T')
+        })
+        .await;
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self) {
+        let ended = tokio::time::timeout(PATIENCE, self.process.wait());
+        assert!(ended.await.unwrap().unwrap().success());
+    }
+}
+
+/// The program of a [`RegisteredProcess`]. SIGTERM ends it gracefully.
+pub fn serve_registered() {
+    let (Ok(etcd), Ok(ttl)) = (std::env::var(ETCD), std::env::var(SECONDS)) else {
+        return;
+    };
+    let ttl = Duration::from_secs(ttl.parse().unwrap());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let terminate = tokio::signal::unix::SignalKind::terminate();
+        let mut terminate = tokio::signal::unix::signal(terminate).unwrap();
+        let listener = bind("127.0.0.1:0");
+        let address = listener.local_addr().unwrap().to_string();
+        let client = connect(etcd).await;
+        let registrar = Registrar::builder(&client).ttl(ttl).build().unwrap();
+        let instance = Instance::new("greeter", &address);
+        let registration = registrar.register(instance).await.unwrap();
+        println!("{REGISTERED}{address}");
+        Server::builder()
+            .add_service(Echoing::new(address).service())
+            .serve_with_incoming_shutdown(
+                incoming(listener, Arc::default()),
+                registration.leave_on(async move { terminate.recv().await }),
+            )
+            .await
+            .unwrap();
+    });
+}
