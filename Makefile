@@ -1,7 +1,7 @@
 # Everything here first sees to protoc and etcd (scripts/tools), so a fresh machine needs Rust alone.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help tools demo test check fuzz
+.PHONY: help tools demo chaos test check fuzz
 
 # Put before a recipe's commands, in the same shell.
 WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4;
@@ -14,6 +14,11 @@ tools: ## find or fetch protoc and etcd, and print where they are
 
 demo: ## a fleet of greeters on a real etcd, and what happens to it, in about 20 seconds
 	@$(WITH_TOOLS) cargo build --quiet --examples; cargo run --quiet --example demo
+
+# `SECONDS` is a variable of bash as well, but make reads it from its own command line and environment.
+chaos: ## faults of every kind on etcd, servers and clients, judged; SEED=, SECONDS= (180)
+	@$(WITH_TOOLS) cargo run --quiet --example chaos -- \
+	$(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(LOGS),--logs '$(LOGS)')
 
 test: ## all tests, against real etcd servers
 	@$(WITH_TOOLS) cargo test --workspace --all-features

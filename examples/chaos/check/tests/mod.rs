@@ -1,0 +1,251 @@
+//! A checker that cannot fail is worth nothing: each kind of violation, made up, is found; and what
+//! only looks like one is not. Here of directories; of servers and calls, and of times of calm, beside.
+
+mod calm;
+mod servers;
+
+use super::*;
+use crate::record::SERVICE;
+use crate::schedule::Name;
+
+const NAMED: Name = Name { place: 0, turn: 0 };
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::from_secs_f64(seconds)
+}
+
+fn key(id: &str) -> String {
+    range() + id
+}
+
+fn value(address: &str) -> Option<Vec<u8>> {
+    Some(format!(r#"{{"Op":0,"Addr":"{address}"}}"#).into())
+}
+
+/// A history in which each change is of the next revision, from 2 on, a second after the other.
+#[derive(Default)]
+struct History(Epoch);
+
+impl History {
+    fn from(began: f64) -> Self {
+        Self(Epoch {
+            began: seconds(began),
+            known_to: 1,
+            ..Epoch::default()
+        })
+    }
+
+    fn change(mut self, id: &str, value: Option<Vec<u8>>, lease: i64) -> Self {
+        let epoch = &mut self.0;
+        epoch.known_to += 1;
+        let before = epoch.changes.iter().rfind(|change| change.key == key(id));
+        let created = before.filter(|before| before.value.is_some());
+        epoch.changes.push(Change {
+            at: epoch.began + seconds((epoch.known_to - 1) as f64),
+            revision: epoch.known_to,
+            key: key(id),
+            create_revision: created.map_or(epoch.known_to, |before| before.create_revision),
+            lease,
+            value,
+        });
+        self
+    }
+
+    fn put(self, id: &str, address: &str) -> Self {
+        self.change(id, value(address), 7)
+    }
+
+    fn garbage(self, id: &str) -> Self {
+        self.change(id, Some(b"garbage".to_vec()), 0)
+    }
+
+    fn delete(self, id: &str) -> Self {
+        self.change(id, None, 0)
+    }
+
+    fn wiped(mut self, at: f64, whole: bool) -> Self {
+        self.0.ended = Some(seconds(at));
+        self.0.whole = whole;
+        self
+    }
+}
+
+fn shown(at: f64, revision: i64, instances: &[(&str, &str)]) -> Shown {
+    let picture = instances.iter().map(|(id, address)| {
+        let instance = Instance::new(SERVICE, *address).id(*id);
+        (key(id), Arc::new(instance))
+    });
+    Shown {
+        at: seconds(at),
+        revision,
+        picture: picture.collect(),
+    }
+}
+
+fn divergences(shown: &[Shown], epochs: Vec<History>) -> Vec<String> {
+    let epochs: Vec<Epoch> = epochs.into_iter().map(|history| history.0).collect();
+    directory(0, shown, &epochs).divergences
+}
+
+fn life(end: Option<(Ending, f64, f64)>) -> Life {
+    Life {
+        name: NAMED,
+        address: "127.0.0.1:1000".to_owned(),
+        started: Duration::ZERO,
+        end: end.map(|(how, signalled, gone)| End {
+            how,
+            signalled: seconds(signalled),
+            gone: seconds(gone),
+        }),
+    }
+}
+
+fn one_history() -> History {
+    History::from(0.0)
+        .put("a", "h:1")
+        .put("b", "h:2")
+        .delete("a")
+        .put("a", "h:3")
+}
+
+#[test]
+fn states_that_were_in_order_are_no_divergence_repeated_and_skipped_ones_included() {
+    let shown = [
+        shown(0.0, 1, &[]),
+        shown(1.0, 2, &[("a", "h:1")]),
+        shown(1.5, 2, &[("a", "h:1")]),
+        shown(4.0, 4, &[("b", "h:2")]),
+        shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]),
+    ];
+    assert_eq!(divergences(&shown, vec![one_history()]), [""; 0]);
+}
+
+#[test]
+fn a_missing_a_superfluous_and_a_wrong_instance_are_each_found() {
+    for (picture, said) in [
+        (vec![("a", "h:1")], "services/chaos/b is missing"),
+        (
+            vec![("a", "h:1"), ("b", "h:2"), ("c", "h:9")],
+            "services/chaos/c should not be there",
+        ),
+        (
+            vec![("a", "h:1"), ("b", "h:8")],
+            "services/chaos/b is shown at h:8",
+        ),
+    ] {
+        let found = divergences(&[shown(3.0, 3, &picture)], vec![one_history()]);
+        assert_eq!(found.len(), 1);
+        assert!(found[0].contains("revision 3"), "{found:?}");
+        assert!(found[0].contains(said), "{found:?}");
+    }
+}
+
+#[test]
+fn a_right_picture_under_a_wrong_revision_is_found() {
+    let found = divergences(
+        &[shown(3.0, 4, &[("a", "h:1"), ("b", "h:2")])],
+        vec![one_history()],
+    );
+    assert_eq!(found.len(), 1);
+}
+
+#[test]
+fn going_back_in_revision_is_found() {
+    let back = [
+        shown(3.0, 3, &[("a", "h:1"), ("b", "h:2")]),
+        shown(4.0, 2, &[("a", "h:1")]),
+    ];
+    let found = divergences(&back, vec![one_history()]);
+    assert_eq!(found.len(), 1);
+    assert!(found[0].contains("back from revision 3"), "{found:?}");
+}
+
+#[test]
+fn a_revision_that_etcd_never_had_is_found() {
+    let picture = [("a", "h:3"), ("b", "h:2")];
+    let found = divergences(&[shown(9.0, 6, &picture)], vec![one_history()]);
+    assert!(found[0].contains("history 0 ends at 5"), "{found:?}");
+}
+
+#[test]
+fn after_a_wipe_the_revision_may_fall_once_and_not_before_the_wipe() {
+    let histories = || {
+        vec![
+            one_history().wiped(10.0, true),
+            History::from(10.0).put("a", "h:4"),
+        ]
+    };
+    let old = |at| shown(at, 5, &[("a", "h:3"), ("b", "h:2")]);
+    let new = |at| shown(at, 2, &[("a", "h:4")]);
+    assert_eq!(divergences(&[old(9.0), new(12.0)], histories()), [""; 0]);
+    // A directory that was cut off shows the old one for longer.
+    assert_eq!(
+        divergences(&[old(9.0), old(20.0), new(21.0)], histories()),
+        [""; 0]
+    );
+    assert_eq!(divergences(&[old(9.0), new(9.5)], histories()).len(), 1);
+    assert_eq!(
+        divergences(&[old(9.0), new(12.0), old(13.0)], histories()).len(),
+        1
+    );
+}
+
+#[test]
+fn a_mixture_of_two_histories_is_found() {
+    let first = one_history().wiped(10.0, true);
+    let second = History::from(10.0)
+        .put("x", "h:5")
+        .put("x", "h:6")
+        .put("x", "h:7")
+        .put("x", "h:8")
+        .put("x", "h:9");
+    // What a watch shows that goes on, from the old state, where the new history has got to.
+    let mixed = shown(16.0, 6, &[("a", "h:3"), ("b", "h:2"), ("x", "h:9")]);
+    let old = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
+    let found = divergences(&[old, mixed], vec![first, second]);
+    assert_eq!(found.len(), 1);
+    assert!(
+        found[0].contains("history 1: services/chaos/a should not be there"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn beyond_the_known_end_of_a_wiped_history_is_unjudged_only_if_the_end_is_not_certain() {
+    let late = [shown(9.9, 6, &[("c", "h:1")])];
+    for (whole, divergences, unjudged) in [(true, 1, 0), (false, 0, 1)] {
+        let epochs = [one_history().wiped(10.0, whole).0, History::from(10.0).0];
+        let verdict = directory(0, &late, &epochs);
+        assert_eq!(verdict.divergences.len(), divergences);
+        assert_eq!(verdict.unjudged, unjudged);
+    }
+}
+
+#[test]
+fn a_damaged_value_may_show_what_the_same_key_was_and_nothing_else() {
+    let history = || {
+        vec![
+            History::from(0.0)
+                .put("a", "h:1")
+                .delete("a")
+                .put("a", "h:2")
+                .put("a", "h:3")
+                .garbage("a"),
+        ]
+    };
+    for allowed in [&[][..], &[("a", "h:2")], &[("a", "h:3")]] {
+        assert_eq!(divergences(&[shown(9.0, 6, allowed)], history()), [""; 0]);
+    }
+    let before_it_was_deleted = shown(9.0, 6, &[("a", "h:1")]);
+    assert_eq!(divergences(&[before_it_was_deleted], history()).len(), 1);
+}
+
+#[test]
+fn a_directory_that_has_not_converged_is_told_what_differs() {
+    let changes = one_history().0.changes;
+    let truth = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
+    assert_eq!(differences_now(&changes, &truth.picture), [""; 0]);
+    let behind = shown(9.0, 4, &[("b", "h:2")]);
+    let found = differences_now(&changes, &behind.picture);
+    assert_eq!(found, ["services/chaos/a is missing"]);
+}

@@ -1,0 +1,91 @@
+use std::collections::BTreeSet;
+
+use super::*;
+
+const THREE_MINUTES: Duration = Duration::from_secs(180);
+
+fn all(schedule: &Schedule) -> impl Iterator<Item = &Planned> {
+    let Schedule {
+        members,
+        paths,
+        by_hand,
+        servers,
+    } = schedule;
+    let paths = paths.iter().flatten();
+    members.iter().chain(paths).chain(by_hand).chain(servers)
+}
+
+#[test]
+fn a_seed_always_gives_the_same_schedule_and_another_one_another() {
+    let schedule = Schedule::new(7, THREE_MINUTES);
+    assert_eq!(schedule, Schedule::new(7, THREE_MINUTES));
+    assert_ne!(schedule, Schedule::new(8, THREE_MINUTES));
+}
+
+#[test]
+fn three_minutes_have_every_kind_of_fault() {
+    for seed in 0..200 {
+        let schedule = Schedule::new(seed, THREE_MINUTES);
+        let kinds: BTreeSet<String> = all(&schedule)
+            .map(|planned| match &planned.fault {
+                Fault::Cut(path) | Fault::Blackhole(path) => {
+                    let of_client = matches!(path, Path::Client(_));
+                    let cut = matches!(planned.fault, Fault::Cut(_));
+                    format!("path {of_client} {cut}")
+                }
+                Fault::CorruptKey(_, damage) => format!("{damage:?}"),
+                fault => format!("{:?}", std::mem::discriminant(fault)),
+            })
+            .collect();
+        assert_eq!(kinds.len(), 7 + 4 + 4 + 3 + 3, "seed {seed}: {kinds:?}");
+    }
+}
+
+#[test]
+fn faults_of_a_lane_do_not_overlap_and_all_end_before_the_quiet_time() {
+    for seed in 0..200 {
+        let schedule = Schedule::new(seed, THREE_MINUTES);
+        for planned in all(&schedule) {
+            assert!(planned.at + planned.lasts <= THREE_MINUTES - QUIET);
+        }
+        let [clients, servers] = &schedule.paths;
+        for lane in [&schedule.members, clients, servers, &schedule.by_hand] {
+            for pair in lane.windows(2) {
+                assert!(
+                    pair[0].at + pair[0].lasts < pair[1].at,
+                    "seed {seed}: {pair:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn about_twenty_servers_are_there_throughout_and_each_ends_once() {
+    for seed in 0..200 {
+        let mut there: BTreeSet<Name> = Schedule::first_servers().into_iter().collect();
+        for planned in &Schedule::new(seed, THREE_MINUTES).servers {
+            match &planned.fault {
+                Fault::KillServer(name, heir) | Fault::EndServer(name, heir) => {
+                    assert!(there.remove(name), "seed {seed}: {name} is not there");
+                    there.extend(heir);
+                }
+                Fault::Join(names) => there.extend(names),
+                other => panic!("{other} in the servers' lane"),
+            }
+            assert!((SERVERS..=MANY + 6).contains(&there.len()), "seed {seed}");
+            let paths = there.iter().filter(|name| name.path().is_some());
+            assert_eq!(paths.count(), SERVER_PATHS);
+        }
+    }
+}
+
+#[test]
+fn the_shortest_run_has_faults() {
+    for seed in 0..200 {
+        assert!(
+            all(&Schedule::new(seed, SHORTEST)).count() >= 3,
+            "seed {seed}"
+        );
+    }
+}

@@ -1,0 +1,103 @@
+//! One server, as a process: it registers, answers, and leaves on SIGTERM.
+
+use std::error::Error;
+use std::io::{Read, stdin};
+use std::time::Duration;
+
+use clap::Args;
+use goo_etcd::{Client, Config, Instance, Registrar};
+use helloworld::greeter::greeter_server::{Greeter, GreeterServer};
+use helloworld::greeter::{HelloReply, HelloRequest};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status};
+
+use crate::record::SERVICE;
+
+/// What it says first, before its address.
+pub const LISTENING: &str = "listening ";
+
+/// How long a call takes, in milliseconds: long enough that some are in flight when it is killed.
+const TAKES: std::ops::Range<u64> = 1..30;
+
+#[derive(Args, Debug)]
+pub struct ServerArgs {
+    /// Its id.
+    #[arg(long)]
+    pub id: String,
+    /// The members of etcd, as this server reaches them.
+    #[arg(long, value_delimiter = ',')]
+    pub etcd: Vec<String>,
+    /// The time to live of its registration, in seconds.
+    #[arg(long)]
+    pub ttl: u64,
+}
+
+/// Serves until SIGTERM, or until whoever started it is gone.
+pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
+    // Its input is a pipe that nobody writes to: it ends with the process that holds the other end,
+    // however that ends.
+    std::thread::spawn(|| {
+        let _ = stdin().read(&mut [0]);
+        std::process::exit(0);
+    });
+    let mut terminate = signal(SignalKind::terminate())?;
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?.to_string();
+    println!("{LISTENING}{address}");
+
+    let serving = Server::builder().add_service(GreeterServer::new(Named(address.clone())));
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let client = connect(&args.id, args.etcd);
+    let registered = async {
+        let client = tokio::select! {
+            client = client => client?,
+            _ = terminate.recv() => return Ok(()),
+        };
+        let registrar = Registrar::builder(&client)
+            .ttl(Duration::from_secs(args.ttl))
+            .build()?;
+        let instance = Instance::new(SERVICE, address).id(&args.id);
+        let registration = registrar.register_eventually(instance)?;
+        registration.leave_on(terminate.recv()).await;
+        Ok::<_, goo_etcd::Error>(())
+    };
+    let mut result = Ok(());
+    let until = async { result = registered.await };
+    serving
+        .serve_with_incoming_shutdown(incoming, until)
+        .await?;
+    Ok(result?)
+}
+
+/// Connects, also while etcd is not there.
+async fn connect(id: &str, endpoints: Vec<String>) -> goo_etcd::Result<Client> {
+    let config = Config::builder().endpoints(endpoints).build()?;
+    loop {
+        match Client::new(id, config.clone()).await {
+            Ok(client) => return Ok(client),
+            Err(error) => {
+                tracing::debug!(%error, "etcd cannot be reached");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+struct Named(String);
+
+#[tonic::async_trait]
+impl Greeter for Named {
+    async fn say_hello(
+        &self,
+        request: Request<HelloRequest>,
+    ) -> Result<Response<HelloReply>, Status> {
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(TAKES))).await;
+        Ok(Response::new(HelloReply {
+            message: format!("hello {}", request.into_inner().name),
+            server: self.0.clone(),
+        }))
+    }
+}
