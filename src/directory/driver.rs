@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use tokio::time::Instant;
 use tonic::Code;
 
 use super::merge::Source;
@@ -17,6 +18,11 @@ const PAGE: i64 = 1_000;
 /// A watch that held for so long was not lost because of a fault that is still there, so that the
 /// next wait is short again.
 const QUIET: Duration = Duration::from_secs(10);
+
+/// The least time between two snapshots that show changes. A change that comes alone is shown at once; of
+/// a stream of them, of a thousand a second, several are shown together: each snapshot of ten thousand
+/// instances takes milliseconds to make and to compare.
+const SHOW_EVERY: Duration = Duration::from_millis(20);
 
 /// Lists for the first time and opens the watch, without retries: what etcd says now is what the
 /// caller wants to know. Only a compaction in the middle is no answer.
@@ -72,7 +78,9 @@ pub(super) async fn follow(
     let mut page = PAGE;
     let mut todo = Todo::Listen;
     let mut open = Some(watching);
-    let mut opened = tokio::time::Instant::now();
+    let mut opened = Instant::now();
+    let mut shown = Instant::now();
+    let mut unshown = false;
     loop {
         let heard = match todo {
             Todo::List { from, revision } => {
@@ -81,12 +89,23 @@ pub(super) async fn follow(
             Todo::Watch { from_revision } => match watch(&client, &machine, from_revision).await {
                 Ok(watch) => {
                     open = Some(watch);
-                    opened = tokio::time::Instant::now();
+                    opened = Instant::now();
                     Ok(Input::Watching)
                 }
                 Err(error) => Err(error),
             },
             Todo::Listen => match &mut open {
+                Some(watch) if unshown => {
+                    match tokio::time::timeout_at(shown + SHOW_EVERY, events(watch)).await {
+                        Ok(heard) => heard,
+                        Err(_) => {
+                            source.show(machine.snapshot());
+                            (shown, unshown) = (Instant::now(), false);
+                            todo = Todo::Listen;
+                            continue;
+                        }
+                    }
+                }
                 Some(watch) => events(watch).await,
                 None => unreachable!("the machine listens only to the watch that it asked for"),
             },
@@ -108,8 +127,11 @@ pub(super) async fn follow(
         });
         let news;
         (todo, news) = machine.step(input, SystemTime::now());
-        if news {
+        let may_wait = matches!(todo, Todo::Listen) && shown.elapsed() < SHOW_EVERY;
+        unshown |= news;
+        if unshown && !may_wait {
             source.show(machine.snapshot());
+            (shown, unshown) = (Instant::now(), false);
         }
         if closed {
             return;

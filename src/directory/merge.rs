@@ -88,6 +88,11 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
     let [first, others @ ..] = sources else {
         unreachable!("a directory has a source")
     };
+    // One that tells apart by key has nothing to put together.
+    if others.is_empty() && first.written.is_empty() {
+        drained.clear();
+        return first.clone();
+    }
     let mut instances = Arc::clone(&first.instances);
     for source in others {
         for (key, instance) in source.instances.iter() {

@@ -70,7 +70,8 @@ impl Freshness {
 
 pub(crate) type Instances = BTreeMap<InstanceKey, Arc<Instance>>;
 
-/// The revision at which etcd last wrote what is known of an instance.
+/// The revision at which etcd last wrote what is known of an instance, where instances are told apart
+/// by address: only there may several entries be of one instance.
 pub(crate) type Written = BTreeMap<InstanceKey, i64>;
 
 /// A service's instances as they were at one revision of etcd.

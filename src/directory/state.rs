@@ -103,6 +103,8 @@ pub(crate) struct Machine {
     freshness: Freshness,
     shown: Arc<Instances>,
     written: Arc<Written>,
+    /// How many of what is known could not be decoded.
+    damaged: usize,
 }
 
 impl Machine {
@@ -124,6 +126,7 @@ impl Machine {
             },
             shown: Arc::default(),
             written: Arc::default(),
+            damaged: 0,
         }
     }
 
@@ -157,7 +160,7 @@ impl Machine {
             written: Arc::clone(&self.written),
             revision: self.revision,
             freshness: self.freshness.clone(),
-            skipped: self.known.values().filter(|entry| entry.damaged).count(),
+            skipped: self.damaged,
         }
     }
 
@@ -231,6 +234,7 @@ impl Machine {
                 "etcd's revision went back; it was wiped or restored, following its new history"
             );
         }
+        self.damaged = known.values().filter(|entry| entry.damaged).count();
         self.known = known;
         self.revision = pinned;
         self.phase = Phase::Watching;
@@ -241,25 +245,58 @@ impl Machine {
 
     fn events(&mut self, entries: Vec<Entry>, revision: i64) -> bool {
         let mut known = std::mem::take(&mut self.known);
-        let mut changed = false;
+        let mut changed = std::collections::BTreeSet::new();
         for entry in entries {
             // Heard before: a watch that was resumed may repeat itself.
             if entry.mod_revision <= self.revision {
                 continue;
             }
-            changed = true;
+            let key = entry.key.clone();
+            // Of several changes of one key, what was there before the first is what is shown.
+            if !self.by_address && !changed.contains(&key) {
+                self.hide(&key, known.get(&key));
+            }
+            let is_damaged = |known: &Known| known.get(&key).is_some_and(|entry| entry.damaged);
+            let was_damaged = is_damaged(&known);
             if entry.value.is_some() {
                 self.learn(&mut known, None, entry);
             } else {
-                known.remove(&entry.key);
+                known.remove(&key);
             }
+            self.damaged += usize::from(is_damaged(&known));
+            self.damaged -= usize::from(was_damaged);
+            changed.insert(key);
         }
         self.known = known;
         self.revision = self.revision.max(revision);
-        if changed {
+        if self.by_address && !changed.is_empty() {
             self.show();
+        } else {
+            self.show_too(&changed);
         }
-        changed
+        !changed.is_empty()
+    }
+
+    /// Takes what an entry shows away; not by address, where another may show the same.
+    fn hide(&mut self, key: &[u8], entry: Option<&Decoded>) {
+        let Some(entry) = entry else { return };
+        for instance in &entry.instances {
+            let key = self.key_of(key, entry, instance);
+            Arc::make_mut(&mut self.shown).remove(&key);
+        }
+    }
+
+    /// Shows these entries as well: with thousands of others, only they are touched.
+    fn show_too(&mut self, keys: &std::collections::BTreeSet<Vec<u8>>) {
+        for key in keys {
+            let Some(entry) = self.known.get(key) else {
+                continue;
+            };
+            for instance in &entry.instances {
+                let key = self.key_of(key, entry, instance);
+                Arc::make_mut(&mut self.shown).insert(key, Arc::clone(instance));
+            }
+        }
     }
 
     /// Decodes an entry into `known`. One that cannot be decoded leaves the last good value of its
@@ -324,7 +361,9 @@ impl Machine {
         for (key, entry) in entries {
             for instance in &entry.instances {
                 let key = self.key_of(key, entry, instance);
-                written.insert(key.clone(), entry.mod_revision);
+                if self.by_address {
+                    written.insert(key.clone(), entry.mod_revision);
+                }
                 shown.insert(key, Arc::clone(instance));
             }
         }
