@@ -213,7 +213,7 @@ async fn given_1_000_changes_a_second_for_30_s_then_the_consumer_converges_and_m
             futures::future::try_join_all(puts).await?;
             written.fetch_add(10, Ordering::Relaxed);
             turn += 1;
-            if turn % 500 == 0 {
+            if turn.is_multiple_of(500) {
                 samples.push(memory()?);
                 // Never far behind.
                 let (revision, _) = *seen.lock().unwrap_or_else(PoisonError::into_inner);

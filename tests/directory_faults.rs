@@ -1,0 +1,113 @@
+//! A directory on a cluster whose members are behind, cut off or wiped: it never goes back.
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::time::Duration;
+
+use goo_etcd::testing::EtcdCluster;
+use goo_etcd::{Client, Config, Directory};
+use support::{PATIENCE, Seen, TestResult, eventually, key, shown, value};
+
+async fn client_of(cluster: &EtcdCluster) -> TestResult<Client> {
+    let config = Config::builder()
+        .endpoints(cluster.endpoints())
+        .dial_timeout(PATIENCE)
+        // Soon, so that the directory looks for another member and finds the one that is behind.
+        .keep_alive_interval(Duration::from_secs(5))
+        .keep_alive_timeout(Duration::from_secs(1))
+        .build()?;
+    Ok(Client::new("main", config).await?)
+}
+
+/// With the others gone it cannot ask a quorum, and what it has itself is older than what was shown.
+#[tokio::test]
+async fn given_a_member_that_is_behind_and_alone_then_nothing_older_is_ever_shown() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let client = client_of(&cluster).await?;
+    client.put(key("a"), value("h:1"), None).await?;
+    let directory = Directory::watch(&client, "greeter").await?;
+    let seen = Seen::by(&directory);
+
+    let behind = (cluster.leader().await? + 1) % 3;
+    let others: Vec<_> = (0..3).filter(|member| *member != behind).collect();
+    cluster.member(behind).pause().await?;
+    for n in 2..20 {
+        let put = async || client.put(key("a"), value(&format!("h:{n}")), None).await;
+        eventually("it is written", async || put().await.is_ok()).await;
+    }
+    eventually("it is shown", async || {
+        shown(&directory.snapshot()) == ["a=h:19"]
+    })
+    .await;
+    let revision = directory.snapshot().revision();
+
+    for other in &others {
+        cluster.member(*other).pause().await?;
+    }
+    cluster.member(behind).resume()?;
+    eventually("it says that it is not current", async || {
+        !directory.snapshot().freshness().is_live()
+    })
+    .await;
+    // The one that is behind has time to answer, and does answer what needs no quorum.
+    let mut alone = cluster.member(behind).client().await?;
+    let own = goo_etcd::GetOptions::new().with_serializable();
+    let own = alone.get(key("a"), Some(own)).await?;
+    assert_ne!(own.kvs()[0].value_str()?, value("h:19"), "it is not behind");
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(shown(&directory.snapshot()), ["a=h:19"]);
+    assert_eq!(directory.snapshot().revision(), revision);
+
+    for other in &others {
+        cluster.member(*other).resume()?;
+    }
+    eventually("it is current again", async || {
+        directory.snapshot().freshness().is_live()
+    })
+    .await;
+    client.put(key("a"), value("h:20"), None).await?;
+    eventually("it follows", async || {
+        shown(&directory.snapshot()) == ["a=h:20"]
+    })
+    .await;
+    let revisions: Vec<i64> = seen
+        .all()
+        .iter()
+        .map(|snapshot| snapshot.revision())
+        .collect();
+    assert!(revisions.is_sorted(), "{revisions:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_wiped_cluster_then_directories_follow_to_its_new_history() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let client = client_of(&cluster).await?;
+    for n in 0..20 {
+        client
+            .put(key("old"), value(&format!("h:{n}")), None)
+            .await?;
+    }
+    let directory = Directory::watch(&client, "greeter").await?;
+    let before = directory.snapshot().revision();
+    let seen = Seen::by(&directory);
+    cluster.wipe_and_restart().await?;
+    let put = async || client.put(key("new"), value("h:1"), None).await;
+    eventually("it is written", async || put().await.is_ok()).await;
+    eventually("the new history is shown", async || {
+        let snapshot = directory.snapshot();
+        snapshot.freshness().is_live() && shown(&snapshot) == ["new=h:1"]
+    })
+    .await;
+    assert!(directory.snapshot().revision() < before);
+    // Once: from the old to the new, and not back.
+    let revisions: Vec<i64> = seen
+        .all()
+        .iter()
+        .map(|snapshot| snapshot.revision())
+        .collect();
+    let falls = revisions.windows(2).filter(|pair| pair[1] < pair[0]);
+    assert_eq!(falls.count(), 1, "{revisions:?}");
+    Ok(())
+}
