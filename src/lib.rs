@@ -69,7 +69,9 @@
 //!
 //! Everything runs on Tokio. Every background task belongs to a handle and ends with its last clone.
 //! No feature is on by default; TLS to etcd is `tls`, or a backend of your choice: `tls-ring`,
-//! `tls-aws-lc`, with `tls-native-roots` or `tls-webpki-roots`.
+//! `tls-aws-lc`, with `tls-native-roots` or `tls-webpki-roots`. `metrics` counts what the guard against
+//! [mass deletion](balance::BalancedChannelBuilder::mass_deletion_guard) does, for whatever recorder of
+//! the crate `metrics` is installed.
 
 mod advertise;
 mod backoff;
@@ -83,6 +85,7 @@ mod error;
 pub mod format;
 mod instance;
 mod registrar;
+mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 

@@ -146,3 +146,88 @@ async fn given_a_user_without_permission_then_each_call_is_refused_once() -> Tes
     client.status(etcd.endpoint()).await?;
     Ok(())
 }
+
+#[tokio::test]
+async fn given_a_client_that_waits_for_nobody_then_its_first_calls_authenticate_once_for_all()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    secure(&etcd).await?;
+    let before = authentications(&etcd).await?;
+    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    assert_eq!(authentications(&etcd).await?, before);
+    let puts = (0..64).map(|n| client.put(format!("app/{n}"), "1", None));
+    futures::future::try_join_all(puts).await?;
+    let mut watch = client
+        .watch("app/", WatchOptions::new().with_prefix())
+        .await?;
+    client.put("app/a", "2", None).await?;
+    assert_eq!(
+        soon("an event", watch.next())
+            .await
+            .unwrap()?
+            .events()
+            .len(),
+        1
+    );
+    // The client beneath is the same user.
+    assert_eq!(client.client().get("app/a", None).await?.count(), 1);
+    let refused = client.put("other", "1", None).await.unwrap_err();
+    assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
+    assert_eq!(authentications(&etcd).await? - before, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_client_that_waits_for_nobody_and_a_wrong_password_then_each_call_says_so_once()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    secure(&etcd).await?;
+    let before = authentications(&etcd).await?;
+    let client = Client::connect_lazy("wrong", user(vec![etcd.endpoint()], "hunter3")).await?;
+    for done in 1..4 {
+        let error = client.get("app/a", None).await.unwrap_err();
+        let text = format!("{error} {error:?} {client:?}");
+        assert!(text.contains("authenticate as \"app\""), "{text}");
+        assert!(text.contains("authentication failed"), "{text}");
+        assert!(!text.contains("hunter3"), "{text}");
+        assert_eq!(authentications(&etcd).await? - before, done);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_client_that_waits_for_nobody_when_etcd_asks_for_no_user_then_it_goes_on_without()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    client.put("other", "1", None).await?;
+    assert_eq!(client.get("other", None).await?.count(), 1);
+    Ok(())
+}
+
+/// What etcd refuses is not to be had from a file either.
+#[tokio::test]
+async fn given_a_cache_and_a_user_without_permission_then_a_directory_is_refused() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let folder = tempfile::TempDir::new()?;
+    let open = async |client: &Client| {
+        let builder = goo_etcd::Directory::builder(client, "greeter");
+        builder.cache_dir(folder.path()).build().await
+    };
+    let client = support::connect(etcd.endpoint()).await;
+    client
+        .put(support::key("a"), support::value("h:1"), None)
+        .await?;
+    let directory = open(&client).await?;
+    support::eventually("it is written", async || {
+        std::fs::read_dir(folder.path()).is_ok_and(|files| files.count() == 1)
+    })
+    .await;
+    drop((directory, client));
+    secure(&etcd).await?;
+    // Of the same name, so that it finds the file.
+    let client = Client::connect_lazy("test", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let refused = open(&client).await.unwrap_err();
+    assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
+    Ok(())
+}

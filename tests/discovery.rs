@@ -58,6 +58,8 @@ async fn given_a_consumer_that_does_not_poll_then_it_blocks_nobody_and_later_get
     for change in 0..CHANGES {
         let id = ["a", "b", "c"][change % 3];
         last = put(&client, id, &format!("10.0.1.1:{}", change + 1)).await?;
+        // Slowly enough for hundreds of steps to be seen: those of some milliseconds are shown together.
+        tokio::time::sleep(Duration::from_millis(4)).await;
     }
     // `c` ends as it began.
     last = last.max(put(&client, "c", "10.0.0.1:80").await?);

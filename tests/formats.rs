@@ -397,10 +397,9 @@ async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_tra
     registration.update(|instance| instance.weight = 9).await?;
     assert!(together().await? > first);
     eventually("the change is seen", async || {
-        directory
-            .snapshot()
-            .instances()
-            .all(|instance| instance.weight == 9)
+        let snapshot = directory.snapshot();
+        let mut instances = snapshot.instances();
+        instances.len() == 1 && instances.all(|instance| instance.weight == 9)
     })
     .await;
     let snapshot = directory.snapshot();
@@ -454,8 +453,10 @@ async fn given_a_key_that_another_process_took_over_then_leaving_deletes_the_oth
     let leaving = registrar
         .register(Instance::new("greeter", "h:1").id("one"))
         .await?;
+    // Under a lease of its own, as a process has it; without one it would be undone.
+    let other = goo_etcd::PutOptions::new().with_lease(client.grant(60).await?.id());
     client
-        .put("services/greeter/one", r#"{"Addr":"h:9"}"#, None)
+        .put("services/greeter/one", r#"{"Addr":"h:9"}"#, other)
         .await?;
     leaving.deregister().await?;
     let left = all_keys(&client).await?;

@@ -238,3 +238,45 @@ async fn given_the_guard_is_switched_off_then_what_vanishes_is_let_go() -> TestR
     assert_fails_as_empty(&channel).await;
     Ok(())
 }
+
+/// Recorded on the test's own thread, on which all of its tasks run.
+#[cfg(feature = "metrics")]
+#[tokio::test]
+async fn given_a_mass_deletion_then_metrics_tell_of_it_and_of_how_many_are_kept() -> TestResult {
+    use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+
+    let recorder = DebuggingRecorder::new();
+    let snapshotter = recorder.snapshotter();
+    let _installed = metrics::set_default_local_recorder(&recorder);
+    // Each reading takes what there is away.
+    let mut told = std::collections::BTreeMap::<String, f64>::new();
+    let mut read = |name: &str| {
+        for (key, _, _, value) in snapshotter.snapshot().into_vec() {
+            let mut labels = key.key().labels();
+            let label = labels.next().map(metrics::Label::value);
+            assert_eq!(label, Some("services/greeter/"));
+            *told.entry(key.key().name().to_owned()).or_default() += match value {
+                DebugValue::Counter(count) => count as f64,
+                DebugValue::Gauge(change) => change.into_inner(),
+                DebugValue::Histogram(_) => panic!("there is none"),
+            };
+        }
+        told.get(name).copied()
+    };
+    let fleet = Fleet::start(3).await?;
+    let channel = fleet.channel(|builder| builder).await?;
+    assert_eq!(read("goo_etcd_kept_endpoints"), None);
+    fleet.expire().await?;
+    eventually("they are kept", async || kept(&channel) == 3).await;
+    assert!(read("goo_etcd_mass_deletions_total") >= Some(1.0));
+    assert_eq!(read("goo_etcd_kept_endpoints"), Some(3.0));
+    fleet.register(&fleet.servers[0]).await?;
+    eventually("it is known", async || kept(&channel) == 2).await;
+    assert_eq!(read("goo_etcd_kept_endpoints"), Some(2.0));
+    drop(channel);
+    eventually("none is kept any more", async || {
+        read("goo_etcd_kept_endpoints") == Some(0.0)
+    })
+    .await;
+    Ok(())
+}

@@ -1,5 +1,8 @@
 //! Watches against a real etcd: every event once and in order, whatever happens to it.
 
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -229,29 +232,13 @@ async fn given_a_dropped_watch_then_etcd_forgets_it() -> Outcome {
     let etcd = Etcd::start().await?;
     let client = connect(&etcd).await?;
     let watches = futures::future::try_join_all((0..5).map(|_| client.watch("n", None))).await?;
-    assert_eq!(watchers(&etcd).await?, 5);
+    assert_eq!(support::watchers(&etcd).await?, 5);
     drop(watches);
     timeout(SOON, async {
-        while watchers(&etcd).await.unwrap() > 0 {
+        while support::watchers(&etcd).await.unwrap() > 0 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     })
     .await?;
     Ok(())
-}
-
-/// How many watches etcd itself counts.
-async fn watchers(etcd: &Etcd) -> Result<u64, Box<dyn std::error::Error>> {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut connection = tokio::net::TcpStream::connect(etcd.endpoint()).await?;
-    connection
-        .write_all(b"GET /metrics HTTP/1.0\r\nHost: etcd\r\n\r\n")
-        .await?;
-    let mut page = String::new();
-    connection.read_to_string(&mut page).await?;
-    let count = page
-        .lines()
-        .find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "))
-        .ok_or("etcd does not tell how many watchers it has")?;
-    Ok(count.trim().parse::<f64>()? as u64)
 }

@@ -251,7 +251,9 @@ impl BalancedChannelBuilder {
     /// Together means that within 5 s more have vanished than there are left in the set, new ones included: a
     /// fleet that is replaced by another is let go. One that has said that it is draining is let go
     /// at once, and so is one whose connection is lost; it is not connected anew. What is kept shows as
-    /// [`EndpointStatus::kept`](super::EndpointStatus::kept), with a warning in the log.
+    /// [`EndpointStatus::kept`](super::EndpointStatus::kept), with a warning in the log; and with the feature
+    /// `metrics` as the counter `goo_etcd_mass_deletions_total` and the gauge `goo_etcd_kept_endpoints`, whose
+    /// label `service` is the key prefix that the instances are read from.
     pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
         self.mass_deletion_guard = Some(keep_for);
         self

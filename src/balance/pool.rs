@@ -18,7 +18,7 @@ use super::guard::Guard;
 use super::pick::{Picker, Policy, Turn};
 use super::source::Source;
 use crate::directory::{Difference, Instances, differences};
-use crate::{Freshness, Instance, InstanceKey, Snapshot};
+use crate::{Freshness, Instance, InstanceKey, Snapshot, telemetry};
 
 /// How many endpoints an error message names.
 const NAMED: usize = 10;
@@ -114,6 +114,8 @@ pub(super) struct Pool {
     members: BTreeMap<InstanceKey, Member>,
     /// What has vanished with most of the others.
     guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
+    /// How many of those are in use, as last told.
+    kept: usize,
     unusable: BTreeMap<InstanceKey, String>,
     snapshot: Option<Arc<Snapshot>>,
 }
@@ -155,6 +157,7 @@ impl Pool {
             shown: Instances::new(),
             members: BTreeMap::new(),
             guard: Guard::new(keep_for),
+            kept: 0,
             unusable: BTreeMap::new(),
             snapshot: None,
         }
@@ -177,6 +180,7 @@ impl Pool {
             let is_connected = |(member, _): &_| Member::is_connected(member);
             let released = self.guard.release(is_connected, Instant::now());
             self.publish();
+            self.tell_kept();
             // Only now: nothing may be picked that is being taken down.
             drop((gone, replaced, released));
         }
@@ -253,12 +257,23 @@ impl Pool {
             member.current.endpoint.update(instance);
             member.current.endpoint.set_kept(true);
         }
+        let service = self.view.known.load();
+        telemetry::mass_deletion(&service.range);
         tracing::warn!(
+            service = &*service.range,
             vanished = together,
             remaining,
             kept = kept.len(),
             "most instances have vanished together: those that are connected still are kept for a while"
         );
+    }
+
+    fn tell_kept(&mut self) {
+        let kept = self.guard.kept().count();
+        if kept != self.kept {
+            telemetry::kept_endpoints(&self.view.known.load().range, self.kept, kept);
+            self.kept = kept;
+        }
     }
 
     /// Returns a member that cannot be used any more.
@@ -359,6 +374,14 @@ impl Pool {
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
         }));
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        if self.kept > 0 {
+            telemetry::kept_endpoints(&self.view.known.load().range, self.kept, 0);
+        }
     }
 }
 

@@ -114,24 +114,58 @@ impl Client {
     /// [`Error::Unreachable`] when no member answered in time, [`Error::Rpc`] at once when etcd
     /// refuses the user.
     pub async fn new(name: impl Into<String>, config: Config) -> Result<Self> {
-        let name = name.into();
-        if name.is_empty() {
-            return Err(Error::invalid("name", "", "a client needs a name"));
-        }
-        config.validate()?;
-        let closed = CancellationToken::new();
+        let (name, closed) = begin(name, &config)?;
         // Nothing stays behind when this fails or is dropped half-way.
         let guard = closed.clone().drop_guard();
         let transport = Transport::connect(&config, &closed).await?;
         guard.disarm();
-        Ok(Client {
+        Ok(Self::of(name, config, transport, closed))
+    }
+
+    /// The same without waiting for a member to answer: for a process that may be started before etcd
+    /// is there, or while it is away. It connects in the background, for as long as it takes.
+    ///
+    /// Calls wait for a member within their time, and the first one authenticates. So
+    /// [`Registrar::register_eventually`](crate::Registrar::register_eventually) gets there once etcd
+    /// does, and a directory with a [`cache_dir`](crate::DirectoryBuilder::cache_dir) serves what was
+    /// last known until then. The raw [`client`](Self::client) has the user from the first call of this
+    /// one on.
+    ///
+    /// ```no_run
+    /// # async fn example() -> goo_etcd::Result<()> {
+    /// use goo_etcd::{Client, Config, Instance, Registrar};
+    ///
+    /// let client = Client::connect_lazy("main", Config::default()).await?;
+    /// let instance = Instance::new("greeter", "10.0.0.5:50051");
+    /// let registration = Registrar::new(&client).register_eventually(instance)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`], as for [`new`](Self::new). What only etcd can tell, such as a wrong password,
+    /// each call says.
+    pub async fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
+        let (name, closed) = begin(name, &config)?;
+        let transport = Transport::lazy(&config, &closed).await?;
+        Ok(Self::of(name, config, transport, closed))
+    }
+
+    fn of(name: String, config: Config, transport: Transport, closed: CancellationToken) -> Self {
+        Client {
             inner: Arc::new(Inner {
                 name,
                 config,
                 transport,
                 closed,
             }),
-        })
+        }
+    }
+
+    /// What tells this client and its clones from the others that are there.
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.inner).addr()
     }
 
     /// The name given to [`Client::new`].
@@ -206,6 +240,10 @@ impl Client {
         let after = self.inner.config.request_timeout;
         let work = pin!(work);
         self.unless_closed(async {
+            let work = async {
+                self.inner.transport.sign_in(&self.inner.config).await?;
+                work.await
+            };
             match tokio::time::timeout(after, work).await {
                 Ok(result) => result,
                 Err(_) => Err(self.late(operation(), after)),
@@ -287,6 +325,16 @@ impl fmt::Debug for Client {
             .field("closed", &self.is_closed())
             .finish()
     }
+}
+
+/// What can be said of a client before anything is sent.
+fn begin(name: impl Into<String>, config: &Config) -> Result<(String, CancellationToken)> {
+    let name = name.into();
+    if name.is_empty() {
+        return Err(Error::invalid("name", "", "a client needs a name"));
+    }
+    config.validate()?;
+    Ok((name, CancellationToken::new()))
 }
 
 /// A key as errors and logs show it.

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use tokio::sync::watch;
+use tokio::sync::{OnceCell, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::members;
+use super::members::{self, Addresses};
 use super::wire::Wire;
 use crate::backoff::Backoff;
 use crate::{Config, Error, Result};
@@ -22,6 +22,8 @@ pub(super) struct Transport {
     pub(super) cluster: etcd_client::ClusterClient,
     pub(super) maintenance: etcd_client::MaintenanceClient,
     pub(super) wire: Wire,
+    /// Set once the user, if there is one, has a token.
+    signed_in: OnceCell<()>,
     _auto_sync: Option<AbortOnDropHandle<()>>,
 }
 
@@ -29,10 +31,32 @@ impl Transport {
     /// Connects, authenticates if there is a user, and waits for a first answer, all within
     /// `dial_timeout`.
     pub(super) async fn connect(config: &Config, closed: &CancellationToken) -> Result<Self> {
-        let configured = members::configured(config)?;
-        let (members, current) = watch::channel(configured.clone());
-        let wire = Wire::new(members::channel(config, current)?, config, closed);
+        let (members, wire) = wire(config, closed)?;
         let raw = first_answer(config, &wire).await?;
+        let signed_in = OnceCell::new_with(Some(()));
+        Self::begin(config, closed, members, wire, raw, signed_in)
+    }
+
+    /// The same without waiting for anybody: the first call authenticates.
+    pub(super) async fn lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
+        let (members, wire) = wire(config, closed)?;
+        // Without a user it asks nobody.
+        let raw = etcd_client::Client::from_channel(wire.channel(), Some(options()))
+            .await
+            .map_err(|error| Error::from_etcd("connect", error))?;
+        let signed_in = OnceCell::new_with(config.username.is_none().then_some(()));
+        Self::begin(config, closed, members, wire, raw, signed_in)
+    }
+
+    fn begin(
+        config: &Config,
+        closed: &CancellationToken,
+        members: watch::Sender<Addresses>,
+        wire: Wire,
+        raw: etcd_client::Client,
+        signed_in: OnceCell<()>,
+    ) -> Result<Self> {
+        let configured = members::configured(config)?;
         let auto_sync = config.auto_sync.then(|| {
             let cluster = raw.cluster_client();
             let sync = members::keep_up_to_date(config.clone(), configured, cluster, members);
@@ -51,9 +75,55 @@ impl Transport {
             maintenance: raw.maintenance_client(),
             raw,
             wire,
+            signed_in,
             _auto_sync: auto_sync,
         })
     }
+
+    /// Sees to it that the user has a token, before a call of a client that did not wait for one. One
+    /// call does it for all; each that finds that it failed tries it once.
+    pub(super) async fn sign_in(&self, config: &Config) -> Result<()> {
+        if self.signed_in.initialized() {
+            return Ok(());
+        }
+        // Boxed: rare, and large.
+        Box::pin(self.signed_in.get_or_try_init(|| async {
+            let Some((name, password)) = user(config) else {
+                return Ok(());
+            };
+            // Its token and its user are those of all that was made from it.
+            let mut raw = self.raw.clone();
+            match raw
+                .update_user(Some((name.clone(), password.clone())))
+                .await
+            {
+                Ok(()) => Ok(()),
+                Err(error) if without_user(config, &error) => Ok(()),
+                Err(error) => Err(Error::from_etcd(authenticating(name), error)),
+            }
+        }))
+        .await
+        .map(drop)
+    }
+}
+
+/// The way to the configured members, and where others are sent to it.
+fn wire(config: &Config, closed: &CancellationToken) -> Result<(watch::Sender<Addresses>, Wire)> {
+    let (members, current) = watch::channel(members::configured(config)?);
+    let wire = Wire::new(members::channel(config, current)?, config, closed);
+    Ok((members, wire))
+}
+
+fn options() -> etcd_client::ConnectOptions {
+    etcd_client::ConnectOptions::new().with_auto_token_refresh(true)
+}
+
+fn user(config: &Config) -> Option<(&String, &String)> {
+    config.username.as_ref().zip(config.password.as_ref())
+}
+
+fn authenticating(name: &str) -> String {
+    format!("authenticate as {name:?}")
 }
 
 /// Tries until a member answers or `dial_timeout` is over. What no repetition can mend, such as a
@@ -87,20 +157,14 @@ async fn first_answer(config: &Config, wire: &Wire) -> Result<etcd_client::Clien
 }
 
 async fn authenticated(config: &Config, wire: &Wire) -> Result<etcd_client::Client> {
-    let mut options = etcd_client::ConnectOptions::new().with_auto_token_refresh(true);
-    let mut operation = "connect".to_owned();
-    if let (Some(name), Some(password)) = (&config.username, &config.password) {
+    let (mut options, mut operation) = (options(), "connect".to_owned());
+    if let Some((name, password)) = user(config) {
         options = options.with_user(name, password);
-        operation = format!("authenticate as {name:?}");
+        operation = authenticating(name);
     }
     let client = match etcd_client::Client::from_channel(wire.channel(), Some(options)).await {
         Ok(client) => client,
-        // etcd's own client goes on without the user where the server asks for none.
-        Err(etcd_client::Error::GRpcStatus(status)) if is_auth_not_enabled(&status) => {
-            tracing::warn!(
-                endpoints = ?config.endpoints,
-                "a username is configured, but authentication is not enabled in etcd; going on without"
-            );
+        Err(error) if without_user(config, &error) => {
             etcd_client::Client::from_channel(wire.channel(), None)
                 .await
                 .map_err(|error| Error::from_etcd("connect", error))?
@@ -109,6 +173,22 @@ async fn authenticated(config: &Config, wire: &Wire) -> Result<etcd_client::Clie
     };
     answered(client.maintenance_client().status().await, "connect")?;
     Ok(client)
+}
+
+/// Whether a user was refused because etcd asks for none: then it goes on without, as etcd's own client
+/// does.
+fn without_user(config: &Config, error: &etcd_client::Error) -> bool {
+    let etcd_client::Error::GRpcStatus(status) = error else {
+        return false;
+    };
+    let without = is_auth_not_enabled(status);
+    if without {
+        tracing::warn!(
+            endpoints = ?config.endpoints,
+            "a username is configured, but authentication is not enabled in etcd; going on without"
+        );
+    }
+    without
 }
 
 /// Any answer to a status call shows that the member is there, even the refusal to answer it to

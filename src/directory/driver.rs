@@ -5,7 +5,9 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 use tonic::Code;
 
+use super::cache::{self, Cache, Keeper};
 use super::merge::Source;
+use super::snapshot::Freshness;
 use super::state::{Entry, Input, Machine, Todo};
 use crate::backoff::Backoff;
 use crate::client::{EventType, GetOptions, RawWatch, WatchOptions};
@@ -29,6 +31,42 @@ const SHOW_EVERY: Duration = Duration::from_millis(20);
 pub(super) async fn begin(client: &Client, machine: &mut Machine) -> Result<RawWatch> {
     let todo = machine.start();
     begin_with(client, machine, todo).await
+}
+
+/// The same where there may be a file of what was last known: without an answer from etcd that is shown,
+/// and there is no watch yet. What etcd refuses is an error with a file as well.
+pub(super) async fn begin_or_restore(
+    client: &Client,
+    machine: &mut Machine,
+    cache: Option<&Cache>,
+) -> Result<Option<RawWatch>> {
+    let known = match cache.cloned() {
+        Some(cache) => tokio::task::spawn_blocking(move || cache.load()).await,
+        None => Ok(None),
+    };
+    let Ok(Some(mut known)) = known else {
+        return begin(client, machine).await.map(Some);
+    };
+    let begun = tokio::time::timeout(cache::LIST_WITHIN, begin(client, machine)).await;
+    let why = match begun {
+        Ok(Ok(watch)) => return Ok(Some(watch)),
+        Ok(Err(error)) if error.is_permanent() || matches!(error, Error::Closed { .. }) => {
+            return Err(error);
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "etcd has not answered yet".to_owned(),
+    };
+    if let Freshness::Stale { reason, .. } = &mut known.freshness {
+        *reason = format!("{reason}, for {why}").into();
+    }
+    tracing::warn!(
+        service = machine.service(),
+        instances = known.len(),
+        reason = why,
+        "beginning with the instances that were last known"
+    );
+    machine.restore(known);
+    Ok(None)
 }
 
 async fn begin_with(client: &Client, machine: &mut Machine, mut todo: Todo) -> Result<RawWatch> {
@@ -71,13 +109,28 @@ fn is_compacted(error: &Error) -> bool {
 pub(super) async fn follow(
     client: Client,
     mut machine: Machine,
-    watching: RawWatch,
+    watching: Option<RawWatch>,
     source: Source,
+    keeper: Option<Keeper>,
 ) {
     let mut backoff = Backoff::for_etcd();
     let mut page = PAGE;
-    let mut todo = Todo::Listen;
-    let mut open = Some(watching);
+    let mut todo = match watching {
+        Some(_) => Todo::Listen,
+        None => machine.start(),
+    };
+    let mut open = watching;
+    let show = |machine: &Machine| {
+        let snapshot = machine.snapshot();
+        if let Some(keeper) = keeper.as_ref().filter(|_| snapshot.freshness.is_live()) {
+            keeper.keep(&snapshot);
+        }
+        source.show(snapshot);
+    };
+    // That of the first list is shown already.
+    if let (Some(keeper), Some(_)) = (&keeper, &open) {
+        keeper.keep(&machine.snapshot());
+    }
     let mut opened = Instant::now();
     let mut shown = Instant::now();
     let mut unshown = false;
@@ -99,7 +152,7 @@ pub(super) async fn follow(
                     match tokio::time::timeout_at(shown + SHOW_EVERY, events(watch)).await {
                         Ok(heard) => heard,
                         Err(_) => {
-                            source.show(machine.snapshot());
+                            show(&machine);
                             (shown, unshown) = (Instant::now(), false);
                             todo = Todo::Listen;
                             continue;
@@ -130,7 +183,7 @@ pub(super) async fn follow(
         let may_wait = matches!(todo, Todo::Listen) && shown.elapsed() < SHOW_EVERY;
         unshown |= news;
         if unshown && !may_wait {
-            source.show(machine.snapshot());
+            show(&machine);
             (shown, unshown) = (Instant::now(), false);
         }
         if closed {
@@ -291,7 +344,7 @@ mod tests_on_etcd {
         let spent = watch(&client, &machine, from_revision).await.unwrap();
         let (mut sources, mut shown) = super::super::merge::Sources::begin(vec![ghostly]);
         let source = sources.remove(0);
-        let following = tokio::spawn(follow(client.clone(), machine, spent, source));
+        let following = tokio::spawn(follow(client.clone(), machine, Some(spent), source, None));
         let truth = shown.wait_for(|snapshot| {
             let keys: Vec<&str> = snapshot.iter().map(|(key, _)| key.as_str()).collect();
             keys == ["services/a/newborn", "services/a/stays"] && snapshot.freshness().is_live()

@@ -13,14 +13,17 @@
 //! stayed is untouched. It never ends and never gives up while a handle to it is held, except when
 //! its client is closed.
 
+mod cache;
 mod driver;
 mod merge;
 #[cfg(test)]
 mod model;
+mod shared;
 mod snapshot;
 mod state;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::Stream;
@@ -34,9 +37,10 @@ use crate::format::{EtcdNaming, Layout};
 use crate::instance::validate_service;
 use crate::{Client, Result};
 
-/// The live list of a service's instances. Cheap to clone; clones share one watch.
+/// The live list of a service's instances. Cheap to clone; clones share one watch, and so do directories
+/// that are built of the same client with the same settings, however many channels use them.
 ///
-/// Dropping the last clone, and the last stream made from one, ends the watch.
+/// Dropping the last of them, and the last stream made from one, ends the watch.
 ///
 /// ```no_run
 /// # async fn example() -> goo_etcd::Result<()> {
@@ -75,6 +79,14 @@ struct Inner {
     tasks: Vec<JoinHandle<()>>,
 }
 
+impl Inner {
+    /// Whether it will still hear of changes: not when its client was closed, or the runtime ended that
+    /// it ran on.
+    fn is_followed(&self) -> bool {
+        !self.tasks.iter().any(JoinHandle::is_finished)
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         for task in &self.tasks {
@@ -101,6 +113,7 @@ impl Directory {
             prefix: None,
             layout: EtcdNaming.into(),
             others: Vec::new(),
+            cache_dir: None,
         }
     }
 
@@ -151,6 +164,7 @@ pub struct DirectoryBuilder {
     prefix: Option<String>,
     layout: Layout,
     others: Vec<Layout>,
+    cache_dir: Option<PathBuf>,
 }
 
 impl DirectoryBuilder {
@@ -190,57 +204,110 @@ impl DirectoryBuilder {
         self
     }
 
+    /// Keeps the last known instances in a file of this folder, and begins with them when etcd does not
+    /// answer: off unless set.
+    ///
+    /// With such a file, etcd is given half a second for the first list. Without an answer in that time
+    /// the directory serves what the file has, [`Stale`](Freshness::Stale) since it was written, and is
+    /// live as soon as etcd is there. For that the client must not wait for etcd either:
+    /// [`Client::connect_lazy`].
+    ///
+    /// It is written at once and after changes, at most once a second, while etcd is followed. A file that
+    /// is damaged is ignored, with a warning; so is a failure to write. Files are told apart by the
+    /// client's name, the format and the range of keys, so that processes may share a folder that use
+    /// one name for one cluster. They hold what etcd does of the instances, readable by their owner alone.
+    ///
+    /// ```no_run
+    /// # async fn example() -> goo_etcd::Result<()> {
+    /// use goo_etcd::{BalancedChannel, Client, Config, Directory};
+    ///
+    /// let client = Client::connect_lazy("main", Config::default()).await?;
+    /// let directory = Directory::builder(&client, "greeter")
+    ///     .cache_dir("/var/cache/my-service")
+    ///     .build()
+    ///     .await?;
+    /// let channel = BalancedChannel::builder(directory).build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn cache_dir(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.cache_dir = Some(folder.into());
+        self
+    }
+
     /// Lists the service and starts to follow it. When this returns, the first snapshot is there.
+    ///
+    /// Where a directory of the same client with the same settings is held already, this is another handle
+    /// to it: what it shows then may be stale. Settings are the same if the service, the prefixes, the
+    /// formats and the cache's folder are; a format that holds values of its own is like itself and its
+    /// clones alone.
     ///
     /// Must be called within a Tokio runtime: a task for each format follows etcd. Dropping the
     /// future leaves nothing behind.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for a service name that is empty or has a `/`;
+    /// [`Error::Invalid`](crate::Error::Invalid) for a service name that is empty or has a `/`, and for
+    /// a cache's folder that cannot be made;
     /// whatever etcd answers to the first list of any of the formats, such as a missing permission; a
     /// time-out when it does not answer. Later failures are not errors but [`Freshness::Stale`].
     pub async fn build(self) -> Result<Directory> {
         validate_service(&self.service)?;
         let mut layouts = vec![self.layout.under(self.prefix)];
         layouts.extend(self.others);
-        let several = layouts.len() > 1;
-        let mut machines = Vec::with_capacity(layouts.len());
-        for layout in layouts {
-            let service = layout.service_here(&self.service).to_owned();
-            validate_service(&service)?;
-            let machine = state::Machine::new(layout.format, layout.prefix, service);
-            machines.push(if several {
-                machine.by_address()
-            } else {
-                machine
-            });
+        for layout in &layouts {
+            validate_service(layout.service_here(&self.service))?;
         }
-        let beginnings = machines
-            .iter_mut()
-            .map(|machine| driver::begin(&self.client, machine));
-        let watches = futures::future::try_join_all(beginnings).await?;
-        let first = machines.iter().map(state::Machine::snapshot).collect();
-        let (sources, snapshots) = merge::Sources::begin(first);
-        let tasks = machines
-            .into_iter()
-            .zip(watches)
-            .zip(sources)
-            .map(|((machine, watching), source)| {
-                tokio::spawn(driver::follow(
-                    self.client.clone(),
-                    machine,
-                    watching,
-                    source,
-                ))
-            })
-            .collect();
-        Ok(Directory {
-            inner: Arc::new(Inner {
-                service: self.service,
-                snapshots,
-                tasks,
-            }),
-        })
+        let (client, service, cache_dir) = (self.client, self.service, self.cache_dir);
+        let key = shared::Key::new(&client, &service, &layouts, cache_dir.as_ref());
+        let inner = shared::join(key, || open(client, service, layouts, cache_dir)).await?;
+        Ok(Directory { inner })
     }
+}
+
+async fn open(
+    client: Client,
+    service: String,
+    layouts: Vec<Layout>,
+    cache_dir: Option<PathBuf>,
+) -> Result<Arc<Inner>> {
+    let several = layouts.len() > 1;
+    let mut machines = Vec::with_capacity(layouts.len());
+    let mut caches = Vec::with_capacity(layouts.len());
+    for layout in layouts {
+        let here = layout.service_here(&service).to_owned();
+        let machine = state::Machine::new(layout.format, layout.prefix, here);
+        let machine = if several {
+            machine.by_address()
+        } else {
+            machine
+        };
+        let cache = cache_dir.as_ref();
+        let cache = cache.map(|folder| cache::Cache::of(&machine, client.name(), folder));
+        caches.push(cache.transpose()?);
+        machines.push(machine);
+    }
+    let beginnings = machines
+        .iter_mut()
+        .zip(&caches)
+        .map(|(machine, cache)| driver::begin_or_restore(&client, machine, cache.as_ref()));
+    let watches = futures::future::try_join_all(beginnings).await?;
+    let first = machines.iter().map(state::Machine::snapshot).collect();
+    let (sources, snapshots) = merge::Sources::begin(first);
+    let tasks = machines
+        .into_iter()
+        .zip(watches)
+        .zip(sources)
+        .zip(caches)
+        .map(|(((machine, watching), source), cache)| {
+            let keeper = cache.map(cache::Keeper::of);
+            let client = client.clone();
+            tokio::spawn(driver::follow(client, machine, watching, source, keeper))
+        })
+        .collect();
+    Ok(Arc::new(Inner {
+        service,
+        snapshots,
+        tasks,
+    }))
 }

@@ -136,6 +136,26 @@ impl Machine {
         self
     }
 
+    pub(crate) fn is_by_address(&self) -> bool {
+        self.by_address
+    }
+
+    pub(crate) fn format_name(&self) -> &'static str {
+        self.format.name()
+    }
+
+    /// Shows what was known at another time, until there is a list. What was listed stays: it is newer.
+    pub(crate) fn restore(&mut self, known: Snapshot) {
+        self.phase = Phase::Empty;
+        if self.revision == 0 {
+            self.shown = known.instances;
+            self.written = known.written;
+            self.revision = known.revision;
+            self.freshness = known.freshness;
+            self.damaged = known.skipped;
+        }
+    }
+
     pub(crate) fn range(&self) -> &KeyRange {
         &self.range
     }

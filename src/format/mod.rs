@@ -117,6 +117,7 @@ mod kratos;
 mod laws;
 mod layout;
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -135,7 +136,7 @@ use crate::{Instance, Result};
 ///
 /// Implement it to speak with registrations of your own kind; `Registrar` and `Directory` take any,
 /// also one that is chosen at run time, as `Arc<dyn Format>` or `Box<dyn Format>`.
-pub trait Format: Debug + Send + Sync + 'static {
+pub trait Format: Any + Debug + Send + Sync {
     /// A short name, for logs.
     fn name(&self) -> &'static str;
 

@@ -114,6 +114,16 @@ pub async fn metrics(etcd: &Etcd) -> TestResult<String> {
     Ok(page)
 }
 
+/// How many watches etcd itself counts.
+pub async fn watchers(etcd: &Etcd) -> TestResult<u64> {
+    let page = metrics(etcd).await?;
+    let count = page
+        .lines()
+        .find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "))
+        .ok_or("etcd does not tell how many watchers it has")?;
+    Ok(count.trim().parse::<f64>()? as u64)
+}
+
 /// All keys under the default prefix.
 pub async fn keys(client: &Client) -> TestResult<Vec<String>> {
     let options = GetOptions::new().with_prefix().with_keys_only();

@@ -1,0 +1,203 @@
+//! One watch per service and process, however many look.
+//!
+//! Directories of one client with the same settings are the same directory: the first to be built lists
+//! and watches, the others join it, also while it is still being built.
+
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared, WeakShared};
+
+use super::Inner;
+use crate::format::{Format, Layout};
+use crate::{Client, Result};
+
+/// What makes two directories the same one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    client: usize,
+    service: String,
+    /// Format, prefix, and the service's name there.
+    sources: Vec<(Identity, String, String)>,
+    cache_dir: Option<PathBuf>,
+}
+
+impl Key {
+    pub(super) fn new(
+        client: &Client,
+        service: &str,
+        layouts: &[Layout],
+        cache_dir: Option<&PathBuf>,
+    ) -> Self {
+        let source = |layout: &Layout| {
+            let here = layout.service_here(service).to_owned();
+            (Identity::of(&*layout.format), layout.prefix.clone(), here)
+        };
+        Self {
+            client: client.identity(),
+            service: service.to_owned(),
+            sources: layouts.iter().map(source).collect(),
+            cache_dir: cache_dir.cloned(),
+        }
+    }
+}
+
+/// What tells formats apart, without asking them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Identity {
+    /// A type whose values hold nothing are all alike.
+    Type(TypeId),
+    /// A value that holds something is like itself alone; its address, which is nobody else's while the
+    /// directory lives.
+    Value(usize),
+}
+
+impl Identity {
+    fn of(format: &dyn Format) -> Self {
+        let any: &dyn Any = format;
+        // Chosen at run time: what is behind.
+        if let Some(behind) = any.downcast_ref::<Arc<dyn Format>>() {
+            return Self::of(&**behind);
+        }
+        if let Some(behind) = any.downcast_ref::<Box<dyn Format>>() {
+            return Self::of(&**behind);
+        }
+        if size_of_val(format) == 0 {
+            Self::Type(any.type_id())
+        } else {
+            Self::Value(std::ptr::from_ref(format).addr())
+        }
+    }
+}
+
+type Opening = BoxFuture<'static, Result<Arc<Inner>>>;
+
+enum Slot {
+    /// It is being built by those who wait for it; when they are gone, nobody does any more.
+    Opening(WeakShared<Opening>),
+    Open(Weak<Inner>),
+}
+
+impl Slot {
+    fn is_alive(&self) -> bool {
+        match self {
+            Slot::Opening(opening) => opening.upgrade().is_some(),
+            Slot::Open(inner) => inner.upgrade().is_some_and(|inner| inner.is_followed()),
+        }
+    }
+}
+
+static OPEN: LazyLock<Mutex<HashMap<Key, Slot>>> = LazyLock::new(Mutex::default);
+
+fn open() -> std::sync::MutexGuard<'static, HashMap<Key, Slot>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The directory of this key: the one that is there, or what `build` comes to.
+pub(super) async fn join<F>(key: Key, build: impl FnOnce() -> F) -> Result<Arc<Inner>>
+where
+    F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
+{
+    let found = find(&key, build);
+    let opening = match found {
+        Found::Open(inner) => return Ok(inner),
+        Found::Opening(opening) => opening,
+    };
+    let inner = opening.await?;
+    // All of those who waited say the same.
+    open().insert(key, Slot::Open(Arc::downgrade(&inner)));
+    Ok(inner)
+}
+
+enum Found {
+    Open(Arc<Inner>),
+    Opening(Shared<Opening>),
+}
+
+fn find<F>(key: &Key, build: impl FnOnce() -> F) -> Found
+where
+    F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
+{
+    let mut open = open();
+    match open.get(key) {
+        Some(Slot::Open(inner)) => {
+            if let Some(inner) = inner.upgrade().filter(|inner| inner.is_followed()) {
+                return Found::Open(inner);
+            }
+        }
+        Some(Slot::Opening(opening)) => {
+            if let Some(opening) = opening.upgrade() {
+                return Found::Opening(opening);
+            }
+        }
+        None => {}
+    }
+    // Now and then is enough, and this is when there may be more of them.
+    open.retain(|_, slot| slot.is_alive());
+    let opening = build().boxed().shared();
+    if let Some(weak) = opening.downgrade() {
+        open.insert(key.clone(), Slot::Opening(weak));
+    }
+    Found::Opening(opening)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{EtcdNaming, Kratos};
+
+    #[derive(Debug)]
+    struct Flavoured(#[allow(dead_code, reason = "it is what makes it a value")] u8);
+
+    impl Format for Flavoured {
+        fn name(&self) -> &'static str {
+            EtcdNaming.name()
+        }
+        fn default_prefix(&self) -> &'static str {
+            EtcdNaming.default_prefix()
+        }
+        fn default_ttl(&self) -> std::time::Duration {
+            EtcdNaming.default_ttl()
+        }
+        fn key(&self, prefix: &str, instance: &crate::Instance) -> String {
+            EtcdNaming.key(prefix, instance)
+        }
+        fn range(&self, prefix: &str, service: &str) -> crate::format::KeyRange {
+            EtcdNaming.range(prefix, service)
+        }
+        fn encode(&self, instance: &crate::Instance) -> Result<Vec<u8>> {
+            EtcdNaming.encode(instance)
+        }
+        fn decode(
+            &self,
+            prefix: &str,
+            service: &str,
+            key: &[u8],
+            value: &[u8],
+        ) -> Result<Vec<crate::Instance>, crate::format::DecodeError> {
+            EtcdNaming.decode(prefix, service, key, value)
+        }
+    }
+
+    #[test]
+    fn formats_are_alike_that_cannot_differ_however_they_were_chosen() {
+        let of = |format: &dyn Format| Identity::of(format);
+        let chosen: Arc<dyn Format> = Arc::new(EtcdNaming);
+        let boxed: Box<dyn Format> = Box::new(EtcdNaming);
+        assert_eq!(of(&EtcdNaming), of(&chosen));
+        assert_eq!(of(&EtcdNaming), of(&boxed));
+        assert_ne!(of(&EtcdNaming), of(&Kratos));
+        let (one, other) = (Flavoured(1), Flavoured(1));
+        assert_eq!(of(&one), of(&one));
+        assert_ne!(of(&one), of(&other));
+        let (chosen, same): (Arc<dyn Format>, _) = {
+            let chosen: Arc<dyn Format> = Arc::new(Flavoured(1));
+            (Arc::clone(&chosen), chosen)
+        };
+        assert_eq!(of(&chosen), of(&same));
+    }
+}
