@@ -15,7 +15,7 @@ use crate::Error;
 #[non_exhaustive]
 pub enum RegistrationState {
     /// Held back, for its server does not say that it is ready; see
-    /// [`register_while_ready`](super::Registrar::register_while_ready). Not in etcd.
+    /// [`register_while_ready`](crate::Registrar::register_while_ready). Not in etcd.
     Unready,
     /// On its way into etcd for the first time.
     Registering,
