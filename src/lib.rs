@@ -69,7 +69,8 @@
 //!
 //! Everything runs on Tokio. Every background task belongs to a handle and ends with its last clone.
 //! No feature is on by default; TLS to etcd is `tls`, or a backend of your choice: `tls-ring`,
-//! `tls-aws-lc`, with `tls-native-roots` or `tls-webpki-roots`. `metrics` counts what the guard against
+//! `tls-aws-lc`, with `tls-native-roots` or `tls-webpki-roots`. `health` registers a
+//! server while its own health service says that it serves. `metrics` counts what the guard against
 //! [mass deletion](balance::BalancedChannelBuilder::mass_deletion_guard) does, for whatever recorder of
 //! the crate `metrics` is installed.
 
@@ -104,6 +105,8 @@ pub use directory::{Directory, DirectoryBuilder, Freshness, InstanceKey, Snapsho
 pub use discover::Discovery;
 pub use error::{Error, Result};
 pub use instance::{DEFAULT_WEIGHT, Instance};
+#[cfg(feature = "health")]
+pub use registrar::serving;
 pub use registrar::{Registrar, RegistrarBuilder, Registration, RegistrationState};
 
 /// The client beneath; [`Client::client`] gives one of its own.

@@ -11,7 +11,7 @@ use tower::Service;
 use super::call::Calls;
 use super::connect::{BoxError, Connector, Custom, Settings, custom};
 use super::endpoint::Plan;
-use super::guard::KEEP_FOR;
+use super::guard::{self, Guard, KEEP_FOR, WINDOW};
 use super::pick::Policy;
 use super::pool::{Pool, View};
 use super::retry::RetryPolicy;
@@ -50,6 +50,7 @@ pub struct BalancedChannelBuilder {
     user_agent: Option<String>,
     origin: Option<Uri>,
     mass_deletion_guard: Option<Duration>,
+    mass_deletion_window: Option<Duration>,
 }
 
 impl std::fmt::Debug for BalancedChannelBuilder {
@@ -83,6 +84,7 @@ impl BalancedChannelBuilder {
             user_agent: None,
             origin: None,
             mass_deletion_guard: None,
+            mass_deletion_window: None,
         }
     }
 
@@ -248,14 +250,26 @@ impl BalancedChannelBuilder {
     /// connected; zero: not at all. Default 60 s for a [`Directory`](crate::Directory), whose instances
     /// vanish as well when leases end though the servers live, and none for other sources.
     ///
-    /// Together means that within 5 s more have vanished than there are left in the set, new ones included: a
-    /// fleet that is replaced by another is let go. One that has said that it is draining is let go
+    /// Together means that within the time of [`mass_deletion_window`](Self::mass_deletion_window) more have
+    /// vanished than there are left in the set, new ones included: a fleet that is replaced by another is
+    /// let go. One that has said that it is draining is let go
     /// at once, and so is one whose connection is lost; it is not connected anew. What is kept shows as
     /// [`EndpointStatus::kept`](super::EndpointStatus::kept), with a warning in the log; and with the feature
     /// `metrics` as the counter `goo_etcd_mass_deletions_total` and the gauge `goo_etcd_kept_endpoints`, whose
     /// label `service` is the key prefix that the instances are read from.
     pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
         self.mass_deletion_guard = Some(keep_for);
+        self
+    }
+
+    /// Within which time instances have vanished together, for
+    /// [`mass_deletion_guard`](Self::mass_deletion_guard). As leases that are renewed at a third of their time
+    /// to live end within a third of it, the default is that of the directory's format and a little more: 5 s
+    /// for one of 10 s. Say a longer one where registrars have been given a longer time to live than
+    /// the format's own. An endpoint that vanishes alone is out of use at once; for this long its
+    /// connection is kept.
+    pub fn mass_deletion_window(mut self, window: Duration) -> Self {
+        self.mass_deletion_window = Some(window);
         self
     }
 
@@ -340,10 +354,13 @@ impl BalancedChannelBuilder {
         let view = Arc::new(View::new(Arc::clone(self.source.name())));
         let keep_for = match self.mass_deletion_guard {
             Some(keep_for) => keep_for.min(FOREVER),
-            None if self.source.expires() => KEEP_FOR,
+            None if self.source.ttl().is_some() => KEEP_FOR,
             None => Duration::ZERO,
         };
-        let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, keep_for);
+        let usual = self.source.ttl().map_or(WINDOW, guard::window);
+        let window = self.mass_deletion_window.unwrap_or(usual).min(FOREVER);
+        let guard = Guard::new(keep_for, window);
+        let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, guard);
         let calls = Calls {
             view,
             ready_timeout: self.ready_timeout.min(FOREVER),

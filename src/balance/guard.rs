@@ -10,8 +10,16 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// What vanishes within this time counts as vanished together. Leases that were renewed at different
-/// moments end at different moments: with the default time to live of 10 s, renewed at a third of it, within
-/// 3.3 s, and etcd looks for ended ones twice a second.
+/// moments end at different moments: each is renewed at a third of its time to live, and etcd looks for
+/// ended ones twice a second; the rest is for those that were late.
+pub(super) fn window(ttl: Duration) -> Duration {
+    ttl / 3 + MARGIN
+}
+
+/// With which the window of the default time to live, of 10 s, is 5 s.
+const MARGIN: Duration = Duration::from_millis(1_667);
+
+/// That of sources whose instances have no time to live.
 pub(super) const WINDOW: Duration = Duration::from_secs(5);
 
 /// How long they are kept unless configured: G4.
@@ -23,6 +31,8 @@ pub(super) const KEEP_FOR: Duration = Duration::from_secs(60);
 pub(super) struct Guard<K, M> {
     /// Zero: it is off.
     keep_for: Duration,
+    /// What vanishes within this time has vanished together.
+    window: Duration,
     held: BTreeMap<K, Held<M>>,
     /// When each of the last ones vanished.
     recent: VecDeque<Instant>,
@@ -37,9 +47,10 @@ struct Held<M> {
 }
 
 impl<K: Ord + Clone, M> Guard<K, M> {
-    pub(super) fn new(keep_for: Duration) -> Self {
+    pub(super) fn new(keep_for: Duration, window: Duration) -> Self {
         Self {
             keep_for,
+            window,
             held: BTreeMap::new(),
             recent: VecDeque::new(),
         }
@@ -80,7 +91,11 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     /// are held are in use from now on, for the time of the guard; returns how many vanished and which are
     /// newly in use.
     pub(super) fn judge(&mut self, remaining: usize, now: Instant) -> (usize, Vec<&M>) {
-        while self.recent.front().is_some_and(|at| now >= *at + WINDOW) {
+        while self
+            .recent
+            .front()
+            .is_some_and(|at| now >= *at + self.window)
+        {
             self.recent.pop_front();
         }
         let together = self.recent.len();
@@ -96,7 +111,8 @@ impl<K: Ord + Clone, M> Guard<K, M> {
 
     /// Gives up those that are not connected any more, and those whose time is over.
     pub(super) fn release(&mut self, is_connected: impl Fn(&M) -> bool, now: Instant) -> Vec<M> {
-        let is_over = |held: &Held<M>| now >= held.ends() || !is_connected(&held.member);
+        let window = self.window;
+        let is_over = |held: &Held<M>| now >= held.ends(window) || !is_connected(&held.member);
         let over = self.held.iter().filter(|(_, held)| is_over(held));
         let over: Vec<K> = over.map(|(key, _)| key.clone()).collect();
         let over = over.iter().filter_map(|key| self.held.remove(key));
@@ -105,7 +121,7 @@ impl<K: Ord + Clone, M> Guard<K, M> {
 
     /// When the next one's time is over.
     pub(super) fn ends_at(&self) -> Option<Instant> {
-        self.held.values().map(Held::ends).min()
+        self.held.values().map(|held| held.ends(self.window)).min()
     }
 
     /// Those in use.
@@ -116,8 +132,8 @@ impl<K: Ord + Clone, M> Guard<K, M> {
 }
 
 impl<M> Held<M> {
-    fn ends(&self) -> Instant {
-        self.until.unwrap_or(self.since + WINDOW)
+    fn ends(&self, window: Duration) -> Instant {
+        self.until.unwrap_or(self.since + window)
     }
 }
 
@@ -134,7 +150,7 @@ mod tests {
     #[test]
     fn one_of_many_is_taken_at_its_word_and_most_of_them_together_are_not() {
         let now = Instant::now();
-        let mut guard = Guard::new(KEEP);
+        let mut guard = Guard::new(KEEP, WINDOW);
         assert_eq!(guard.vanished(1, 1, true, now), None);
         assert_eq!(guard.judge(4, now).1.len(), 0);
         assert_eq!(guard.kept().count(), 0);
@@ -155,7 +171,7 @@ mod tests {
     #[test]
     fn a_fleet_that_is_replaced_by_another_goes() {
         let now = Instant::now();
-        let mut guard = Guard::new(KEEP);
+        let mut guard = Guard::new(KEEP, WINDOW);
         for key in 0..3 {
             guard.vanished(key, key, true, now);
         }
@@ -163,9 +179,24 @@ mod tests {
         assert_eq!(guard.release(|_| true, now + WINDOW).len(), 3);
     }
 
+    /// As kitex has them: renewed every 20 s, they end over 20 s.
+    #[test]
+    fn leases_of_a_minute_that_end_one_after_the_other_have_ended_together() {
+        let begun = Instant::now();
+        let mut guard = Guard::new(KEEP, window(Duration::from_secs(60)));
+        for key in 0..10 {
+            let now = begun + Duration::from_secs(2) * key;
+            guard.vanished(key, key, true, now);
+            guard.judge(9 - key as usize, now);
+            assert_eq!(guard.release(|_| true, now).len(), 0);
+        }
+        assert_eq!(guard.kept().count(), 10);
+        assert!(window(Duration::from_secs(10)) >= WINDOW);
+    }
+
     #[test]
     fn switched_off_it_holds_nothing() {
-        let mut guard = Guard::new(Duration::ZERO);
+        let mut guard = Guard::new(Duration::ZERO, WINDOW);
         assert_eq!(guard.vanished(1, 1, true, Instant::now()), Some(1));
         assert_eq!(guard.judge(0, Instant::now()).1.len(), 0);
     }
@@ -194,7 +225,7 @@ mod tests {
             happenings in proptest::collection::vec(happening(), 0..60),
         ) {
             let mut now = Instant::now();
-            let mut guard = Guard::new(KEEP);
+            let mut guard = Guard::new(KEEP, WINDOW);
             let (mut known, mut connected) = (BTreeSet::new(), BTreeSet::new());
             let mut vanished_at = BTreeMap::new();
             for happening in happenings {

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures::StreamExt;
@@ -121,7 +120,7 @@ pub(super) struct Pool {
 }
 
 /// An instance's endpoint; while its address changes, the new one and the old.
-struct Member {
+pub(super) struct Member {
     current: Supervised,
     next: Option<Next>,
 }
@@ -145,7 +144,7 @@ impl Pool {
         connector: Arc<Connector>,
         plan: Plan,
         policy: Policy,
-        keep_for: Duration,
+        guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
     ) -> Self {
         Self {
             view,
@@ -156,7 +155,7 @@ impl Pool {
             changed: Arc::new(Notify::new()),
             shown: Instances::new(),
             members: BTreeMap::new(),
-            guard: Guard::new(keep_for),
+            guard,
             kept: 0,
             unusable: BTreeMap::new(),
             snapshot: None,

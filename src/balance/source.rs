@@ -3,6 +3,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 
@@ -14,8 +15,9 @@ use crate::{Directory, Instance, Result, Snapshot};
 /// A [`Directory`] is one; [`Source::new`] takes any stream, and [`Source::fixed`] a list.
 pub struct Source {
     name: Arc<str>,
-    /// Whether its sets are made of leases, which may end though the servers live.
-    expires: bool,
+    /// How long a registration in it lasts when it is not renewed: it may end though its server lives.
+    /// `None`: its sets are not made of such.
+    ttl: Option<Duration>,
     snapshots: Pin<Box<dyn Stream<Item = Arc<Snapshot>> + Send>>,
 }
 
@@ -33,7 +35,7 @@ impl Source {
         let snapshots = sets.map(move |set| Arc::new(Snapshot::of(Arc::clone(&range), set)));
         Self {
             name,
-            expires: false,
+            ttl: None,
             snapshots: Box::pin(snapshots),
         }
     }
@@ -63,8 +65,8 @@ impl Source {
         &self.name
     }
 
-    pub(super) fn expires(&self) -> bool {
-        self.expires
+    pub(super) fn ttl(&self) -> Option<Duration> {
+        self.ttl
     }
 
     pub(super) fn into_stream(self) -> impl Stream<Item = Arc<Snapshot>> + Send + Unpin {
@@ -76,7 +78,7 @@ impl From<Directory> for Source {
     fn from(directory: Directory) -> Self {
         Self {
             name: Arc::clone(&directory.snapshot().range),
-            expires: true,
+            ttl: Some(directory.ttl()),
             snapshots: Box::pin(directory.changes()),
         }
     }

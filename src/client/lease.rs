@@ -108,18 +108,25 @@ impl Client {
             .map(|(answer, _)| answer)
     }
 
-    /// Renews a lease on the stream of the last renewal, or else on a new one, on any member.
-    pub(crate) async fn renew(&self, id: i64, link: Option<Link>) -> Result<Link> {
+    /// Renews a lease on the stream of the last renewal, or else on a new one, on any member; each is given
+    /// so long to answer before the next is asked, and no longer than for any stream.
+    pub(crate) async fn renew(
+        &self,
+        id: i64,
+        link: Option<Link>,
+        within: Duration,
+    ) -> Result<Link> {
+        let within = within.min(STREAM_OPENS_WITHIN);
         if let Some(link) = link {
             let renewal = Box::pin(self.renewed(id, Some(link)));
-            match timeout(STREAM_OPENS_WITHIN, self.unless_closed(renewal)).await {
+            match timeout(within, self.unless_closed(renewal)).await {
                 Ok(Ok((_, link))) => return Ok(link),
                 Ok(Err(error)) if is_over(&error) => return Err(error),
                 Ok(Err(error)) => tracing::debug!(%error, "a stream of renewals was lost"),
                 Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
             }
         }
-        self.opened_stream(|| keeping(id), || self.renewed(id, None))
+        self.opened_stream_within(within, || keeping(id), || self.renewed(id, None))
             .await
             .map(|(_, link)| link)
     }

@@ -272,6 +272,17 @@ impl Client {
         operation: impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
+        self.opened_stream_within(STREAM_OPENS_WITHIN, operation, open)
+            .await
+    }
+
+    /// The same, with so long for each member.
+    async fn opened_stream_within<T, F: Future<Output = Result<T>>>(
+        &self,
+        within: Duration,
+        operation: impl Fn() -> String,
+        open: impl Fn() -> F,
+    ) -> Result<T> {
         let route = Route {
             only: None,
             tried: Some(Tried::default()),
@@ -281,7 +292,7 @@ impl Client {
             let (begun, limit) = (Instant::now(), self.request_timeout());
             loop {
                 // Boxed: rare, and large.
-                match tokio::time::timeout(STREAM_OPENS_WITHIN, Box::pin(open())).await {
+                match tokio::time::timeout(within, Box::pin(open())).await {
                     Ok(Err(error)) if error.code() == Some(tonic::Code::Unavailable) => {
                         tracing::debug!(%error, "a stream was not opened");
                     }

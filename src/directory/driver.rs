@@ -21,6 +21,10 @@ const PAGE: i64 = 1_000;
 /// next wait is short again.
 const QUIET: Duration = Duration::from_secs(10);
 
+/// Within which time those that lost their watch list anew, each at a random moment of it: a thousand
+/// clients of one member lose theirs together, and a list is the most that they ask of etcd.
+const RELIST_WITHIN: Duration = Duration::from_millis(500);
+
 /// The least time between two snapshots that show changes. A change that comes alone is shown at once; of
 /// a stream of them, of a thousand a second, several are shown together: each snapshot of ten thousand
 /// instances takes milliseconds to make and to compare.
@@ -163,10 +167,15 @@ pub(super) async fn follow(
                 None => unreachable!("the machine listens only to the watch that it asked for"),
             },
             Todo::RelistAfterBackoff => {
-                if open.take().is_some() && opened.elapsed() >= QUIET {
-                    backoff.reset();
-                }
-                tokio::time::sleep(backoff.next()).await;
+                let wait = if open.take().is_some() {
+                    if opened.elapsed() >= QUIET {
+                        backoff.reset();
+                    }
+                    RELIST_WITHIN.mul_f64(fastrand::f64())
+                } else {
+                    backoff.next()
+                };
+                tokio::time::sleep(wait).await;
                 todo = machine.start();
                 continue;
             }

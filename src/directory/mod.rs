@@ -8,8 +8,8 @@
 //!
 //! When the watch is lost (etcd restarted, the network cut, the history compacted) the last
 //! snapshot stays in use, marked [`Stale`](Freshness::Stale) with the time and the reason. The
-//! directory lists anew, after 50 ms at first and up to a second between attempts, for as long as
-//! it takes, and the whole list replaces what was known: an instance that left meanwhile is gone, one that
+//! directory lists anew, at a random moment of the first half second and then up to a second between
+//! attempts, for as long as it takes, and the whole list replaces what was known: an instance that left meanwhile is gone, one that
 //! stayed is untouched. It never ends and never gives up while a handle to it is held, except when
 //! its client is closed.
 
@@ -25,6 +25,7 @@ mod state;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::Stream;
 use tokio::sync::watch;
@@ -74,6 +75,8 @@ pub struct Directory {
 
 struct Inner {
     service: String,
+    /// The longest time to live that is usual in its formats.
+    ttl: Duration,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     /// One for each source.
     tasks: Vec<JoinHandle<()>>,
@@ -120,6 +123,11 @@ impl Directory {
     /// The service that it follows.
     pub fn service(&self) -> &str {
         &self.inner.service
+    }
+
+    /// How long a registration usually lasts there when it is not renewed.
+    pub(crate) fn ttl(&self) -> Duration {
+        self.inner.ttl
     }
 
     /// What is known now.
@@ -272,6 +280,8 @@ async fn open(
     cache_dir: Option<PathBuf>,
 ) -> Result<Arc<Inner>> {
     let several = layouts.len() > 1;
+    let ttls = layouts.iter().map(|layout| layout.format.default_ttl());
+    let ttl = ttls.max().unwrap_or_default();
     let mut machines = Vec::with_capacity(layouts.len());
     let mut caches = Vec::with_capacity(layouts.len());
     for layout in layouts {
@@ -307,6 +317,7 @@ async fn open(
         .collect();
     Ok(Arc::new(Inner {
         service,
+        ttl,
         snapshots,
         tasks,
     }))

@@ -64,7 +64,10 @@ impl Exchange {
             }
             Action::Renew { lease } => {
                 let link = self.link().take().filter(|(of, _)| of == lease);
-                let link = client.renew(*lease, link.map(|(_, link)| link)).await?;
+                // So that there is time for two members, of which one may hang.
+                let within = self.ttl / 6;
+                let link = link.map(|(_, link)| link);
+                let link = client.renew(*lease, link, within).await?;
                 *self.link() = Some((*lease, link));
                 Outcome::Renewed
             }

@@ -35,6 +35,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::Stream;
+#[cfg(feature = "health")]
+pub use readiness::serving;
 pub use registration::Registration;
 pub use state::RegistrationState;
 use state::{Claim, Pairs};
@@ -222,17 +224,8 @@ impl Registrar {
     /// # }
     /// ```
     ///
-    /// While the server's own `grpc.health.v1` says that it serves, which is the answers of its `Watch`,
-    /// here with the crate `tonic-health`:
-    ///
-    /// ```ignore
-    /// let mut health = HealthClient::new(Endpoint::from_static("http://127.0.0.1:50051").connect_lazy());
-    /// let answers = health.watch(HealthCheckRequest::default()).await?.into_inner();
-    /// let ready = answers.map(|answer| {
-    ///     answer.is_ok_and(|answer| answer.status() == ServingStatus::Serving)
-    /// });
-    /// let registration = registrar.register_while_ready(instance, ready)?;
-    /// ```
+    /// While the server's own `grpc.health.v1` says that it serves: `goo_etcd::serving` (feature `health`) is
+    /// such a stream.
     ///
     /// # Errors
     ///

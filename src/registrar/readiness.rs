@@ -31,3 +31,96 @@ pub(super) async fn follow(
         }
     }
 }
+
+/// Whether a server says that it serves: the answers of its `grpc.health.v1.Health/Watch`, for
+/// [`Registrar::register_while_ready`](crate::Registrar::register_while_ready). Needs the feature `health`.
+///
+/// The `service` is the name that the server was asked to report about; empty: the server as a whole.
+///
+/// It asks for as long as it is polled. When the connection is lost it asks anew, at once and then up to a
+/// second apart, and says `false` when the server cannot be asked. A server without a health service is
+/// taken as ready, and not asked again, as gRFC A17 has it. How a server is found out that accepts and is
+/// silent is `endpoint`'s to say (`http2_keep_alive_interval`).
+///
+/// ```no_run
+/// # async fn example(registrar: goo_etcd::Registrar) -> Result<(), Box<dyn std::error::Error>> {
+/// use goo_etcd::Instance;
+/// use tonic::transport::Endpoint;
+///
+/// let own = Endpoint::from_static("http://127.0.0.1:50051");
+/// let instance = Instance::new("greeter", "10.0.0.5:50051");
+/// // Before the server serves, if that is convenient.
+/// let registration = registrar.register_while_ready(instance, goo_etcd::serving(own, ""))?;
+/// # Ok(())
+/// # }
+/// ```
+#[cfg(feature = "health")]
+pub fn serving(
+    endpoint: tonic::transport::Endpoint,
+    service: impl Into<String>,
+) -> impl Stream<Item = bool> + Send + 'static {
+    let asking = health::Asking::new(endpoint, service.into());
+    futures::stream::unfold(Some(asking), |asking| async move { asking?.next().await })
+}
+
+#[cfg(feature = "health")]
+mod health {
+    use futures::StreamExt;
+    use tonic::transport::Endpoint;
+    use tonic::{Code, Status, Streaming};
+    use tonic_health::pb::health_check_response::ServingStatus;
+    use tonic_health::pb::health_client::HealthClient;
+    use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+
+    use crate::backoff::Backoff;
+
+    pub(super) struct Asking {
+        endpoint: Endpoint,
+        service: String,
+        answers: Option<Streaming<HealthCheckResponse>>,
+        pauses: Backoff,
+    }
+
+    impl Asking {
+        pub(super) fn new(endpoint: Endpoint, service: String) -> Self {
+            Self {
+                endpoint,
+                service,
+                answers: None,
+                pauses: Backoff::for_etcd(),
+            }
+        }
+
+        /// What it says next, and how to go on after that.
+        pub(super) async fn next(mut self) -> Option<(bool, Option<Self>)> {
+            loop {
+                if let Some(answers) = &mut self.answers {
+                    match answers.next().await {
+                        Some(Ok(answer)) => {
+                            self.pauses.reset();
+                            let serves = answer.status() == ServingStatus::Serving;
+                            return Some((serves, Some(self)));
+                        }
+                        Some(Err(status)) if has_none(&status) => return Some((true, None)),
+                        Some(Err(_)) | None => self.answers = None,
+                    }
+                }
+                let service = self.service.clone();
+                let mut client = HealthClient::new(self.endpoint.connect_lazy());
+                match client.watch(HealthCheckRequest { service }).await {
+                    Ok(answers) => self.answers = Some(answers.into_inner()),
+                    Err(status) if has_none(&status) => return Some((true, None)),
+                    Err(error) => {
+                        tracing::debug!(%error, "a server's health cannot be asked");
+                        tokio::time::sleep(self.pauses.next()).await;
+                        return Some((false, Some(self)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn has_none(status: &Status) -> bool {
+        status.code() == Code::Unimplemented
+    }
+}

@@ -176,6 +176,10 @@ impl Registration {
     ///
     /// As [`deregister`](Self::deregister).
     pub async fn drain(&self, grace: Duration) -> Result<()> {
+        if self.state() == RegistrationState::Unready {
+            // Nobody has been told of it.
+            return self.deregister().await;
+        }
         if let Err(error) = self.update(|instance| instance.draining = true).await {
             // Leaving goes on: the key's deletion says the same, only less gently.
             tracing::warn!(key = self.key(), %error, "could not mark as draining");

@@ -47,6 +47,8 @@ pub(in crate::registrar) enum Action {
 pub(in crate::registrar) struct Ensure {
     /// The entry's key.
     pub(in crate::registrar) key: String,
+    /// The entry's token: the next to have this key is another one.
+    pub(in crate::registrar) token: u64,
     pub(in crate::registrar) pairs: Pairs,
     /// Keys that it had before; to go, if they are under a lease of ours.
     pub(in crate::registrar) gone: Vec<String>,

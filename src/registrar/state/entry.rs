@@ -10,9 +10,8 @@ use super::status::{RegistrationState, Status};
 use crate::Error;
 use crate::backoff::Backoff;
 
-/// For how long after its answer was given up on a write may still be done: etcd itself gives up on
-/// one after 5 s and two election timeouts, 7 s by default (`ReqTimeout` in its `server/config`).
-pub(super) const LATE: Duration = Duration::from_secs(10);
+/// After how long without others undoing it an entry is restored at once again.
+const QUIET: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -38,18 +37,34 @@ pub(super) struct Entry {
     pub(super) superseded: bool,
     /// Whether it may be in etcd under the present lease.
     pub(super) touched: bool,
-    /// Until when a write whose answer was lost may still be done.
-    pub(super) late_until: Option<Instant>,
+    /// A write whose answer was lost may still be done, for as long as the lease is there that it is
+    /// under: a process that is paused, or a network that is, may pass it on at any time.
+    pub(super) late: bool,
     /// etcd has refused it; the others go on meanwhile.
-    pub(super) refused: Option<Refused>,
+    pub(super) refused: Option<Pause>,
+    /// Somebody has undone it, and may do so over and over.
+    pub(super) undone: Option<Pause>,
     pub(super) status: watch::Sender<Status>,
 }
 
-/// When what etcd has refused is tried again: rights may change.
+/// When one entry is tried again, while the others go on.
 #[derive(Debug)]
-pub(super) struct Refused {
-    pub(super) retry_at: Instant,
-    pub(super) backoff: Backoff,
+pub(super) struct Pause {
+    retry_at: Instant,
+    backoff: Backoff,
+}
+
+impl Pause {
+    fn ending(now: Instant) -> Self {
+        Self {
+            retry_at: now,
+            backoff: Backoff::for_etcd(),
+        }
+    }
+
+    fn prolong(&mut self, now: Instant) {
+        self.retry_at = now + self.backoff.next();
+    }
 }
 
 impl Entry {
@@ -64,6 +79,32 @@ impl Entry {
             self.suspect || (!self.superseded && self.written != Some(self.generation))
         } else {
             self.touched
+        }
+    }
+
+    /// Before when it is not tried, if so.
+    pub(super) fn not_before(&self) -> Option<Instant> {
+        let pauses = [&self.refused, &self.undone];
+        pauses
+            .into_iter()
+            .flatten()
+            .map(|pause| pause.retry_at)
+            .max()
+    }
+
+    /// etcd has refused it: rights may change.
+    pub(super) fn pause_refused(&mut self, now: Instant) {
+        let pause = self.refused.get_or_insert_with(|| Pause::ending(now));
+        pause.prolong(now);
+    }
+
+    /// What was written has been undone: restored at once, unless it was a moment ago as well. Whoever does
+    /// so without end, such as another tool that has its own idea of the key, is not answered blow
+    /// for blow.
+    pub(super) fn pause_undone(&mut self, now: Instant) {
+        match &mut self.undone {
+            Some(pause) if now < pause.retry_at + QUIET => pause.prolong(now),
+            undone => *undone = Some(Pause::ending(now)),
         }
     }
 

@@ -80,6 +80,7 @@ mod tests {
     fn ensure(take: bool) -> Ensure {
         Ensure {
             key: "a".into(),
+            token: 0,
             pairs: vec![("a".into(), b"v".to_vec()), ("x/a".into(), b"w".to_vec())],
             gone: vec!["old".into()],
             lease: 2,

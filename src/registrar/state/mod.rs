@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 pub(super) use action::{Action, Ensure, Heard, Next, Now, Outcome, Pairs};
-use entry::{Entry, LATE, Refused};
+use entry::Entry;
 pub(super) use held::{Held, Verdict, is_ours};
 use lease::Lease;
 pub use status::RegistrationState;
@@ -26,7 +26,7 @@ pub(super) use status::{Status, Ticket};
 use crate::backoff::Backoff;
 use crate::{Error, Result};
 
-/// Within which time those that lost their lease come back, each at a random moment of it: ten thousand
+/// Within which time those that lost their key or their lease come back, each at a random moment of it: ten thousand
 /// processes whose leases end together make twenty grants a millisecond and not ten thousand at once.
 /// Half of the second within which one is to be back.
 const RECOVER_WITHIN: Duration = Duration::from_millis(500);
@@ -45,6 +45,8 @@ pub(super) struct Reconciler {
     mutating: Option<Instant>,
     renewing: Option<Instant>,
     retry_at: Option<Instant>,
+    /// `retry_at` is, or was, a random moment for those who lost something together; once is enough.
+    spread: bool,
     backoff: Backoff,
     renewal_backoff: Backoff,
     next_token: u64,
@@ -72,6 +74,7 @@ impl Reconciler {
             mutating: None,
             renewing: None,
             retry_at: None,
+            spread: false,
             backoff: Backoff::for_etcd(),
             renewal_backoff: Backoff::for_etcd(),
             next_token: 0,
@@ -152,8 +155,9 @@ impl Reconciler {
             suspect: false,
             superseded: false,
             touched,
-            late_until: None,
+            late: before.is_some_and(|before| before.late),
             refused: None,
+            undone: None,
             status,
         };
         if let Some(before) = self.entries.insert(key, entry) {
@@ -204,7 +208,7 @@ impl Reconciler {
         }
         if entry.ready != ready {
             entry.ready = ready;
-            entry.refused = None;
+            (entry.refused, entry.undone) = (None, None);
             if ready {
                 entry.report_state(RegistrationState::Registering);
             }
@@ -219,7 +223,7 @@ impl Reconciler {
             && entry.token == token
         {
             entry.wanted = false;
-            entry.refused = None;
+            (entry.refused, entry.undone) = (None, None);
             if self.closed.is_none() {
                 entry.report(|status| status.error = None);
             }
@@ -249,13 +253,16 @@ impl Reconciler {
         let Heard::Changed { revision, held } = heard else {
             // There may have been a gap, after which etcd may even have another history.
             entry.revision = 0;
-            entry.suspect |= entry.belongs_in();
+            // Also while it should not be in, for it may be wanted again before it is taken out.
+            entry.suspect = true;
+            entry.touched |= entry.late && !entry.belongs_in();
             return;
         };
         if *revision <= entry.revision {
             return;
         }
         if !entry.belongs_in() {
+            entry.suspect = true;
             // A write that was given up on has arrived.
             let ours = self.ours.make_contiguous();
             entry.touched |= held.as_ref().is_some_and(|held| is_ours(held, ours));
@@ -269,6 +276,8 @@ impl Reconciler {
                     .any(|(of, value)| of == key && *value == held.value)
         });
         if as_wanted {
+            // Maybe by a write whose answer was lost.
+            entry.was_in = true;
             return;
         }
         // Also while it is being looked at: what was heard may be later than what was seen.
@@ -282,6 +291,20 @@ impl Reconciler {
         };
         if entry.written.is_some() {
             entry.report_recovering(now, noticed);
+            entry.pause_undone(now.instant);
+            // Maybe its lease has ended, and with it those of many others.
+            if held.is_none() {
+                self.spread(now);
+            }
+        }
+    }
+
+    /// Waits for a random moment, once.
+    fn spread(&mut self, now: Now) {
+        if !self.spread {
+            self.spread = true;
+            let at = now.instant + RECOVER_WITHIN.mul_f64(fastrand::f64());
+            self.retry_at = Some(self.retry_at.map_or(at, |before| before.max(at)));
         }
     }
 
@@ -322,16 +345,13 @@ impl Reconciler {
         }
         let is_left = |entry: &Entry| entry.touched && entry.keys().next().is_some();
         self.settle(|entry| lease.is_none() || !is_left(entry));
-        self.entries.retain(|_, entry| {
-            let is_late = entry.late_until.is_some_and(|until| now.instant < until);
-            entry.wanted || is_left(entry) || (is_late && lease.is_some())
-        });
+        self.entries
+            .retain(|_, entry| entry.wanted || is_left(entry) || (entry.late && lease.is_some()));
         let Some(lease) = lease else {
             return Some(Action::Grant);
         };
         let is_due = |entry: &Entry| {
-            let refused = entry.refused.as_ref();
-            entry.is_pending() && refused.is_none_or(|refused| now.instant >= refused.retry_at)
+            entry.is_pending() && entry.not_before().is_none_or(|at| now.instant >= at)
         };
         let (key, entry) = self.entries.iter_mut().find(|(_, entry)| is_due(entry))?;
         let (key, ours) = (key.clone(), Vec::from(self.ours.clone()));
@@ -343,6 +363,7 @@ impl Reconciler {
         entry.suspect = false;
         Some(Action::Ensure(Ensure {
             key,
+            token: entry.token,
             pairs: entry.pairs.clone(),
             gone: entry.gone.clone(),
             lease,
@@ -364,7 +385,7 @@ impl Reconciler {
                 return true;
             }
             entry.report_state(RegistrationState::Deregistered);
-            lease && entry.late_until.is_some()
+            lease && entry.late
         });
     }
 
@@ -380,13 +401,8 @@ impl Reconciler {
             _ if self.mutating.is_some() => None,
             Some(at) => Some(at),
             None => {
-                let refused = self.entries.values().filter(|entry| entry.is_pending());
-                let refused = refused.filter_map(|entry| entry.refused.as_ref());
-                let late = self.entries.values().filter(|e| !e.wanted && !e.touched);
-                refused
-                    .map(|refused| refused.retry_at)
-                    .chain(late.filter_map(|entry| entry.late_until))
-                    .min()
+                let pending = self.entries.values().filter(|entry| entry.is_pending());
+                pending.filter_map(Entry::not_before).min()
             }
         };
         [renewal, overdue, mutation].into_iter().flatten().min()
@@ -418,6 +434,10 @@ impl Reconciler {
             Action::Revoke { .. } => match outcome {
                 Outcome::Done | Outcome::LeaseGone => {
                     self.drop_lease();
+                    // Back in, they are new, as after a deletion.
+                    for entry in self.entries.values_mut().filter(|e| !e.belongs_in()) {
+                        entry.was_in = false;
+                    }
                     self.worked();
                 }
                 Outcome::Failed(error) => self.mutation_failed(error, now),
@@ -456,14 +476,14 @@ impl Reconciler {
             .as_ref()
             .is_some_and(|lease| lease.id() == ensure.lease);
         let entry = self.entries.get_mut(&ensure.key);
+        let is_its = |entry: &&mut Entry| entry.token == ensure.token;
         match outcome {
             Outcome::LeaseGone if is_current => self.lease_lost(now),
             Outcome::Ensured { revision } => {
                 // Written under a lease that was lost meanwhile, it went with it.
-                if let Some(entry) = entry.filter(|_| is_current) {
+                if let Some(entry) = entry.filter(is_its).filter(|_| is_current) {
                     entry.refused = None;
-                    // Not all: it may be of an entry that was taken over meanwhile.
-                    entry.gone.retain(|key| !ensure.gone.contains(key));
+                    entry.gone.clear();
                     entry.written = Some(ensure.generation);
                     entry.revision = revision;
                     entry.was_in = true;
@@ -473,7 +493,7 @@ impl Reconciler {
                 self.worked();
             }
             Outcome::Superseded { by } => {
-                if let Some(entry) = entry {
+                if let Some(entry) = entry.filter(is_its) {
                     entry.refused = None;
                     entry.written = None;
                     entry.superseded = true;
@@ -484,12 +504,11 @@ impl Reconciler {
                 self.worked();
             }
             Outcome::Failed(error) => {
-                let is_refusal = error.is_permanent();
+                let is_refusal = is_of_one(&error);
                 if let Some(entry) = entry {
                     entry.suspect |= entry.written.is_some() || entry.superseded;
-                    if !is_refusal {
-                        entry.late_until = Some(now.instant + LATE);
-                    }
+                    // Whoever has the key now.
+                    entry.late |= !is_refusal;
                 }
                 if is_refusal {
                     self.refused(&ensure.key, error, now);
@@ -514,15 +533,19 @@ impl Reconciler {
                 }
                 self.worked();
             }
-            Outcome::Failed(error) if error.is_permanent() => self.refused(key, error, now),
+            Outcome::Failed(error) if is_of_one(&error) => self.refused(key, error, now),
             Outcome::Failed(error) => self.mutation_failed(error, now),
             _ => {}
         }
     }
 
     fn worked(&mut self) {
-        self.retry_at = None;
         self.backoff.reset();
+        // What was under way when something was lost says nothing about that.
+        if !(self.spread && self.retry_at.is_some()) {
+            self.retry_at = None;
+            self.spread = false;
+        }
     }
 
     /// etcd is not to be reached, or not able to: everything waits.
@@ -537,11 +560,7 @@ impl Reconciler {
     /// etcd said no to one entry: that is the only one that waits.
     fn refused(&mut self, key: &str, error: Error, now: Now) {
         if let Some(entry) = self.entries.get_mut(key) {
-            let refused = entry.refused.get_or_insert_with(|| Refused {
-                retry_at: now.instant,
-                backoff: Backoff::for_etcd(),
-            });
-            refused.retry_at = now.instant + refused.backoff.next();
+            entry.pause_refused(now.instant);
             entry.report(|status| status.error = Some(error));
             entry.report_recovering(now, "etcd refused it");
         }
@@ -560,7 +579,7 @@ impl Reconciler {
     fn lease_lost(&mut self, now: Now) {
         self.drop_lease();
         self.recovering(now, "the lease has expired or was revoked");
-        self.retry_at = Some(now.instant + RECOVER_WITHIN.mul_f64(fastrand::f64()));
+        self.spread(now);
     }
 
     /// The client was closed: nothing will reach etcd any more.
@@ -577,6 +596,7 @@ impl Reconciler {
         for entry in self.entries.values_mut() {
             entry.written = None;
             entry.touched = false;
+            entry.late = false;
             // Who has it now may have changed as well.
             entry.suspect |= entry.superseded;
             entry.gone.clear();
@@ -588,6 +608,12 @@ impl Reconciler {
             entry.report_recovering(now, noticed);
         }
     }
+}
+
+/// Whether a failure is one entry's alone, and not the way to etcd's: etcd has refused it, or others
+/// write to its keys all the time.
+fn is_of_one(error: &Error) -> bool {
+    error.is_permanent() || error.code() == Some(tonic::Code::Aborted)
 }
 
 #[cfg(test)]

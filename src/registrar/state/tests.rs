@@ -423,20 +423,26 @@ fn a_key_that_an_instance_had_before_it_was_registered_anew_goes() {
 
 #[test]
 fn what_somebody_did_to_its_key_by_hand_is_looked_at_at_once() {
-    let mut bench = Bench::new();
-    let ticket = bench.register("a");
-    bench.settle(1);
-    for by_hand in [None, held(0, "a"), held(0, "else")] {
+    for (by_hand, wait) in [
+        (held(0, "a"), Duration::ZERO),
+        (held(0, "else"), Duration::ZERO),
+        // Maybe its lease has ended.
+        (None, RECOVER_WITHIN),
+    ] {
+        let mut bench = Bench::new();
+        let ticket = bench.register("a");
+        bench.settle(1);
         bench.hears("a", 11, by_hand);
         assert!(is_recovering(&ticket));
+        bench.pass(wait);
         assert_eq!(bench.settle(1), ["put a @1 #0"]);
         assert_eq!(state(&ticket), RegistrationState::Registered);
+        // What is older than what was seen, and what is as it should be, is no news.
+        bench.hears("a", 10, None);
+        bench.hears("a", 11, held(1, "a"));
+        bench.idle();
+        assert_eq!(state(&ticket), RegistrationState::Registered);
     }
-    // What is older than what was seen, and what is as it should be, is no news.
-    bench.hears("a", 10, None);
-    bench.hears("a", 11, held(1, "a"));
-    bench.idle();
-    assert_eq!(state(&ticket), RegistrationState::Registered);
 }
 
 #[test]
@@ -543,9 +549,105 @@ fn a_put_that_arrives_after_its_key_was_deleted_is_deleted_as_well() {
     assert_eq!(state(&a), RegistrationState::Deregistered);
     bench.hears("a", 11, held(1, "a"));
     assert_eq!(bench.settle(1), ["delete a"]);
-    // Then it is forgotten.
-    assert_eq!(bench.reconciler.to_watch().count(), 2);
-    bench.pass(LATE);
+    // Also if it does so while the watch is down: the next one says only that it has begun.
+    bench.pass(TTL * 100);
     bench.settle(1);
+    bench.reconciler.heard("a", &Heard::Begun, bench.now);
+    assert_eq!(bench.settle(1), ["delete a"]);
+    // With the lease it is forgotten: nothing can be put under it any more.
+    assert_eq!(bench.reconciler.to_watch().count(), 2);
+    bench.pass(TTL / 3);
+    let renew = bench.action();
+    bench.finish(&renew, Outcome::LeaseGone);
+    bench.pass(LONGEST_WAIT);
+    bench.settle(2);
     assert_eq!(bench.reconciler.to_watch().count(), 1);
+}
+
+#[test]
+fn what_came_of_an_earlier_registration_s_look_says_nothing_of_the_next() {
+    let mut bench = Bench::new();
+    let (a, _b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    bench.hears("a", 11, held(9, "theirs"));
+    let look = bench.action();
+    bench.reconciler.withdraw("a", a.token);
+    let again = bench.register("a");
+    bench.finish(&look, Outcome::Superseded { by: 9 });
+    assert_eq!(bench.settle(1), ["take a @1 #1"]);
+    assert_eq!(state(&again), RegistrationState::Registered);
+}
+
+#[test]
+fn one_that_was_in_though_its_answer_was_lost_takes_its_key_from_no_later_one() {
+    let mut bench = Bench::new();
+    let ticket = bench.register("a");
+    let grant = bench.action();
+    bench.finish(&grant, Outcome::Granted { lease: 1, ttl: TTL });
+    let lost = bench.action();
+    bench.hears("a", 11, held(1, "a"));
+    bench.hears("a", 12, held(9, "theirs"));
+    bench.fail(&lost);
+    bench.pass(LONGEST_WAIT);
+    let look = bench.action();
+    assert_eq!(short(&look), "put a @1 #0");
+    bench.finish(&look, Outcome::Superseded { by: 9 });
+    assert!(matches!(
+        state(&ticket),
+        RegistrationState::Superseded { by: 9, .. }
+    ));
+}
+
+#[test]
+fn whoever_undoes_it_over_and_over_is_not_answered_blow_for_blow_and_holds_up_no_other() {
+    let mut bench = Bench::new();
+    let (_a, b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    let (mut blows, begun) = (0, bench.now.instant);
+    let mut revision = 11;
+    while bench.now.instant < begun + Duration::from_secs(20) {
+        bench.hears("a", revision, held(0, "theirs"));
+        revision += 1;
+        if blows == 5 {
+            let value = vec![("b".into(), b"new".into())];
+            bench.reconciler.update("b", b.token, value, false);
+            assert_eq!(bench.settle(1), ["put b @1 #1"]);
+        }
+        loop {
+            match bench.next() {
+                Next::WaitUntil(at) => bench.pass(at.unwrap() - bench.now.instant),
+                Next::Do(renew @ Action::Renew { .. }) => bench.finish(&renew, Outcome::Renewed),
+                Next::Do(action) => {
+                    assert_eq!(short(&action), "put a @1 #0");
+                    let at = Outcome::Ensured { revision };
+                    bench.finish(&action, at);
+                    revision += 1;
+                    break;
+                }
+            }
+        }
+        blows += 1;
+    }
+    assert!((20..60).contains(&blows), "{blows} times in 20 s");
+}
+
+#[test]
+fn those_whose_keys_go_together_are_not_back_all_at_once_and_wait_only_once() {
+    let mut waits = Vec::new();
+    for _ in 0..50 {
+        let mut bench = Bench::new();
+        let (_a, _b) = (bench.register("a"), bench.register("b"));
+        bench.settle(1);
+        bench.hears("a", 11, None);
+        bench.hears("b", 11, None);
+        let wait = bench.idle().unwrap() - bench.now.instant;
+        assert!(wait <= RECOVER_WITHIN, "{wait:?}");
+        waits.push(wait);
+        bench.pass(wait);
+        let look = bench.action();
+        bench.finish(&look, Outcome::LeaseGone);
+        assert_eq!(bench.settle(2), ["grant", "put a @2 #0", "put b @2 #0"]);
+    }
+    waits.sort();
+    assert!(waits[0] < RECOVER_WITHIN / 4 && waits[49] > RECOVER_WITHIN / 4 * 3);
 }

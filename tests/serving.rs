@@ -1,0 +1,158 @@
+//! Registered while the server's own health service says that it serves.
+#![cfg(feature = "health")]
+
+#[allow(dead_code, reason = "each file of tests uses a part of it")]
+mod support;
+
+use std::time::Duration;
+
+use goo_etcd::testing::{Etcd, Proxy};
+use goo_etcd::{Instance, Registrar, Registration, RegistrationState};
+use support::echo::EchoServer;
+use support::{TestResult, connect, eventually, stored};
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Runtime};
+use tonic::transport::Endpoint;
+use tonic::transport::server::{Server, TcpIncoming};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+/// A server of nothing but its health, which can be ended and started again at its address.
+struct Healthy {
+    address: String,
+    reporter: HealthReporter,
+    /// With all of its connections.
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Healthy {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Healthy {
+    async fn start(address: &str, status: ServingStatus) -> TestResult<Self> {
+        let (reporter, service) = tonic_health::server::health_reporter();
+        reporter.set_service_status("", status).await;
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?.to_string();
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
+        runtime.spawn(async move {
+            let listener = TcpListener::from_std(listener).unwrap();
+            let server = Server::builder().add_service(service);
+            server
+                .serve_with_incoming(TcpIncoming::from(listener))
+                .await
+                .unwrap();
+        });
+        Ok(Self {
+            address,
+            reporter,
+            runtime: Some(runtime),
+        })
+    }
+}
+
+fn endpoint(address: &str) -> Endpoint {
+    Endpoint::from_shared(format!("http://{address}")).unwrap()
+}
+
+async fn until_in(etcd: &Etcd, registration: &Registration) {
+    eventually("it is in", async || {
+        registration.state() == RegistrationState::Registered
+            && stored(etcd, registration.key()).await.unwrap().is_some()
+    })
+    .await;
+}
+
+async fn until_out(etcd: &Etcd, registration: &Registration) {
+    eventually("it is out", async || {
+        registration.state() == RegistrationState::Unready
+            && stored(etcd, registration.key()).await.unwrap().is_none()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn given_a_server_s_health_then_it_is_registered_while_that_says_serving_over_lost_connections()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let server = Healthy::start("127.0.0.1:0", ServingStatus::NotServing).await?;
+    let proxy = Proxy::start(server.address.as_str()).await?;
+    let ready = goo_etcd::serving(endpoint(&proxy.endpoint()), "");
+    let instance = Instance::new("greeter", &server.address);
+    let registration = Registrar::new(&client).register_while_ready(instance, ready)?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    until_out(&etcd, &registration).await;
+    for _ in 0..3 {
+        server
+            .reporter
+            .set_service_status("", ServingStatus::Serving)
+            .await;
+        until_in(&etcd, &registration).await;
+        // The one connection is lost, and the server is as well as before.
+        let before = proxy.accepted();
+        proxy.disconnect().await?;
+        eventually("it is asked anew", async || proxy.accepted() > before).await;
+        until_in(&etcd, &registration).await;
+        server
+            .reporter
+            .set_service_status("", ServingStatus::NotServing)
+            .await;
+        until_out(&etcd, &registration).await;
+    }
+    server
+        .reporter
+        .set_service_status("", ServingStatus::Serving)
+        .await;
+    until_in(&etcd, &registration).await;
+    proxy.cut().await;
+    until_out(&etcd, &registration).await;
+    proxy.restore().await?;
+    until_in(&etcd, &registration).await;
+    registration.deregister().await?;
+    assert_eq!(stored(&etcd, registration.key()).await?, None);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_server_that_is_not_there_yet_then_it_is_registered_once_it_serves() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let address = support::balanced::refusing();
+    let ready = goo_etcd::serving(endpoint(&address), "");
+    let instance = Instance::new("greeter", &address);
+    let registration = Registrar::new(&client).register_while_ready(instance, ready)?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    until_out(&etcd, &registration).await;
+    let server = Healthy::start(&address, ServingStatus::Serving).await?;
+    until_in(&etcd, &registration).await;
+    drop(server);
+    until_out(&etcd, &registration).await;
+    // Nothing was in etcd: leaving takes no grace and no time-out.
+    let begun = std::time::Instant::now();
+    registration.drain(Duration::from_secs(600)).await?;
+    assert!(begun.elapsed() < Duration::from_secs(60));
+    assert_eq!(registration.state(), RegistrationState::Deregistered);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_server_without_a_health_service_then_it_is_taken_as_ready() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let server = EchoServer::start();
+    let ready = goo_etcd::serving(endpoint(server.address()), "");
+    let instance = Instance::new("greeter", server.address());
+    let registration = Registrar::new(&client).register_while_ready(instance, ready)?;
+    until_in(&etcd, &registration).await;
+    Ok(())
+}
