@@ -86,6 +86,141 @@ fn given_a_file_then_its_fields_are_read_and_unknown_ones_refused() {
     }
 }
 
+/// The same file in each of the formats.
+const YAML: &str = "
+endpoints:
+  - a:1
+  - b:2
+username: user
+password: '0042'
+dial_timeout: 1m 30s
+auto_sync: true
+auto_sync_interval: 500ms
+max_call_send_msg_size: 1000
+max_call_recv_msg_size: 2000
+enable_compression: true
+enable_grpc_debug_log: true
+request_timeout: 2s
+keep_alive_interval: 20s
+keep_alive_timeout: 5s
+enable_tls: true
+tls_config:
+  ca_file: /ca.pem
+  server_name: etcd
+  cert_pem: |
+    CERT
+    CHAIN
+  key_file: /key.pem
+";
+
+const TOML: &str = r#"
+endpoints = ["a:1", "b:2"]
+username = "user"
+password = "0042"
+dial_timeout = "1m 30s"
+auto_sync = true
+auto_sync_interval = "500ms"
+max_call_send_msg_size = 1000
+max_call_recv_msg_size = 2000
+enable_compression = true
+enable_grpc_debug_log = true
+request_timeout = "2s"
+keep_alive_interval = "20s"
+keep_alive_timeout = "5s"
+enable_tls = true
+
+[tls_config]
+ca_file = "/ca.pem"
+server_name = "etcd"
+cert_pem = """
+CERT
+CHAIN
+"""
+key_file = "/key.pem"
+"#;
+
+const JSON: &str = r#"{
+    "endpoints": ["a:1", "b:2"], "username": "user", "password": "0042",
+    "dial_timeout": "1m 30s", "auto_sync": true, "auto_sync_interval": "500ms",
+    "max_call_send_msg_size": 1000, "max_call_recv_msg_size": 2000,
+    "enable_compression": true, "enable_grpc_debug_log": true, "request_timeout": "2s",
+    "keep_alive_interval": "20s", "keep_alive_timeout": "5s", "enable_tls": true,
+    "tls_config": {
+        "ca_file": "/ca.pem", "server_name": "etcd", "cert_pem": "CERT\nCHAIN\n",
+        "key_file": "/key.pem"
+    }
+}"#;
+
+#[test]
+fn given_the_same_file_in_yaml_toml_and_json_then_every_field_is_read_alike() {
+    let mut built = Config::default();
+    built.endpoints = vec!["a:1".into(), "b:2".into()];
+    (built.username, built.password) = (Some("user".into()), Some("0042".into()));
+    built.dial_timeout = Duration::from_secs(90);
+    (built.auto_sync, built.auto_sync_interval) = (true, Duration::from_millis(500));
+    (built.max_call_send_msg_size, built.max_call_recv_msg_size) = (1000, 2000);
+    (built.enable_compression, built.enable_grpc_debug_log) = (true, true);
+    built.request_timeout = Duration::from_secs(2);
+    built.keep_alive_interval = Duration::from_secs(20);
+    built.keep_alive_timeout = Duration::from_secs(5);
+    built.enable_tls = true;
+    let tls = TlsConfig::new().ca_file("/ca.pem").server_name("etcd");
+    built.tls_config = Some(tls.cert_pem("CERT\nCHAIN\n").key_file("/key.pem"));
+    assert_eq!(serde_norway::from_str::<Config>(YAML).unwrap(), built);
+    assert_eq!(toml::from_str::<Config>(TOML).unwrap(), built);
+    assert_eq!(serde_json::from_str::<Config>(JSON).unwrap(), built);
+
+    assert_eq!(toml::from_str::<Config>("").unwrap(), Config::default());
+    assert_eq!(
+        serde_norway::from_str::<Config>("password:").unwrap(),
+        Config::default()
+    );
+}
+
+#[test]
+fn given_an_unknown_field_then_yaml_and_toml_refuse_it_by_its_name() {
+    let yaml = YAML.replace("ca_file", "ca_flie");
+    let text = serde_norway::from_str::<Config>(&yaml)
+        .unwrap_err()
+        .to_string();
+    assert!(text.contains("ca_flie"), "{text}");
+    let toml = TOML.replace("dial_timeout", "dail_timeout");
+    let text = toml::from_str::<Config>(&toml).unwrap_err().to_string();
+    assert!(text.contains("dail_timeout"), "{text}");
+}
+
+/// What is said of this field in JSON, YAML and TOML.
+fn errors<T: serde::de::DeserializeOwned + std::fmt::Debug>(
+    field: &str,
+    value: &str,
+) -> [String; 3] {
+    let json = format!("{{\"{field}\": {value}}}");
+    let toml = format!("{field} = {value}");
+    // Read in two steps, since in one a plain number is taken for a string as it is written.
+    let yaml: serde_norway::Value = serde_norway::from_str(&format!("{field}: {value}")).unwrap();
+    [
+        serde_json::from_str::<T>(&json).unwrap_err().to_string(),
+        serde_norway::from_value::<T>(yaml).unwrap_err().to_string(),
+        toml::from_str::<T>(&toml).unwrap_err().message().to_owned(),
+    ]
+}
+
+#[test]
+fn given_a_secret_that_is_no_string_then_the_error_names_the_field_and_does_not_show_it() {
+    for secret in ["81726354", "-81726354", "81726.354", "[81726354]"] {
+        let mut texts = Vec::from(errors::<Config>("password", secret).map(|e| ("password", e)));
+        for field in ["ca_pem", "cert_pem", "key_pem"] {
+            texts.extend(errors::<TlsConfig>(field, secret).map(|error| (field, error)));
+        }
+        for (field, text) in texts {
+            assert!(text.contains(field) && text.contains("quotes"), "{text}");
+            assert!(!text.contains("81726"), "{text}");
+        }
+    }
+    let config: Config = serde_norway::from_str("password: 0042").unwrap();
+    assert_eq!(config.password.as_deref(), Some("0042"));
+}
+
 #[test]
 fn given_a_contradiction_then_the_error_names_field_and_value() {
     let zero = Duration::ZERO;

@@ -3,6 +3,7 @@
 mod builder;
 mod endpoint;
 mod env;
+mod secret;
 mod tls;
 mod validate;
 
@@ -23,7 +24,9 @@ pub use tls::TlsConfig;
 /// [`Config::validate`] refuses what contradicts itself; [`Client::new`](crate::Client::new)
 /// calls it.
 ///
-/// `Debug` shows neither the password nor key material.
+/// `Debug` shows neither the password nor key material. Nor do errors: of a password that is a number and
+/// no string only the field is named. (The `toml` crate adds the line of the file to what it prints, but not
+/// to its error's `message()`.)
 ///
 /// ```
 /// use std::time::Duration;
@@ -52,6 +55,7 @@ pub struct Config {
     pub username: Option<String>,
 
     /// The user's password. Default: none. Needs `username`.
+    #[serde(deserialize_with = "secret::password")]
     pub password: Option<String>,
 
     /// The time for TCP, TLS and the first answer, together. Default: 5 s.

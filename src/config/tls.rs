@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::redacted;
+use super::{redacted, secret};
 
 /// TLS towards etcd. Every certificate and key is PEM, in a file or inline, not both.
 ///
@@ -26,10 +26,13 @@ pub struct TlsConfig {
     /// The name that the server's certificate must carry. Default: the endpoint's host.
     pub server_name: Option<String>,
     /// Inline PEM in place of `ca_file`.
+    #[serde(deserialize_with = "secret::ca_pem")]
     pub ca_pem: Option<String>,
     /// Inline PEM in place of `cert_file`.
+    #[serde(deserialize_with = "secret::cert_pem")]
     pub cert_pem: Option<String>,
     /// Inline PEM in place of `key_file`.
+    #[serde(deserialize_with = "secret::key_pem")]
     pub key_pem: Option<String>,
 }
 
