@@ -3,12 +3,15 @@
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use goo_etcd::testing::{Etcd, EtcdCluster};
+use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error, PutOptions, WatchOptions};
-use support::{PATIENCE, TestResult, soon};
+use support::{PATIENCE, TestResult, eventually, soon};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tonic::Code;
 
@@ -46,6 +49,59 @@ async fn authentications(etcd: &Etcd) -> TestResult<u64> {
     Ok(calls.sum::<f64>() as u64)
 }
 
+/// The same on all members.
+async fn all_authentications(cluster: &EtcdCluster) -> TestResult<u64> {
+    let mut sum = 0;
+    for member in cluster.members() {
+        sum += authentications(member).await?;
+    }
+    Ok(sum)
+}
+
+/// Watches on what the user may read, each polled in a task of its own.
+struct Watched {
+    tasks: JoinSet<()>,
+    seen: Vec<Arc<AtomicUsize>>,
+}
+
+impl Watched {
+    async fn start(client: &Client, watches: usize) -> TestResult<Self> {
+        let mut tasks = JoinSet::new();
+        let mut seen = Vec::new();
+        for _ in 0..watches {
+            let prefix = WatchOptions::new().with_prefix();
+            let mut watch = client.watch("app/", prefix).await?;
+            let events = Arc::new(AtomicUsize::new(0));
+            seen.push(Arc::clone(&events));
+            tasks.spawn(async move {
+                while let Some(response) = watch.next().await {
+                    let more = response.unwrap().events().len();
+                    events.fetch_add(more, Ordering::Relaxed);
+                }
+            });
+        }
+        Ok(Self { tasks, seen })
+    }
+
+    /// Waits until each has seen one more event, which a put makes.
+    async fn all_see(mut self, client: &Client, key: &str) -> TestResult {
+        let before: Vec<_> = self
+            .seen
+            .iter()
+            .map(|n| n.load(Ordering::Relaxed))
+            .collect();
+        client.put(key, "seen", None).await?;
+        eventually("every watch sees it", async || {
+            let mut both = self.seen.iter().zip(&before);
+            both.all(|(seen, before)| seen.load(Ordering::Relaxed) > *before)
+        })
+        .await;
+        // None of them has failed.
+        assert!(self.tasks.try_join_next().is_none());
+        Ok(())
+    }
+}
+
 #[tokio::test]
 async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewed_once_for_each_member()
 -> TestResult {
@@ -55,6 +111,9 @@ async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewe
         .await?;
     secure(cluster.member(0)).await?;
     let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
+    // From the first token on: the idle time is no time for a storm either.
+    let before = all_authentications(&cluster).await?;
+    let watched = Watched::start(&client, 50).await?;
     let mut watch = client
         .watch("app/", WatchOptions::new().with_prefix())
         .await?;
@@ -64,14 +123,6 @@ async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewe
     client.put("app/kept", "1", on_lease).await?;
 
     sleep(Duration::from_secs(15)).await;
-    let counted = |cluster: EtcdCluster| async move {
-        let mut sum = 0;
-        for member in cluster.members() {
-            sum += authentications(member).await?;
-        }
-        TestResult::Ok(sum)
-    };
-    let before = counted(cluster.clone()).await?;
     // Many at a time find it expired, on each member.
     let puts = (0..64).map(|n| client.put(format!("app/{n}"), "2", None));
     futures::future::try_join_all(puts).await?;
@@ -94,8 +145,49 @@ async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewe
         drop(client.watch("app/a", None).await?);
         client.keep_alive_once(lease).await?;
     }
-    let more = counted(cluster.clone()).await? - before;
+    watched.all_see(&client, "app/a").await?;
+    let more = all_authentications(&cluster).await? - before;
     assert!((1..=6).contains(&more), "{more} authentications");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_fifty_watches_whose_member_dies_when_they_come_to_one_that_forgot_the_token_then_it_is_renewed_once()
+-> TestResult {
+    let cluster = Etcd::builder()
+        .args(["--auth-token-ttl", "5"])
+        .start_cluster(3)
+        .await?;
+    secure(cluster.member(0)).await?;
+    // At first only one can be reached, and has all the watches.
+    let mut proxies = Vec::new();
+    for endpoint in cluster.endpoints() {
+        proxies.push(Proxy::start(endpoint).await?);
+    }
+    let [first, second, third] = &proxies[..] else {
+        unreachable!();
+    };
+    second.cut().await;
+    third.cut().await;
+    let endpoints = proxies.iter().map(Proxy::endpoint).collect();
+    let client = Client::new("app", user(endpoints, "hunter2")).await?;
+    let watched = Watched::start(&client, 50).await?;
+    // The second one is kept in use, and the third forgets the token.
+    second.restore().await?;
+    for _ in 0..70 {
+        client.get("app/a", None).await?;
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert!(second.connections() > 0);
+    let before = all_authentications(&cluster).await?;
+    third.restore().await?;
+    eventually("it is connected", async || third.connections() > 0).await;
+    sleep(Duration::from_millis(200)).await;
+    first.cut().await;
+
+    watched.all_see(&client, "app/a").await?;
+    let more = all_authentications(&cluster).await? - before;
+    assert!((1..=2).contains(&more), "{more} authentications");
     Ok(())
 }
 

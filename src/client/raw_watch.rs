@@ -53,6 +53,7 @@ impl Client {
     }
 
     async fn create_as_user(&self, key: &[u8], options: &WatchOptions) -> Result<RawWatch> {
+        let begun = Instant::now();
         let refused = match self.create(key, options).await {
             Err(refused) if self.may_be_expired(&refused) => refused,
             result => return result,
@@ -64,9 +65,15 @@ impl Client {
             Err(again) if self.may_be_expired(&again) => {}
             result => return result,
         }
-        // The two were answered by different members, of which one knows the token.
-        let renewed = self.inner.transport.raw.refresh_token().await;
-        renewed.map_err(|error| Error::from_etcd(watching(key), error))?;
+        // The two were answered by different members, of which one knows the token. Every watch that was
+        // lost with a member finds this at the same time, and a password costs etcd much.
+        let transport = &self.inner.transport;
+        let renewed = transport
+            .wire
+            .renewed_since(begun, transport.raw.refresh_token());
+        renewed
+            .await
+            .map_err(|error| Error::from_etcd(watching(key), error))?;
         for pause in [0, 50, 200, 500] {
             sleep(Duration::from_millis(pause)).await;
             match self.create(key, options).await {

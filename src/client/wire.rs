@@ -84,6 +84,8 @@ struct Shared {
     closed: CancellationToken,
     /// When a token was last given out.
     token: std::sync::Mutex<Option<Instant>>,
+    /// Held by whoever asks for one for all.
+    renewal: tokio::sync::Mutex<()>,
 }
 
 impl Wire {
@@ -104,6 +106,7 @@ impl Wire {
                 patience: config.request_timeout,
                 closed: closed.clone(),
                 token: std::sync::Mutex::new(None),
+                renewal: tokio::sync::Mutex::new(()),
             }),
         }
     }
@@ -116,6 +119,22 @@ impl Wire {
     /// Closes the connections; those that carry calls follow with the last of them.
     pub(super) fn close(&self) {
         self.shared.channel.store(None);
+    }
+
+    /// Has the user's token renewed by `renew`, for whoever was refused with the one from before `since`.
+    /// Of those that wait for it at the same time one does it for all.
+    pub(super) async fn renewed_since<E>(
+        &self,
+        since: Instant,
+        renew: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), E> {
+        // The one lock that is held while something is awaited, and that is what it is for.
+        let _one_at_a_time = self.shared.renewal.lock().await;
+        let given = *self.shared.token();
+        if given.is_some_and(|given| given >= since) {
+            return Ok(());
+        }
+        renew.await
     }
 
     /// Why no member can be asked now; `None` while one is connected.
