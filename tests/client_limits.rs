@@ -6,6 +6,7 @@ mod support;
 use std::path::PathBuf;
 
 use futures::StreamExt;
+use goo_etcd::client::LeaseTimeToLiveOptions;
 use goo_etcd::testing::{Etcd, Proxy};
 use goo_etcd::{Client, Config, Error, GetOptions, PutOptions, Result, TxnOp, WatchOptions};
 use support::{PATIENCE, TestResult, connect, soon};
@@ -110,6 +111,19 @@ async fn given_a_limit_above_grpc_s_usual_4_mib_then_it_is_the_one_in_force() ->
         all.kvs().iter().map(|kv| kv.value().len()).sum::<usize>(),
         6 * MIB
     );
+    // Other answers etcd-client reads up to 4 MiB, and no further.
+    let lease = client.grant(600).await?.id();
+    for n in 0..5 {
+        let mut key = format!("{n}/").into_bytes();
+        key.resize(MIB, b'k');
+        let on_lease = PutOptions::new().with_lease(lease);
+        client.put(key, "", on_lease).await?;
+    }
+    let with_keys = || LeaseTimeToLiveOptions::new().with_keys();
+    let field = "max_call_recv_msg_size";
+    let refused = client.lease_time_to_live(lease, with_keys()).await;
+    names_the_limit(refused, field, 4 * MIB);
+    assert!(client.lease_time_to_live(lease, None).await?.ttl() > 0);
     Ok(())
 }
 

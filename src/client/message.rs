@@ -23,6 +23,10 @@ const PREFIX: usize = 5;
 /// Below this gzip makes a message longer: its own header and trailer are 18 bytes.
 const WORTH_COMPRESSING: usize = 128;
 
+/// Answers that are larger etcd-client does not read, except on keys and watches: it has no way to lift
+/// tonic's own limit for the others.
+const READ_AT_MOST: usize = 4 * 1024 * 1024;
+
 const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
@@ -33,6 +37,8 @@ pub(super) struct Codec {
     pub(super) max_send: usize,
     pub(super) max_recv: usize,
     pub(super) gzip: bool,
+    /// Whether answers are read by what keeps to tonic's own limit.
+    pub(super) lesser: bool,
 }
 
 impl Codec {
@@ -89,13 +95,35 @@ impl Codec {
         }
     }
 
+    /// The same for calls to this path.
+    pub(super) fn to(mut self, path: &str) -> Self {
+        let any = path.starts_with("/etcdserverpb.KV/") || path.starts_with("/etcdserverpb.Watch/");
+        self.lesser = !any;
+        self
+    }
+
+    /// How large an answer may be.
+    fn limit(&self) -> usize {
+        match self.lesser {
+            true => self.max_recv.min(READ_AT_MOST),
+            false => self.max_recv,
+        }
+    }
+
     fn check_answer(&self, length: usize) -> Result<(), Status> {
-        if length <= self.max_recv {
+        let limit = self.limit();
+        if length <= limit {
             return Ok(());
         }
+        let over = match limit == self.max_recv {
+            true => format!("max_call_recv_msg_size, {limit} bytes"),
+            false => format!(
+                "{limit} bytes: whatever max_call_recv_msg_size is, answers other than those on keys and \
+                 watches are at most 4 MiB"
+            ),
+        };
         Err(Status::out_of_range(format!(
-            "the answer of {length} bytes or more is over max_call_recv_msg_size, {} bytes",
-            self.max_recv
+            "the answer of {length} bytes or more is over {over}"
         )))
     }
 
@@ -106,7 +134,7 @@ impl Codec {
         }
         let mut plain = vec![0; PREFIX];
         // One byte more than allowed shows that there are too many, however many there are.
-        let limit = u64::try_from(self.max_recv).unwrap_or(u64::MAX);
+        let limit = u64::try_from(self.limit()).unwrap_or(u64::MAX);
         GzDecoder::new(&message[PREFIX..])
             .take(limit.saturating_add(1))
             .read_to_end(&mut plain)
@@ -281,6 +309,7 @@ mod tests {
             max_send: limit,
             max_recv: limit,
             gzip,
+            lesser: false,
         }
     }
 
@@ -341,6 +370,32 @@ mod tests {
             error.message().contains("max_call_recv_msg_size"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn what_etcd_client_reads_up_to_4_mib_is_refused_with_the_field_s_name_above_that() {
+        let larger = codec(2 * READ_AT_MOST, false);
+        let begins = |length: usize| {
+            let mut begun = vec![0];
+            begun.put_u32(length as u32);
+            begun
+        };
+        for (path, most) in [
+            ("/etcdserverpb.KV/Range", 2 * READ_AT_MOST),
+            ("/etcdserverpb.Watch/Watch", 2 * READ_AT_MOST),
+            ("/etcdserverpb.Lease/LeaseLeases", READ_AT_MOST),
+            ("/v3lockpb.Lock/Lock", READ_AT_MOST),
+        ] {
+            let codec = larger.to(path);
+            assert!(codec.check_begun(&begins(most)).is_ok(), "{path}");
+            let over = codec.check_begun(&begins(most + 1)).unwrap_err();
+            for part in ["max_call_recv_msg_size", &most.to_string()] {
+                assert!(over.message().contains(part), "{over}");
+            }
+        }
+        let smaller = codec(1000, false).to("/etcdserverpb.Lease/LeaseLeases");
+        let over = smaller.check_begun(&begins(1001)).unwrap_err();
+        assert!(over.message().ends_with("1000 bytes"), "{over}");
     }
 
     #[test]

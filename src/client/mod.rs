@@ -179,8 +179,10 @@ impl Client {
     }
 
     /// The `etcd-client` beneath, for what this crate does not wrap. It shares the connections,
-    /// the user and the limits of messages; its calls have no time limit, and its errors are its own.
-    /// After [`close`](Self::close) its calls fail, and its open streams end.
+    /// the user and the limits of messages, and reads no answer of more than 4 MiB, whatever
+    /// [`Config::max_call_recv_msg_size`] is; only its `kv_client()` and `watch_client()` can be told to
+    /// read larger ones, by `max_decoding_message_size`. Its calls have no time limit, and its errors are
+    /// its own. After [`close`](Self::close) its calls fail, and its open streams end.
     pub fn client(&self) -> etcd_client::Client {
         self.inner.transport.raw.clone()
     }

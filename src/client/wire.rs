@@ -101,6 +101,7 @@ impl Wire {
                     max_send: config.max_call_send_msg_size,
                     max_recv: config.max_call_recv_msg_size,
                     gzip: config.enable_compression,
+                    lesser: false,
                 },
                 log: config.enable_grpc_debug_log,
                 patience: config.request_timeout,
@@ -191,19 +192,23 @@ impl Shared {
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
         let method = Method::of(head.uri.path());
-        self.codec.announce(&mut head.headers);
+        let codec = self.codec.to(head.uri.path());
+        codec.announce(&mut head.headers);
         let log = self.log.then(|| CallLog::begin(&head.uri));
         // Reads and the log need to know where calls went; a write has no use for it.
         let tried =
             tried.or_else(|| (log.is_some() || method != Method::Write).then(Tried::default));
         if matches!(method, Method::Streams | Method::AnswerStream) {
-            return self.stream(channel, head, body, tried, method, log).await;
+            return self
+                .stream(channel, head, body, codec, tried, method, log)
+                .await;
         }
         let call = Call {
             shared: self,
             channel,
             head,
-            message: self.codec.request(whole(body).await?)?,
+            message: codec.request(whole(body).await?)?,
+            codec,
             tried,
             begun: Instant::now(),
         };
@@ -233,11 +238,11 @@ impl Shared {
         channel: &BalancedChannel,
         mut head: request::Parts,
         body: Body,
+        codec: Codec,
         tried: Option<Tried>,
         method: Method,
         log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
-        let codec = self.codec;
         let body = match method {
             Method::Streams => {
                 head.headers
@@ -302,6 +307,7 @@ struct Call<'a> {
     channel: &'a BalancedChannel,
     head: request::Parts,
     message: Bytes,
+    codec: Codec,
     tried: Option<Tried>,
     begun: Instant,
 }
@@ -388,7 +394,7 @@ impl Call<'_> {
             .channel
             .call_beside(request, self.tried.as_ref())
             .await?;
-        Answer::read(response, &self.shared.codec).await
+        Answer::read(response, &self.codec).await
     }
 }
 

@@ -78,7 +78,8 @@ pub struct Config {
 
     /// The largest message that is received, in bytes, after decompression, watches included.
     /// Default: 2 MiB. Less than that may end a watch that has much to catch up with: etcd sends it in
-    /// pieces of up to 2 MiB. Above 4 MiB it counts for keys and watches; other answers stay below.
+    /// pieces of up to 2 MiB. Above 4 MiB it counts for keys and watches only; other answers, as those on
+    /// leases and members, are at most 4 MiB.
     pub max_call_recv_msg_size: usize,
 
     /// Compress requests with gzip, and have the answers compressed. Default: false. etcd can do it from
