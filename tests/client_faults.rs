@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use goo_etcd::testing::{Etcd, EtcdCluster};
 use goo_etcd::{Client, Config, Error, GetOptions, Watch, WatchOptions};
+use support::raw::{self, RawServer};
 use support::{TestResult, eventually, soon};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -264,6 +265,72 @@ async fn given_a_hung_member_then_streams_are_opened_on_another() -> TestResult 
         })
         .await;
         soon("its event", watch.next()).await.unwrap()?;
+    }
+    Ok(())
+}
+
+/// Is there, and ends every stream of watches and renewals with this status.
+async fn going_down(code: &'static str) -> RawServer {
+    RawServer::start(move |request, mut respond| async move {
+        let path = request.uri().path();
+        if !path.ends_with("/Watch") && !path.ends_with("/LeaseKeepAlive") {
+            return raw::answer(respond);
+        }
+        let head = http::Response::builder()
+            .header("content-type", "application/grpc")
+            .header("grpc-status", code)
+            .header("grpc-message", "going down");
+        respond.send_response(head.body(()).unwrap(), true).ok();
+    })
+    .await
+}
+
+#[tokio::test]
+async fn given_a_member_that_is_going_down_then_streams_are_opened_on_another_however_it_ends_them()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let lease = support::connect(etcd.endpoint())
+        .await
+        .grant(600)
+        .await?
+        .id();
+    // Cancelled, Internal, Unavailable.
+    for code in ["1", "13", "14"] {
+        let member = going_down(code).await;
+        let endpoints = [member.address().to_owned(), etcd.endpoint()];
+        let config = Config::builder().endpoints(endpoints).build()?;
+        let client = Client::new("main", config).await?;
+        for _ in 0..20 {
+            drop(client.watch("key", None).await?);
+            client.keep_alive_once(lease).await?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_that_every_member_ends_a_stream_alike_then_the_error_is_what_they_say_and_in_time()
+-> TestResult {
+    for (code, status) in [("1", tonic::Code::Cancelled), ("13", tonic::Code::Internal)] {
+        let member = going_down(code).await;
+        let config = Config::builder()
+            .endpoints([member.address()])
+            .request_timeout(Duration::from_secs(2))
+            .build()?;
+        let client = Client::new("main", config).await?;
+        let begun = Instant::now();
+        let error = client.watch("key", None).await.unwrap_err();
+        assert_eq!(error.code(), Some(status), "{error}");
+        assert!(error.to_string().contains("going down"), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(2));
+        // And the client that is closed meanwhile says so.
+        let watching = client.watch("key", None);
+        let (watched, closed) = tokio::join!(watching, async {
+            sleep(Duration::from_millis(300)).await;
+            client.close().await
+        });
+        closed?;
+        assert!(matches!(watched, Err(Error::Closed { .. })), "{watched:?}");
     }
     Ok(())
 }

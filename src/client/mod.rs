@@ -268,7 +268,8 @@ impl Client {
     }
 
     /// Opens a stream. A member that cannot, or does not in time, is left for another, until the
-    /// time of a request is over.
+    /// time of a request is over; one that is going down may end the new stream in any way that a read is
+    /// sent again for.
     async fn opened_stream<T, F: Future<Output = Result<T>>>(
         &self,
         operation: impl Fn() -> String,
@@ -293,17 +294,22 @@ impl Client {
             let mut pauses = Backoff::for_etcd();
             let (begun, limit) = (Instant::now(), self.request_timeout());
             loop {
+                // Whoever waits for it has time left to be told.
+                let is_late = || begun.elapsed() >= limit / 2;
                 // Boxed: rare, and large.
                 match tokio::time::timeout(within, Box::pin(open())).await {
-                    Ok(Err(error)) if error.code() == Some(tonic::Code::Unavailable) => {
+                    Ok(Err(error)) if error.code().is_some_and(wire::is_passing) => {
                         tracing::debug!(%error, "a stream was not opened");
+                        // Not what a cluster says that is choosing a leader, for as long as that takes:
+                        // what every member keeps saying is told, and not that time ran out.
+                        if error.code() != Some(tonic::Code::Unavailable) && is_late() {
+                            return Err(error);
+                        }
                     }
                     Ok(result) => return result,
                     Err(_) => tracing::debug!(operation = operation(), "no answer to a new stream"),
                 }
-                // Whoever waits for it has time left to be told.
-                let late = begun.elapsed() >= limit / 2;
-                if late && self.inner.transport.wire.unready().is_some() {
+                if is_late() && self.inner.transport.wire.unready().is_some() {
                     return Err(self.late(operation(), begun.elapsed()));
                 }
                 tokio::time::sleep(pauses.next()).await;

@@ -400,7 +400,7 @@ impl Call<'_> {
 
 /// What another member may not say, or the same a moment later: it is going down, or the cluster is
 /// choosing a leader.
-fn is_passing(code: Code) -> bool {
+pub(super) fn is_passing(code: Code) -> bool {
     matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
 }
 
