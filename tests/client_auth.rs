@@ -323,3 +323,46 @@ async fn given_a_cache_and_a_user_without_permission_then_a_directory_is_refused
     assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
     Ok(())
 }
+
+/// A JWT says how old it is, and etcd takes none that is older than its users and roles.
+#[tokio::test]
+async fn given_jwts_when_users_change_then_the_token_is_renewed_once_and_no_call_or_watch_fails()
+-> TestResult {
+    let secret = tempfile::NamedTempFile::new()?;
+    std::fs::write(&secret, "a key of HMAC may be any bytes, as these")?;
+    let key = secret.path().display();
+    let etcd = Etcd::builder()
+        .args([
+            "--auth-token".to_owned(),
+            format!("jwt,priv-key={key},sign-method=HS256,ttl=10m"),
+        ])
+        .start()
+        .await?;
+    secure(&etcd).await?;
+    let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    client.put("app/a", "1", None).await?;
+    let prefix = WatchOptions::new().with_prefix();
+    let mut watch = client.watch("app/", prefix).await?;
+    let as_root = etcd_client::ConnectOptions::new().with_user("root", "root's");
+    for n in 0..3 {
+        let root = etcd_client::Client::connect([etcd.endpoint()], Some(as_root.clone())).await?;
+        let user = format!("other-{n}");
+        root.auth_client().user_add(user, "hunter3", None).await?;
+        let before = authentications(&etcd).await?;
+        match n {
+            0 => {
+                let puts = (0..16).map(|n| client.put(format!("app/{n}"), "2", None));
+                futures::future::try_join_all(puts).await?;
+            }
+            1 => assert_eq!(client.get("app/a", None).await?.count(), 1),
+            _ => drop(client.watch("app/a", None).await?),
+        }
+        assert_eq!(authentications(&etcd).await? - before, 1, "{n}");
+    }
+    let mut seen = 0;
+    while seen < 16 {
+        let response = soon("an event", watch.next()).await.unwrap()?;
+        seen += response.events().len();
+    }
+    Ok(())
+}

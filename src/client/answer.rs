@@ -3,7 +3,7 @@
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Response, response};
+use http::{HeaderMap, HeaderValue, Response, response};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use tonic::body::Body;
@@ -63,6 +63,13 @@ impl Answer {
         message_in(self.trailers.as_ref().unwrap_or(&self.head.headers))
     }
 
+    /// The same with an old token named as etcd-client knows it.
+    pub(super) fn renewable(mut self) -> Self {
+        let headers = self.trailers.as_mut().unwrap_or(&mut self.head.headers);
+        name_old_token(headers);
+        self
+    }
+
     pub(super) fn into_response(self) -> Response<Body> {
         let body = Whole {
             data: (!self.data.is_empty()).then_some(self.data),
@@ -79,6 +86,18 @@ pub(super) fn code_in(headers: &HeaderMap) -> Option<Code> {
 
 pub(super) fn message_in(headers: &HeaderMap) -> String {
     Status::from_header_map(headers).map_or_else(String::new, |status| status.message().to_owned())
+}
+
+/// etcd calls a token that is older than its users and roles (a JWT after any change of them) an invalid
+/// argument, and its own client renews it even so. etcd-client does for the code that expired ones are
+/// refused with. Either refusal comes before anything is done, so this holds for writes too.
+pub(super) fn name_old_token(headers: &mut HeaderMap) {
+    if code_in(headers) == Some(Code::InvalidArgument)
+        && message_in(headers).contains(super::OLD_TOKEN)
+    {
+        let code = HeaderValue::from(Code::Unauthenticated as i32);
+        headers.insert("grpc-status", code);
+    }
 }
 
 /// A body that is at hand.
@@ -118,4 +137,52 @@ pub(super) async fn whole(mut body: Body) -> Result<Bytes, Status> {
         }
     }
     Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_token_is_named_as_an_expired_one_and_nothing_else_is() {
+        for (code, message, named) in [
+            (
+                "3",
+                "etcdserver: revision of auth store is old",
+                Code::Unauthenticated,
+            ),
+            (
+                "3",
+                "etcdserver:%20revision%20of%20auth%20store%20is%20old",
+                Code::Unauthenticated,
+            ),
+            ("3", "etcdserver: user name is empty", Code::InvalidArgument),
+            (
+                "2",
+                "etcdserver: revision of auth store is old",
+                Code::Unknown,
+            ),
+            ("0", "", Code::Ok),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-status", HeaderValue::from_static(code));
+            headers.insert("grpc-message", HeaderValue::from_static(message));
+            for in_trailers in [false, true] {
+                let (mut head, _) = Response::new(()).into_parts();
+                let mut trailers = None;
+                match in_trailers {
+                    true => trailers = Some(headers.clone()),
+                    false => head.headers = headers.clone(),
+                }
+                let data = Bytes::new();
+                let answer = Answer {
+                    head,
+                    data,
+                    trailers,
+                }
+                .renewable();
+                assert_eq!(answer.code(), named, "{message}");
+            }
+        }
+    }
 }

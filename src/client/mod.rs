@@ -72,6 +72,9 @@ pub use watch_options::{WatchOptions, WatchResponse};
 /// milliseconds.
 const STREAM_OPENS_WITHIN: Duration = Duration::from_millis(1500);
 
+/// What etcd says of a token that is older than its users and roles (`ErrAuthOldRevision`).
+const OLD_TOKEN: &str = "revision of auth store is old";
+
 /// A client of one etcd cluster.
 ///
 /// Clones are cheap and share the connection, which ends with [`close`](Client::close), or when

@@ -254,9 +254,7 @@ fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
 
 fn reason_status(reason: &str) -> Status {
     // The texts of etcd's `rpctypes`.
-    let code = if reason.contains("invalid auth token")
-        || reason.contains("revision of auth store is old")
-    {
+    let code = if reason.contains("invalid auth token") || reason.contains(super::OLD_TOKEN) {
         Code::Unauthenticated
     } else if reason.contains("permission denied") {
         Code::PermissionDenied

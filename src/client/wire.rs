@@ -26,7 +26,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
-use super::answer::{Answer, code_in, message_in, whole};
+use super::answer::{Answer, code_in, message_in, name_old_token, whole};
 use super::call_log::CallLog;
 use super::message::{Answers, Codec, Requests};
 use super::method::{AUTHENTICATE, Method};
@@ -225,12 +225,13 @@ impl Shared {
         Ok(answer.into_response())
     }
 
-    /// A server without gzip says so in words that do not lead back to the configuration.
+    /// A server without gzip says so in words that do not lead back to the configuration; and an old
+    /// token is not called one.
     fn understood(&self, answer: Answer) -> Result<Answer, Status> {
         if self.codec.gzip && answer.code() == Code::Unimplemented {
             return Err(no_gzip(&answer.message()));
         }
-        Ok(answer)
+        Ok(answer.renewable())
     }
 
     async fn stream(
@@ -268,6 +269,7 @@ impl Shared {
                 return Err(status);
             }
         };
+        name_old_token(&mut head.headers);
         if let Some(code) = code_in(&head.headers) {
             end(code);
             if codec.gzip && code == Code::Unimplemented {
