@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error};
+use support::raw::{self, RawServer};
 use support::{PATIENCE, TestResult, eventually, soon};
 use tokio::time::timeout;
 use tracing_subscriber::fmt::MakeWriter;
@@ -206,6 +207,32 @@ async fn given_nothing_listening_then_new_fails_in_time_with_each_endpoint_and_w
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
+impl Log {
+    /// From now on in this thread.
+    fn begin() -> (Self, tracing::subscriber::DefaultGuard) {
+        let log = Self::default();
+        let subscriber = tracing_subscriber::fmt()
+            .with_env_filter("goo_etcd::client::call_log=debug")
+            .with_writer(log.clone())
+            .with_ansi(false)
+            .finish();
+        (log, tracing::subscriber::set_default(subscriber))
+    }
+
+    fn written(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+
+    /// The latest line on a method.
+    fn last(&self, method: &str) -> String {
+        let written = self.written();
+        let mut lines = written.lines().filter(|line| line.contains(method));
+        let line = lines.next_back();
+        line.unwrap_or_else(|| panic!("{method} in {written}"))
+            .to_owned()
+    }
+}
+
 impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().unwrap().write(bytes)
@@ -226,13 +253,7 @@ impl MakeWriter<'_> for Log {
 
 #[tokio::test]
 async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values() -> TestResult {
-    let log = Log::default();
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter("goo_etcd::client::call_log=debug")
-        .with_writer(log.clone())
-        .with_ansi(false)
-        .finish();
-    let _scope = tracing::subscriber::set_default(subscriber);
+    let (log, _scope) = Log::begin();
     let etcd = Etcd::start().await?;
     for enabled in [false, true] {
         let mut config = config(vec![etcd.endpoint()]);
@@ -244,7 +265,7 @@ async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values(
         drop(client.watch("the-key", None).await?);
         client.status(etcd.endpoint()).await?;
         client.close().await?;
-        let written = String::from_utf8(log.0.lock().unwrap().clone())?;
+        let written = log.written();
         if !enabled {
             assert_eq!(written, "");
             continue;
@@ -256,10 +277,7 @@ async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values(
             ("etcdserverpb.Lease/LeaseRevoke", "NotFound"),
             ("etcdserverpb.Maintenance/Status", "Ok"),
         ] {
-            let mut lines = written.lines().filter(|line| line.contains(method));
-            let line = lines
-                .next_back()
-                .ok_or_else(|| format!("{method} in {written}"))?;
+            let line = log.last(method);
             for part in [status, &member, "time="] {
                 assert!(line.contains(part), "{part} in {line}");
             }
@@ -270,6 +288,70 @@ async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values(
             !written.contains("the-key") && !written.contains("the-value"),
             "{written}"
         );
+    }
+    Ok(())
+}
+
+fn says(line: &str, member: &str, status: &str) {
+    for part in [
+        format!("member=\"{member}\""),
+        format!("status=\"{status}\""),
+    ] {
+        assert!(line.contains(&part), "{part} in {line}");
+    }
+}
+
+#[tokio::test]
+async fn given_the_debug_log_then_a_call_that_is_not_answered_says_whom_it_was_asked_of()
+-> TestResult {
+    let (log, _scope) = Log::begin();
+    let etcd = Etcd::start().await?;
+    let mut config = config(vec![etcd.endpoint()]);
+    config.enable_grpc_debug_log = true;
+    config.request_timeout = Duration::from_millis(500);
+    config.max_call_send_msg_size = 1000;
+    let client = Client::new("main", config).await?;
+
+    // It asks nobody.
+    client.put("key", vec![7; 1001], None).await.unwrap_err();
+    says(&log.last("KV/Put"), "none", "OutOfRange");
+
+    // It runs out of time.
+    etcd.pause().await?;
+    client.put("key", "1", None).await.unwrap_err();
+    says(&log.last("KV/Put"), &etcd.endpoint(), "dropped");
+    client.get("key", None).await.unwrap_err();
+    says(&log.last("KV/Range"), &etcd.endpoint(), "dropped");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_the_debug_log_then_a_read_names_the_member_that_answered_it_and_not_the_one_asked_last()
+-> TestResult {
+    let (log, _scope) = Log::begin();
+    // A read is sent to another beside the first after 400 ms, that is before this one answers.
+    let slow = RawServer::start(|request, respond| async move {
+        if request.uri().path().ends_with("/Range") {
+            tokio::time::sleep(Duration::from_millis(600)).await;
+        }
+        raw::answer(respond);
+    })
+    .await;
+    let hangs = RawServer::start(|request, respond| async move {
+        if request.uri().path().ends_with("/Range") {
+            return std::future::pending().await;
+        }
+        raw::answer(respond);
+    })
+    .await;
+    let endpoints = vec![slow.address().to_owned(), hangs.address().to_owned()];
+    let mut config = config(endpoints);
+    config.enable_grpc_debug_log = true;
+    config.request_timeout = Duration::from_secs(2);
+    let client = Client::new("main", config).await?;
+    for _ in 0..6 {
+        client.get("key", None).await?;
+        says(&log.last("KV/Range"), slow.address(), "Ok");
     }
     Ok(())
 }

@@ -194,22 +194,26 @@ impl Shared {
         let method = Method::of(head.uri.path());
         let codec = self.codec.to(head.uri.path());
         codec.announce(&mut head.headers);
-        let log = self.log.then(|| CallLog::begin(&head.uri));
         // Reads and the log need to know where calls went; a write has no use for it.
-        let tried =
-            tried.or_else(|| (log.is_some() || method != Method::Write).then(Tried::default));
+        let tried = tried.or_else(|| (self.log || method != Method::Write).then(Tried::default));
+        let mut log = self
+            .log
+            .then(|| CallLog::begin(&head.uri, tried.clone().unwrap_or_default()));
         if matches!(method, Method::Streams | Method::AnswerStream) {
             return self
                 .stream(channel, head, body, codec, tried, method, log)
                 .await;
         }
+        let message = whole(body).await.and_then(|plain| codec.request(plain));
+        let message = or_refused(message, &mut log)?;
         let call = Call {
             shared: self,
             channel,
             head,
-            message: codec.request(whole(body).await?)?,
+            message,
             codec,
             tried,
+            log,
             begun: Instant::now(),
         };
         let answer = match method {
@@ -217,9 +221,8 @@ impl Shared {
             Method::Repeatable => call.persistent().await,
             _ => call.known_user().await,
         };
-        if let Some(log) = log {
-            let code = answer.as_ref().map_or_else(Status::code, Answer::code);
-            log.end(code, call.tried.and_then(|tried| tried.last()));
+        if let Some(log) = call.log {
+            log.end(answer.as_ref().map_or_else(Status::code, Answer::code));
         }
         let answer = self.understood(answer?)?;
         Ok(answer.into_response())
@@ -244,22 +247,23 @@ impl Shared {
         method: Method,
         log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
+        let mut log = log;
         let body = match method {
             Method::Streams => {
                 head.headers
                     .insert(HAS_LEADER, HeaderValue::from_static("true"));
                 Body::new(Requests { codec, body })
             }
-            _ => Body::new(http_body_util::Full::new(
-                codec.request(whole(body).await?)?,
-            )),
+            _ => {
+                let message = whole(body).await.and_then(|plain| codec.request(plain));
+                Body::new(http_body_util::Full::new(or_refused(message, &mut log)?))
+            }
         };
-        let mut log = log;
         let request = Request::from_parts(head, body);
         let opened = channel.call_beside(request, tried.as_ref()).await;
         let mut end = move |code| {
             if let Some(log) = log.take() {
-                log.end(code, tried.as_ref().and_then(Tried::last));
+                log.end(code);
             }
         };
         let (mut head, body) = match opened {
@@ -311,6 +315,7 @@ struct Call<'a> {
     message: Bytes,
     codec: Codec,
     tried: Option<Tried>,
+    log: Option<CallLog>,
     begun: Instant,
 }
 
@@ -392,11 +397,17 @@ impl Call<'_> {
         *request.uri_mut() = self.head.uri.clone();
         *request.version_mut() = self.head.version;
         *request.headers_mut() = self.head.headers.clone();
-        let response = self
-            .channel
-            .call_beside(request, self.tried.as_ref())
-            .await?;
-        Answer::read(response, &self.codec).await
+        let attempt = pin!(async {
+            let response = self
+                .channel
+                .call_beside(request, self.tried.as_ref())
+                .await?;
+            Answer::read(response, &self.codec).await
+        });
+        match &self.log {
+            Some(log) => log.attempt(attempt).await,
+            None => attempt.await,
+        }
     }
 }
 
@@ -404,6 +415,15 @@ impl Call<'_> {
 /// choosing a leader.
 pub(super) fn is_passing(code: Code) -> bool {
     matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
+}
+
+/// The message, or why it is not sent, which is logged as well.
+fn or_refused(message: Result<Bytes, Status>, log: &mut Option<CallLog>) -> Result<Bytes, Status> {
+    message.inspect_err(|status| {
+        if let Some(log) = log.take() {
+            log.refuse(status.code());
+        }
+    })
 }
 
 fn no_gzip(said: &str) -> Status {
