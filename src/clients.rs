@@ -17,8 +17,9 @@ static CLIENTS: Registry = Registry(RwLock::new(Clients::new()));
 ///
 /// # Errors
 ///
-/// [`Error::ClientAlreadyRegistered`] when there is one of this name, which stays in place; otherwise
-/// those of [`Client::new`].
+/// [`Error::ClientAlreadyRegistered`] when there is one of this name, which stays in place;
+/// [`Error::Closed`] when [`close_all`] was called meanwhile, and then nothing is kept; otherwise those of
+/// [`Client::new`].
 ///
 /// ```no_run
 /// # async fn example() -> goo_etcd::Result<()> {
@@ -109,7 +110,8 @@ pub fn get_default_client() -> Result<etcd_client::Client> {
     Ok(default()?.client())
 }
 
-/// Closes all clients and forgets them. One that fails keeps none of the others open.
+/// Closes all clients and forgets them, those included that are just being registered. One that fails
+/// keeps none of the others open.
 ///
 /// # Errors
 ///
@@ -134,6 +136,8 @@ struct Clients {
     by_name: BTreeMap<String, Client>,
     /// A name in `by_name`.
     default: Option<String>,
+    /// How often all were closed: who has begun to register before that must not come after it.
+    closed: u64,
 }
 
 impl Registry {
@@ -147,10 +151,10 @@ impl Registry {
     }
 
     async fn register(&self, name: String, config: Config, as_default: bool) -> Result<()> {
-        self.read().vacant(&name)?;
+        let begun = self.read().vacant(&name)?;
         let client = Client::new(name, config).await?;
-        // Another may have taken the name meanwhile; then that one stays.
-        let added = self.write().add(client.clone(), as_default);
+        // Another may have taken the name meanwhile, and then that one stays; or all were closed.
+        let added = self.write().add(client.clone(), begun, as_default);
         if added.is_err() {
             client.close().await?;
         }
@@ -158,18 +162,25 @@ impl Registry {
     }
 
     async fn close_all(&self) -> Result<()> {
-        let clients = std::mem::replace(&mut *self.write(), Clients::new());
-        let mut failures = Vec::new();
-        for (name, client) in clients.by_name {
-            if let Err(error) = client.close().await {
-                failures.push((name, error));
-            }
+        let clients = self.write().take();
+        close_each(clients, async |client| client.close().await).await
+    }
+}
+
+/// Each in turn, whether or not those before it fail.
+async fn close_each<C>(
+    clients: BTreeMap<String, C>,
+    close: impl AsyncFn(C) -> Result<()>,
+) -> Result<()> {
+    let mut failures = Vec::new();
+    for (name, client) in clients {
+        if let Err(error) = close(client).await {
+            failures.push((name, error));
         }
-        if failures.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::CloseAll { failures })
-        }
+    }
+    match failures.is_empty() {
+        true => Ok(()),
+        false => Err(Error::CloseAll { failures }),
     }
 }
 
@@ -178,6 +189,7 @@ impl Clients {
         Clients {
             by_name: BTreeMap::new(),
             default: None,
+            closed: 0,
         }
     }
 
@@ -192,22 +204,35 @@ impl Clients {
         }
     }
 
-    fn vacant(&self, name: &str) -> Result<()> {
+    /// That there is none of this name, and as of when.
+    fn vacant(&self, name: &str) -> Result<u64> {
         if self.by_name.contains_key(name) {
             return Err(Error::ClientAlreadyRegistered {
                 name: name.to_owned(),
             });
         }
-        Ok(())
+        Ok(self.closed)
     }
 
-    fn add(&mut self, client: Client, as_default: bool) -> Result<()> {
+    fn add(&mut self, client: Client, begun: u64, as_default: bool) -> Result<()> {
+        if begun != self.closed {
+            return Err(Error::Closed {
+                name: client.name().to_owned(),
+            });
+        }
         self.vacant(client.name())?;
         if as_default {
             self.default = Some(client.name().to_owned());
         }
         self.by_name.insert(client.name().to_owned(), client);
         Ok(())
+    }
+
+    /// All of them, to be closed.
+    fn take(&mut self) -> BTreeMap<String, Client> {
+        self.closed += 1;
+        self.default = None;
+        std::mem::take(&mut self.by_name)
     }
 
     fn get(&self, name: &str) -> Result<&Client> {
@@ -238,5 +263,40 @@ impl Clients {
         self.get(name)?;
         self.default = Some(name.to_owned());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn given_some_that_fail_to_close_then_all_are_closed_and_each_failure_is_told() {
+        let closed = Mutex::new(Vec::new());
+        let close = async |client: u8| {
+            closed.lock().unwrap().push(client);
+            match client % 2 {
+                0 => Ok(()),
+                _ => Err(Error::invalid("farewell", client.to_string(), "no")),
+            }
+        };
+        let clients = [("a", 1), ("b", 2), ("c", 3), ("d", 4)];
+        let clients = clients.map(|(name, client)| (name.to_owned(), client));
+        let error = close_each(clients.into(), close).await.unwrap_err();
+        assert_eq!(*closed.lock().unwrap(), [1, 2, 3, 4]);
+        let text = error.to_string();
+        for part in ["\"a\" (invalid farewell", "\"c\" (invalid farewell"] {
+            assert!(text.contains(part), "{text}");
+        }
+        let Error::CloseAll { failures } = error else {
+            panic!("{text}");
+        };
+        let names: Vec<_> = failures.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["a", "c"]);
+        close_each([("a".to_owned(), 2)].into(), async |_| Ok(()))
+            .await
+            .unwrap();
     }
 }

@@ -1,22 +1,27 @@
-//! The named clients of a process. One test: the registry is one for the process.
+//! The named clients of a process. One test at a time: the registry is one for the process.
 
 use std::time::Duration;
 
 use goo_etcd::testing::Etcd;
-use goo_etcd::{Config, Error};
-use tokio::time::timeout;
+use goo_etcd::{Client, Config, Error};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, sleep, timeout};
 
 const SOON: Duration = Duration::from_secs(30);
+
+static TURN: Mutex<()> = Mutex::const_new(());
+
+fn config(etcd: &Etcd) -> Config {
+    let mut config = Config::default();
+    config.endpoints = vec![etcd.endpoint()];
+    config
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn given_named_clients_then_each_is_found_by_its_name_until_closed()
 -> Result<(), Box<dyn std::error::Error>> {
+    let _turn = TURN.lock().await;
     let (one, two) = (Etcd::start().await?, Etcd::start().await?);
-    let config = |etcd: &Etcd| {
-        let mut config = Config::default();
-        config.endpoints = vec![etcd.endpoint()];
-        config
-    };
 
     // With nothing registered the errors say what to do.
     let text = goo_etcd::default().unwrap_err().to_string();
@@ -129,5 +134,118 @@ async fn given_named_clients_then_each_is_found_by_its_name_until_closed()
     ));
     goo_etcd::register("one", config(&one)).await?;
     goo_etcd::close_all().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_registration_under_way_when_all_are_closed_then_it_fails_and_leaves_nothing()
+-> Result<(), Box<dyn std::error::Error>> {
+    let _turn = TURN.lock().await;
+    let etcd = Etcd::start().await?;
+    for as_default in [false, true] {
+        etcd.pause().await?;
+        let mut config = config(&etcd);
+        config.dial_timeout = SOON;
+        let late = tokio::spawn(async move {
+            match as_default {
+                false => goo_etcd::register("late", config).await,
+                true => goo_etcd::register_default(config).await,
+            }
+        });
+        sleep(Duration::from_millis(300)).await;
+        goo_etcd::close_all().await?;
+        etcd.resume()?;
+        let error = timeout(SOON, late).await??.unwrap_err();
+        let name = if as_default { "default" } else { "late" };
+        assert!(
+            matches!(&error, Error::Closed { name: closed } if closed == name),
+            "{error}"
+        );
+        assert!(goo_etcd::get_client(name).is_err());
+        assert!(matches!(
+            goo_etcd::default(),
+            Err(Error::NoDefaultClient { known }) if known.is_empty()
+        ));
+    }
+    Ok(())
+}
+
+/// The clients that were seen, and how often what was asked for was there.
+type Seen = (Vec<Client>, usize);
+
+/// Does everything there is to do, in an order of its own, until its time is over.
+async fn race(racer: u64, config: Config, until: Instant) -> Seen {
+    const NAMES: [&str; 3] = ["a", "b", "default"];
+    let (mut seen, mut done) = (Vec::new(), 0);
+    let mut random = numbers(racer);
+    while Instant::now() < until {
+        let name = NAMES[random() % 3];
+        let outcome = match random() % 16 {
+            0 => goo_etcd::register(name, config.clone()).await,
+            1 => goo_etcd::register_default(config.clone()).await,
+            2 => goo_etcd::unregister(name).await,
+            3 => goo_etcd::unregister_default().await,
+            4 => goo_etcd::close_all().await,
+            5..8 => goo_etcd::set_default(name),
+            8..12 => goo_etcd::get_client(name).map(|client| {
+                assert_eq!(client.name(), name);
+                seen.push(client);
+            }),
+            _ => goo_etcd::default().map(|client| {
+                assert!(NAMES.contains(&client.name()));
+                seen.push(client);
+            }),
+        };
+        match outcome {
+            Ok(()) => done += 1,
+            Err(Error::UnknownClient { name: other, known }) => {
+                // A default that is not there would be half a state.
+                assert_eq!(other, name);
+                assert!(!known.contains(&other), "{other} in {known:?}");
+            }
+            Err(Error::NoDefaultClient { known }) => {
+                assert!(known.is_sorted() && known.len() <= NAMES.len(), "{known:?}");
+            }
+            Err(Error::ClientAlreadyRegistered { name: other }) => {
+                assert!(other == name || other == "default", "{other}");
+            }
+            Err(Error::Closed { name: other }) => {
+                assert!(other == name || other == "default", "{other}");
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        // Others of this thread have their turn.
+        tokio::task::yield_now().await;
+    }
+    (seen, done)
+}
+
+/// Numbers that are the same for the same seed.
+fn numbers(seed: u64) -> impl FnMut() -> usize {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state >> 33).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 8)]
+async fn given_many_threads_that_do_everything_at_once_then_none_sees_half_a_state_or_waits_for_ever()
+-> Result<(), Box<dyn std::error::Error>> {
+    let _turn = TURN.lock().await;
+    let etcd = Etcd::start().await?;
+    let until = Instant::now() + Duration::from_secs(4);
+    let racers = (0..16).map(|racer| tokio::spawn(race(racer, config(&etcd), until)));
+    let outcomes = timeout(SOON, futures::future::try_join_all(racers)).await??;
+    let done: usize = outcomes.iter().map(|(_, done)| done).sum();
+    assert!(done > 1000, "{done}");
+
+    // With that, no client is left open that was ever seen.
+    goo_etcd::close_all().await?;
+    let mut seen = outcomes.iter().flat_map(|(seen, _)| seen).peekable();
+    assert!(seen.peek().is_some());
+    assert!(seen.all(Client::is_closed));
     Ok(())
 }
