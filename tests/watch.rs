@@ -6,8 +6,9 @@ mod support;
 use std::time::Duration;
 
 use futures::StreamExt;
-use goo_etcd::testing::Etcd;
-use goo_etcd::{Client, Config, Error, EventType, Watch, WatchOptions};
+use goo_etcd::client::WatchFilterType;
+use goo_etcd::testing::{Etcd, Proxy};
+use goo_etcd::{Client, Config, Error, EventType, TxnOp, Watch, WatchOptions};
 use tokio::time::timeout;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -78,6 +79,96 @@ async fn given_a_watch_on_a_prefix_then_it_yields_what_happens_there_and_nothing
 }
 
 #[tokio::test]
+async fn given_options_of_a_watch_then_each_does_what_etcd_says() -> Outcome {
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let first = client.put("b", "0", None).await?;
+    let start = first.header().ok_or("a header")?.revision() + 1;
+    for key in ["a", "b", "c", "d"] {
+        client.put(key, "1", None).await?;
+    }
+    client.delete("b", None).await?;
+    client.put("end", "", None).await?;
+    // What comes up to `end`, which each of them sees.
+    let seen = async |key: &str, options: WatchOptions| {
+        let mut watch = client
+            .watch(key, options.with_start_revision(start))
+            .await?;
+        let mut seen = String::new();
+        loop {
+            for (kind, key, _) in events(&mut watch, 1).await {
+                match (kind, key.as_str()) {
+                    (_, "end") => return Ok::<_, Error>(seen),
+                    (EventType::Put, key) => seen.push_str(key),
+                    (EventType::Delete, key) => seen.push_str(&key.to_uppercase()),
+                }
+            }
+        }
+    };
+    let options = WatchOptions::new;
+    assert_eq!(seen("b", options().with_range("f")).await?, "bcdB");
+    assert_eq!(seen("c", options().with_from_key()).await?, "cd");
+    assert_eq!(seen("", options().with_all_keys()).await?, "abcdB");
+    let no_deletes = options().with_filters([WatchFilterType::NoDelete]);
+    assert_eq!(seen("", no_deletes.with_all_keys()).await?, "abcd");
+
+    let no_puts = options().with_filters([WatchFilterType::NoPut]);
+    let no_puts = no_puts.with_all_keys().with_start_revision(start);
+    let mut watch = client.watch("", no_puts).await?;
+    let deleted = (EventType::Delete, "b".to_owned(), String::new());
+    assert_eq!(events(&mut watch, 1).await, [deleted]);
+
+    // The value before, and none before the first.
+    let before = options().with_prev_key().with_start_revision(1);
+    let mut watch = client.watch("b", before).await?;
+    let mut values = Vec::new();
+    while values.len() < 3 {
+        let response = timeout(SOON, watch.next()).await?.ok_or("an event")??;
+        for event in response.events() {
+            let before = event.prev_kv().map(|kv| kv.value_str().unwrap().to_owned());
+            values.push((event.event_type(), before));
+        }
+    }
+    assert_eq!(
+        values,
+        [
+            (EventType::Put, None),
+            (EventType::Put, Some("0".to_owned())),
+            (EventType::Delete, Some("1".to_owned())),
+        ]
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_progress_asked_for_then_etcd_s_notifications_are_yielded_and_else_they_are_not()
+-> Outcome {
+    let etcd = Etcd::builder()
+        .args(["--experimental-watch-progress-notify-interval", "1s"])
+        .start()
+        .await?;
+    let client = connect(&etcd).await?;
+    let options = WatchOptions::new().with_progress_notify();
+    let mut told = client.watch("n", options).await?;
+    let mut quiet = client.watch("n", None).await?;
+    client.put("other", "1", None).await?;
+    let put = client.put("other", "2", None).await?;
+    let now = put.header().ok_or("a header")?.revision();
+    loop {
+        let progress = timeout(SOON, told.next()).await?.ok_or("progress")??;
+        assert!(progress.is_progress() && progress.revision() <= now);
+        if progress.revision() == now {
+            break;
+        }
+    }
+    let waited = timeout(Duration::from_secs(3), quiet.next()).await;
+    assert!(waited.is_err(), "{waited:?}");
+    client.put("n", "1", None).await?;
+    assert_eq!(events(&mut quiet, 1).await[0].2, "1");
+    Ok(())
+}
+
+#[tokio::test]
 async fn given_etcd_killed_and_restarted_then_every_event_comes_once_and_in_order() -> Outcome {
     let etcd = Etcd::start().await?;
     let client = connect(&etcd).await?;
@@ -120,6 +211,126 @@ async fn until_the_end(watch: &mut Watch) -> Vec<String> {
         values.extend(events(watch, 1).await.into_iter().map(|event| event.2));
     }
     values
+}
+
+/// (revision, key, length of the value) of every event up to the one of `end`, as the raw etcd-client reads
+/// them from the first revision on.
+async fn told_by_etcd(etcd: &Etcd, end: &str) -> Result<Vec<Told>, Box<dyn std::error::Error>> {
+    let everything = goo_etcd::etcd_client::WatchOptions::new()
+        .with_all_keys()
+        .with_start_revision(1);
+    let mut raw = etcd.client().await?.watch_client();
+    raw = raw.max_decoding_message_size(usize::MAX);
+    let mut stream = raw.watch("", Some(everything)).await?;
+    let mut told = Vec::new();
+    while let Some(message) = timeout(SOON, stream.message()).await?? {
+        told.extend(message.events().iter().map(as_told));
+        if told.last().is_some_and(|(_, key, _)| key == end) {
+            return Ok(told);
+        }
+    }
+    Err("the history ended before its end".into())
+}
+
+type Told = (i64, String, usize);
+
+fn as_told(event: &goo_etcd::client::Event) -> Told {
+    let kv = event.kv().unwrap();
+    let key = kv.key_str().unwrap().to_owned();
+    (kv.mod_revision(), key, kv.value().len())
+}
+
+/// One after the other, each of several keys at once.
+async fn put_transactions(
+    client: &Client,
+    transactions: usize,
+    keys: usize,
+    length: usize,
+) -> Outcome {
+    for _ in 0..transactions {
+        let puts = (0..keys).map(|key| TxnOp::put(format!("t/{key}"), vec![7; length], None));
+        client.txn().and_then(puts).commit().await?;
+    }
+    client.put("t/end", "", None).await?;
+    Ok(())
+}
+
+/// What a watch yields up to the end, each response with whole revisions.
+async fn yielded(watch: &mut Watch) -> Vec<Told> {
+    let mut yielded: Vec<Told> = Vec::new();
+    loop {
+        let response = timeout(SOON, watch.next()).await.unwrap().unwrap().unwrap();
+        let more: Vec<_> = response.events().iter().map(as_told).collect();
+        if let (Some(last), Some(first)) = (yielded.last(), more.first()) {
+            assert!(last.0 < first.0, "revision {} is in two responses", first.0);
+        }
+        yielded.extend(more);
+        if yielded.last().is_some_and(|(_, key, _)| key == "t/end") {
+            return yielded;
+        }
+    }
+}
+
+#[tokio::test]
+async fn given_transactions_when_streams_are_lost_then_a_watch_yields_each_revision_whole_and_once()
+-> Outcome {
+    let etcd = Etcd::start().await?;
+    let proxy = Proxy::start(etcd.endpoint()).await?;
+    let mut config = Config::default();
+    config.endpoints = vec![proxy.endpoint()];
+    let client = Client::new("main", config).await?;
+    let prefix = WatchOptions::new().with_prefix().with_start_revision(1);
+    let mut watch = client.watch("t/", prefix).await?;
+    let seen = tokio::spawn(async move { yielded(&mut watch).await });
+    let writer = connect(&etcd).await?;
+    let writing = tokio::spawn(async move {
+        put_transactions(&writer, 3000, 7, 10).await.unwrap();
+    });
+    let mut lost = 0;
+    while !writing.is_finished() {
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        proxy.disconnect().await?;
+        lost += 1;
+    }
+    writing.await?;
+    let told = told_by_etcd(&etcd, "t/end").await?;
+    assert!(told.len() == 3000 * 7 + 1 && lost > 5, "{lost}");
+    assert_eq!(timeout(SOON, seen).await??, told);
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_stream_cut_in_the_middle_of_a_split_answer_then_a_watch_yields_each_revision_whole_and_once()
+-> Outcome {
+    let etcd = Etcd::start().await?;
+    // etcd sends what there is to catch up with in pieces of 2 MiB: 4 events each, and 3 are one revision.
+    const LENGTH: usize = 450_000;
+    put_transactions(&connect(&etcd).await?, 12, 3, LENGTH).await?;
+    let told = told_by_etcd(&etcd, "t/end").await?;
+    assert_eq!(told.len(), 12 * 3 + 1);
+    for cut_after in [1, 5, 9, 14, 20, 30] {
+        let proxy = Proxy::start(etcd.endpoint()).await?;
+        let mut config = Config::default();
+        config.endpoints = vec![proxy.endpoint()];
+        let client = Client::new("main", config).await?;
+        // 16 KiB in a millisecond or more, so that there is a time in which it can be cut.
+        proxy.delay(Duration::from_millis(1));
+        let prefix = WatchOptions::new().with_prefix().with_start_revision(1);
+        let mut watch = client.watch("t/", prefix).await?;
+        let seen = tokio::spawn(async move { yielded(&mut watch).await });
+        let bytes = u64::try_from(cut_after * LENGTH)?;
+        timeout(SOON, async {
+            while proxy.bytes_down() < bytes {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await?;
+        proxy.disconnect().await?;
+        assert!(!seen.is_finished());
+        proxy.delay(Duration::ZERO);
+        assert_eq!(timeout(SOON, seen).await??, told, "{cut_after}");
+    }
+    Ok(())
 }
 
 #[tokio::test]
