@@ -28,16 +28,21 @@ fn synced(endpoints: Vec<String>) -> Config {
     config
 }
 
-/// How many calls of clients a member has begun to answer.
-async fn reads(etcd: &Etcd) -> TestResult<f64> {
+/// How many calls of this method a member has begun to answer.
+async fn calls(etcd: &Etcd, method: &str) -> TestResult<f64> {
     let page = support::metrics(etcd).await?;
-    let ranges = page
+    let method = format!("grpc_method=\"{method}\"");
+    let calls = page
         .lines()
         .filter(|line| line.starts_with("grpc_server_started_total"))
-        .filter(|line| line.contains(r#"grpc_method="Range""#));
-    Ok(ranges
+        .filter(|line| line.contains(&method));
+    Ok(calls
         .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
         .sum())
+}
+
+async fn reads(etcd: &Etcd) -> TestResult<f64> {
+    calls(etcd, "Range").await
 }
 
 async fn is_used(client: &Client, member: &Etcd) -> bool {
@@ -51,6 +56,7 @@ async fn is_used(client: &Client, member: &Etcd) -> bool {
 #[tokio::test]
 async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_went() -> TestResult
 {
+    let (log, _scope) = Log::begin("goo_etcd::client::members=info");
     let cluster = EtcdCluster::start().await?;
     // It is told of one, behind a proxy, and finds the others.
     let proxy = Proxy::start(cluster.member(0).endpoint()).await?;
@@ -59,8 +65,14 @@ async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_w
         eventually("a member is found", async || is_used(&client, member).await).await;
     }
     eventually("its own address is used", async || proxy.connections() == 0).await;
+    // The proxy is none of them, so not one call more goes there, though it would be answered.
+    let sent = proxy.bytes_up();
+    for _ in 0..200 {
+        client.get("key", None).await?;
+    }
+    assert_eq!((proxy.bytes_up(), proxy.connections()), (sent, 0));
 
-    // One leaves: not one call more goes there, though it would be answered.
+    // One leaves.
     let list = client.member_list().await?;
     let gone = cluster.member(2);
     let id = list
@@ -74,16 +86,37 @@ async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_w
         client.member_remove(id).await.is_ok()
     })
     .await;
-    let left = client.member_list().await?.members().len();
-    assert_eq!(left, 2);
+    // Each member lists what it knows, and one may know it later.
+    eventually("it is not listed", async || {
+        let list = client.member_list().await.unwrap();
+        list.members().iter().all(|member| member.id() != id)
+    })
+    .await;
+    eventually("it is known to be gone", async || {
+        let last = log.last("etcd's members have changed");
+        !last.contains(&gone.endpoint())
+    })
+    .await;
+    // From then on all calls are to the others, as these count them.
+    let others = [cluster.member(0), cluster.member(1)];
+    let before = reads(others[0]).await? + reads(others[1]).await?;
     for _ in 0..200 {
         client.get("key", None).await?;
     }
-    // Nor is it tried to be reached any more, from the next reading of the list on.
+    let there = reads(others[0]).await? + reads(others[1]).await? - before;
+    assert!(there >= 200.0, "{there} of 200");
+    // Nor is it tried to be reached any more.
     gone.kill().await?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
     let there = tokio::net::TcpListener::bind(gone.endpoint()).await?;
-    let tried = timeout(Duration::from_secs(3), there.accept()).await;
+    let reading = async {
+        loop {
+            client.get("key", None).await.unwrap();
+        }
+    };
+    let tried = tokio::select! {
+        tried = timeout(Duration::from_secs(3), there.accept()) => tried,
+        () = reading => unreachable!(),
+    };
     assert!(tried.is_err(), "{tried:?}");
     drop(there);
 
@@ -95,15 +128,53 @@ async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_w
 
 #[tokio::test]
 async fn given_an_answer_without_client_urls_then_nothing_changes() -> TestResult {
+    let (log, _scope) = Log::begin("goo_etcd::client::members=debug");
     // As etcd behind an address translation is often set up: it does not tell where it is.
-    let etcd = Etcd::builder()
+    let cluster = Etcd::builder()
         .args(["--advertise-client-urls", "https://127.0.0.1:1"])
-        .start()
+        .start_cluster(3)
         .await?;
-    let client = Client::new("main", synced(vec![etcd.endpoint()])).await?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    // And one that has not started tells nothing at all. etcd refuses while it does not see its members
+    // connected for long enough.
+    eventually("it is added", async || {
+        client.member_add(["http://127.0.0.1:1"]).await.is_ok()
+    })
+    .await;
+    eventually("every member lists it", async || {
+        let mut listed = Vec::new();
+        for member in cluster.members() {
+            let list = member.client().await.unwrap().member_list().await.unwrap();
+            listed.push(
+                list.members()
+                    .iter()
+                    .any(|member| member.name().is_empty() && member.client_urls().is_empty()),
+            );
+        }
+        listed.iter().all(|listed| *listed)
+    })
+    .await;
+
+    let lists = async || -> TestResult<f64> {
+        let mut lists = 0.0;
+        for member in cluster.members() {
+            lists += calls(member, "MemberList").await?;
+        }
+        Ok(lists)
+    };
+    let before = lists().await?;
+    eventually("it is read several times", async || {
+        lists().await.unwrap() >= before + 3.0
+    })
+    .await;
     for _ in 0..20 {
         client.put("key", "1", None).await?;
+    }
+    log.last("etcd lists no member with a client URL");
+    let written = log.written();
+    assert!(!written.contains("members have changed"), "{written}");
+    for member in cluster.members() {
+        eventually("each is used", async || is_used(&client, member).await).await;
     }
     Ok(())
 }
@@ -208,11 +279,11 @@ async fn given_nothing_listening_then_new_fails_in_time_with_each_endpoint_and_w
 struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl Log {
-    /// From now on in this thread.
-    fn begin() -> (Self, tracing::subscriber::DefaultGuard) {
+    /// Of what the filter says, from now on in this thread.
+    fn begin(filter: &str) -> (Self, tracing::subscriber::DefaultGuard) {
         let log = Self::default();
         let subscriber = tracing_subscriber::fmt()
-            .with_env_filter("goo_etcd::client::call_log=debug")
+            .with_env_filter(filter)
             .with_writer(log.clone())
             .with_ansi(false)
             .finish();
@@ -223,12 +294,12 @@ impl Log {
         String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
     }
 
-    /// The latest line on a method.
-    fn last(&self, method: &str) -> String {
+    /// The latest line with this in it.
+    fn last(&self, part: &str) -> String {
         let written = self.written();
-        let mut lines = written.lines().filter(|line| line.contains(method));
+        let mut lines = written.lines().filter(|line| line.contains(part));
         let line = lines.next_back();
-        line.unwrap_or_else(|| panic!("{method} in {written}"))
+        line.unwrap_or_else(|| panic!("{part} in {written}"))
             .to_owned()
     }
 }
@@ -253,7 +324,7 @@ impl MakeWriter<'_> for Log {
 
 #[tokio::test]
 async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values() -> TestResult {
-    let (log, _scope) = Log::begin();
+    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
     let etcd = Etcd::start().await?;
     for enabled in [false, true] {
         let mut config = config(vec![etcd.endpoint()]);
@@ -304,7 +375,7 @@ fn says(line: &str, member: &str, status: &str) {
 #[tokio::test]
 async fn given_the_debug_log_then_a_call_that_is_not_answered_says_whom_it_was_asked_of()
 -> TestResult {
-    let (log, _scope) = Log::begin();
+    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
     let etcd = Etcd::start().await?;
     let mut config = config(vec![etcd.endpoint()]);
     config.enable_grpc_debug_log = true;
@@ -328,7 +399,7 @@ async fn given_the_debug_log_then_a_call_that_is_not_answered_says_whom_it_was_a
 #[tokio::test]
 async fn given_the_debug_log_then_a_read_names_the_member_that_answered_it_and_not_the_one_asked_last()
 -> TestResult {
-    let (log, _scope) = Log::begin();
+    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
     // A read is sent to another beside the first after 400 ms, that is before this one answers.
     let slow = RawServer::start(|request, respond| async move {
         if request.uri().path().ends_with("/Range") {
