@@ -10,8 +10,10 @@ use goo_etcd::balance::{Policy, RetryPolicy};
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use http::Response;
-use support::balanced::{call, changing, fixed, hello, instance, status_of, until_ready};
-use support::echo::EchoServer;
+use support::balanced::{
+    call, call_within, changing, fixed, hello, instance, status_of, until_ready,
+};
+use support::echo::{EchoServer, Options};
 use support::raw::RawServer;
 use support::{PATIENCE, eventually};
 use tonic::{Code, Request};
@@ -188,4 +190,65 @@ async fn given_a_long_stream_when_it_fails_then_its_length_is_not_taken_for_a_la
             .is_none_or(|latency| latency <= Duration::from_secs(2)),
         "{status:?}"
     );
+}
+
+/// As servers in other languages answer a stream that ends well and has nothing in it.
+#[tokio::test]
+async fn given_a_stream_that_ends_well_in_its_head_when_read_then_it_is_no_failure() {
+    let server = RawServer::start(async |_, mut respond: h2::server::SendResponse<_>| {
+        let head = Response::builder()
+            .header("content-type", "application/grpc")
+            .header("grpc-status", "0");
+        respond.send_response(head.body(()).unwrap(), true).ok();
+    })
+    .await;
+    let channel = fixed([server.address()], |builder| builder);
+    let replies = EchoClient::new(channel.clone())
+        .server_stream(hello())
+        .await;
+    assert!(replies.unwrap().into_inner().next().await.is_none());
+    let latency = status_of(&channel, server.address()).unwrap().latency;
+    assert!(latency < Some(Duration::from_millis(800)), "{latency:?}");
+}
+
+#[tokio::test]
+async fn given_one_of_three_that_takes_calls_and_never_answers_when_they_time_out_then_it_is_left_alone()
+ {
+    let hangs = RawServer::start(async |_, respond: h2::server::SendResponse<_>| {
+        std::future::pending::<()>().await;
+        drop(respond);
+    })
+    .await;
+    let healthy = [EchoServer::start(), EchoServer::start()];
+    let addresses = [hangs.address(), healthy[0].address(), healthy[1].address()];
+    let channel = fixed(addresses, |builder| builder);
+    until_ready(&channel, 3).await;
+    let mut late = 0;
+    for _ in 0..60 {
+        if let Err(status) = call_within(&channel, Duration::from_millis(200)).await {
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+            late += 1;
+        }
+    }
+    // A third of them, if time-outs cost it nothing.
+    assert!(late <= 10, "{late} of 60");
+}
+
+/// tonic's own server ends a call that is late with CANCELLED, at the same moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_a_server_that_notices_first_that_the_time_is_over_then_it_is_a_deadline_all_the_same()
+ {
+    let server = EchoServer::with(Options {
+        delay: Duration::from_secs(60),
+        ..Options::default()
+    });
+    let channel = fixed([server.address()], |builder| builder);
+    until_ready(&channel, 1).await;
+    for _ in 0..50 {
+        let together = (0..8).map(|_| call_within(&channel, Duration::from_millis(20)));
+        for result in futures::future::join_all(together).await {
+            let status = result.unwrap_err();
+            assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+        }
+    }
 }

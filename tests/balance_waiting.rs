@@ -450,6 +450,10 @@ async fn given_what_cannot_be_a_channel_when_it_is_built_then_the_error_says_why
     };
     for (result, said) in [
         (
+            build(|b| b.connections_per_endpoint(usize::MAX)),
+            "connections_per_endpoint",
+        ),
+        (
             build(|b| b.connections_per_endpoint(0)),
             "connections_per_endpoint",
         ),

@@ -271,6 +271,8 @@ async fn given_changes_while_pages_are_listed_and_connections_cut_then_every_sna
                     .commit()
                     .await
                     .unwrap();
+                // So that there are some left at the end.
+                tokio::time::sleep(Duration::from_millis(4)).await;
             }
             MANY - id
         }

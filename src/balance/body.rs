@@ -22,16 +22,19 @@ use super::failure;
 pub(super) struct InFlight {
     endpoint: Arc<Endpoint>,
     begun: Instant,
+    /// When the call's time is over.
+    deadline: Option<Instant>,
     /// Whether the load has learned the latency.
     observed: bool,
 }
 
 impl InFlight {
-    pub(super) fn begin(endpoint: Arc<Endpoint>, now: Instant) -> Self {
+    pub(super) fn begin(endpoint: Arc<Endpoint>, deadline: Option<Instant>, now: Instant) -> Self {
         endpoint.load.begin();
         Self {
             endpoint,
             begun: now,
+            deadline,
             observed: false,
         }
     }
@@ -64,11 +67,18 @@ impl InFlight {
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.endpoint.load.end();
-        if !self.observed {
-            // Given up by the caller. How long an answer takes is not known, but it is not less than this:
-            // a silent endpoint must not look fast.
-            let now = Instant::now();
-            self.endpoint.load.observe_at_least(now - self.begun, now);
+        if self.observed {
+            return;
+        }
+        let now = Instant::now();
+        let waited = now - self.begun;
+        // A silent endpoint must not look fast.
+        if self.deadline.is_some_and(|deadline| now >= deadline) {
+            // Its time was over: that is a failure as any other.
+            self.endpoint.load.observe(waited, true, now);
+        } else {
+            // Given up by the caller. How long an answer takes is not known, but it is not less than this.
+            self.endpoint.load.observe_at_least(waited, now);
         }
     }
 }
@@ -91,12 +101,15 @@ pub(super) fn is_failure(code: Code) -> bool {
 pub(super) struct ResponseBody {
     incoming: Incoming,
     deadline: Option<(Pin<Box<Sleep>>, Duration)>,
+    /// The head has said how it ended: there is nothing to come.
+    is_over: bool,
     call: Option<(InFlight, Option<OwnedSemaphorePermit>)>,
 }
 
 impl ResponseBody {
     pub(super) fn new(
         incoming: Incoming,
+        is_over: bool,
         deadline: Option<(Instant, Duration)>,
         in_flight: InFlight,
         permit: Option<OwnedSemaphorePermit>,
@@ -107,6 +120,7 @@ impl ResponseBody {
                 .filter(|_| !incoming.stream.is_end_stream())
                 .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
             incoming,
+            is_over,
             call: Some((in_flight, permit)),
         }
     }
@@ -190,7 +204,7 @@ impl Body for ResponseBody {
             Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(this.failed(&error)))),
             Poll::Ready(None) => {
                 // Without a status it was cut short.
-                this.ended(true);
+                this.ended(!this.is_over);
                 Poll::Ready(None)
             }
             Poll::Pending => {

@@ -30,6 +30,9 @@ const READY_TIMEOUT: Duration = Duration::from_secs(5);
 /// for a server that was only restarted; the directory takes the ones that are gone for good away.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
+/// The most connections to one endpoint: each of them carries thousands of calls.
+const MOST_CONNECTIONS: usize = 1_000;
+
 /// What stands for any longer time: thirty years.
 pub(super) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
@@ -117,7 +120,11 @@ impl BalancedChannelBuilder {
     }
 
     /// How long a call waits for an endpoint to become ready, if its own time-out does not end before.
-    /// Default 5 s. Then it fails with UNAVAILABLE and what is known of the endpoints.
+    /// Default 5 s. Then it fails with UNAVAILABLE and what is known of the endpoints, of ten of them at most.
+    ///
+    /// Attempts to connect go on beside it at the pace of [`max_connect_backoff`](Self::max_connect_backoff): for
+    /// a call to outlast the restart of an only server, this is to be longer than that takes and one wait
+    /// more.
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {
         self.ready_timeout = timeout;
         self
@@ -131,7 +138,7 @@ impl BalancedChannelBuilder {
     }
 
     /// How many connections there are to each endpoint. Default 1, which serves any number of calls at
-    /// a time; more help where a single connection's throughput is the limit. At least 1.
+    /// a time; more help where a single connection's throughput is the limit. From 1 to 1,000.
     pub fn connections_per_endpoint(mut self, count: usize) -> Self {
         self.plan.connections = count;
         self
@@ -333,6 +340,13 @@ impl BalancedChannelBuilder {
             let reason = "at least one connection is needed";
             return Err(Error::invalid("connections_per_endpoint", "0", reason));
         }
+        if plan.connections > MOST_CONNECTIONS {
+            return Err(Error::invalid(
+                "connections_per_endpoint",
+                plan.connections.to_string(),
+                format!("at most {MOST_CONNECTIONS} are of use"),
+            ));
+        }
         if self.concurrency_limit == Some(0) {
             let reason = "no call could ever be made";
             return Err(Error::invalid("concurrency_limit", "0", reason));
@@ -348,6 +362,9 @@ impl BalancedChannelBuilder {
                 let reason = "it must be http:// or https:// with an authority";
                 return Err(Error::invalid("origin", origin.to_string(), reason));
             }
+        }
+        if let Some(tls) = &self.tls {
+            tls.validate()?;
         }
         let tls = self.tls.as_ref().map(Tls::new).transpose()?;
         let connector = Arc::new(Connector::new(settings, tls, self.connector));

@@ -25,6 +25,10 @@ use super::tried::Tried;
 const UNSENT_WAIT: Duration = Duration::from_millis(10);
 const UNSENT_FREE: u32 = 3;
 
+/// How far a call's end on the server may be from that here, on the same clock: both have timers that tick in
+/// milliseconds, and the header is rounded to less than one for calls of up to 100 s.
+const DEADLINES_APART: Duration = Duration::from_millis(3);
+
 /// Headers of HTTP/1 that HTTP/2 does not allow (RFC 9113, section 8.2.2). A gateway that copies
 /// what it got into metadata should not fail for them.
 const CONNECTION_SPECIFIC: [&str; 5] = [
@@ -56,6 +60,14 @@ struct Head {
     /// When the call's time is over, and how much it was.
     deadline: Option<(Instant, Duration)>,
     begun: Instant,
+}
+
+impl Head {
+    /// Whether a server has noticed before this side that the time was over: tonic's says CANCELLED then.
+    fn is_late(&self, status: &Status) -> bool {
+        let soon = Instant::now() + DEADLINES_APART;
+        status.code() == Code::Cancelled && self.deadline.is_some_and(|(at, _)| soon >= at)
+    }
 }
 
 impl Calls {
@@ -130,20 +142,28 @@ impl Calls {
                 return Err(failed.unwrap_or_else(|| Status::unavailable("too much was sent")));
             };
             let request = self.request(&mut head, &endpoint);
-            let mut in_flight = InFlight::begin(endpoint, Instant::now());
+            let deadline = head.deadline.map(|(at, _)| at);
+            let mut in_flight = InFlight::begin(endpoint, deadline, Instant::now());
             let status = match sender.send(request, body).await {
                 Ok(response) => {
                     let over = status_of_head(&response);
+                    if over.as_ref().is_some_and(|status| head.is_late(status))
+                        && let Some((_, limit)) = head.deadline
+                    {
+                        in_flight.observe(true);
+                        return Err(failure::deadline_exceeded(limit, "without an answer"));
+                    }
                     in_flight.observe(over.as_ref().is_some_and(|s| is_failure(s.code())));
                     match over {
                         Some(status) if self.retries(status.code(), attempts + 1, &replay) => {
                             status
                         }
-                        _ => {
+                        over => {
                             replay.release();
+                            let (over, deadline) = (over.is_some(), head.deadline);
                             return Ok(response.map(|incoming| {
-                                let deadline = head.deadline;
-                                let body = ResponseBody::new(incoming, deadline, in_flight, permit);
+                                let body =
+                                    ResponseBody::new(incoming, over, deadline, in_flight, permit);
                                 Body::new(body)
                             }));
                         }
@@ -165,7 +185,9 @@ impl Calls {
                     if unsent == 1 {
                         seeking = Instant::now();
                     }
-                    if seeking.elapsed() > self.ready_timeout || !replay.is_repeatable() {
+                    // The first is free, whatever the time-out.
+                    let late = unsent > 1 && seeking.elapsed() > self.ready_timeout;
+                    if late || !replay.is_repeatable() {
                         return Err(status);
                     }
                     failed = Some(status);

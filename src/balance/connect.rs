@@ -160,6 +160,10 @@ where
     })
 }
 
+/// How many calls that were given up a connection knows, for a second each, so that what still comes for one
+/// is taken for late and not for wrong. As many as a busy one may have at a time; each is some hundred bytes.
+const RESETS_KNOWN: usize = 1_000;
+
 impl Connector {
     pub(super) fn new(settings: Settings, tls: Option<Tls>, custom: Option<Custom>) -> Self {
         Self {
@@ -256,6 +260,10 @@ impl Connector {
         let mut http2 = h2::client::Builder::new();
         http2
             .enable_push(false)
+            // Calls that are given up are reset from this side, however many: an answer that crosses a reset
+            // is nothing that the server does wrong.
+            .max_local_error_reset_streams(None)
+            .max_concurrent_reset_streams(RESETS_KNOWN)
             .initial_window_size(settings.initial_stream_window_size)
             .initial_connection_window_size(settings.initial_connection_window_size)
             .max_header_list_size(settings.max_header_list_size);

@@ -305,6 +305,7 @@ impl Task {
             self.set(|slot| slot.backing_off = false);
             let error = match self.connector.connect(&self.endpoint.target).await {
                 Ok(connection) => {
+                    let connected = Instant::now();
                     self.set(|slot| {
                         slot.sender = Some(connection.sender);
                         slot.last_error = None;
@@ -316,7 +317,7 @@ impl Task {
                         slot.sender = None;
                         slot.last_error = Some(error.clone());
                     });
-                    if begun.elapsed() >= BACKOFF_BASE {
+                    if connected.elapsed() >= BACKOFF_BASE {
                         // It held: this is a new loss, not the old one.
                         backoff.reset();
                         continue;

@@ -35,7 +35,7 @@ pub(super) struct Streamed {
     /// The frames so far; `None` once they are too much.
     kept: Option<Vec<Bytes>>,
     kept_bytes: usize,
-    /// The response has begun, or it is too much already: what is kept is only what the present attempt still has to read.
+    /// The response has begun: what is kept is only what the present attempt still has to read.
     released: bool,
     /// Which attempt may read; an earlier one that is still being torn down may not.
     attempt: u32,
@@ -69,7 +69,7 @@ impl Replay {
             failed: None,
             kept: Some(kept),
             kept_bytes,
-            released: kept_bytes > LIMIT,
+            released: false,
             attempt: 0,
         })))))
     }
@@ -194,7 +194,8 @@ impl Streamed {
                 *position += 1;
                 return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
             }
-            if self.released {
+            // Also what was at hand at the beginning may be more than is kept, once it was read.
+            if self.released || self.kept_bytes > LIMIT {
                 self.kept = None;
             }
         }
@@ -280,6 +281,28 @@ mod tests {
         }
         assert_eq!(next(&mut second), None);
         assert!(second.is_end_stream());
+    }
+
+    #[test]
+    fn what_is_at_hand_and_was_not_all_read_can_be_sent_again_whatever_its_size() {
+        let (sender, body) = streamed();
+        let chunk = Bytes::from(vec![7; LIMIT]);
+        for _ in 0..3 {
+            sender.unbounded_send(chunk.clone()).unwrap();
+        }
+        drop(sender);
+        let replay = replay(body);
+        // Its connection was closed before a byte was taken, and the next one's after some were.
+        drop(replay.attempt().unwrap());
+        assert!(replay.is_repeatable());
+        let mut second = replay.attempt().unwrap();
+        assert_eq!(next(&mut second).unwrap(), chunk);
+        let mut third = replay.attempt().unwrap();
+        for _ in 0..3 {
+            assert_eq!(next(&mut third).unwrap(), chunk);
+        }
+        assert_eq!(next(&mut third), None);
+        assert!(!replay.is_repeatable());
     }
 
     #[test]

@@ -7,12 +7,12 @@ use serde::Deserialize;
 
 use super::{redacted, secret};
 
-/// TLS towards etcd. Every certificate and key is PEM, in a file or inline, not both.
+/// TLS towards etcd, or towards the servers of a channel. Every certificate and key is PEM, in a file or inline, not both.
 ///
 /// With neither `ca_file` nor `ca_pem` the system's roots are trusted; with one of them only
 /// that authority is. `cert` and `key` together are mutual TLS.
 ///
-/// Files are read when a client connects. `Debug` does not show key material.
+/// Files are read once, when a client connects or a channel is built. `Debug` does not show key material.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]

@@ -107,7 +107,7 @@ impl Config {
 }
 
 impl TlsConfig {
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let twice = |field, value: &std::path::Path, other: &str| {
             let value = value.display().to_string();
             Err(Error::invalid(

@@ -10,7 +10,7 @@ use super::merge::Source;
 use super::snapshot::Freshness;
 use super::state::{Entry, Input, Machine, Todo};
 use crate::backoff::Backoff;
-use crate::client::{EventType, GetOptions, RawWatch, WatchOptions};
+use crate::client::{EventType, GetOptions, RawWatch, SortOrder, SortTarget, WatchOptions};
 use crate::{Client, Error, Result};
 
 /// Keys per page of a list. A registration is a few hundred bytes, so that a page stays well under
@@ -20,6 +20,10 @@ const PAGE: i64 = 1_000;
 /// A watch that held for so long was not lost because of a fault that is still there, so that the
 /// next wait is short again.
 const QUIET: Duration = Duration::from_secs(10);
+
+/// How long a list and the opening of its watch may take together without a look at whether both are of
+/// one etcd. To be stopped, wiped and started takes longer.
+const OF_ONE_ETCD: Duration = Duration::from_millis(500);
 
 /// Within which time those that lost their watch list anew, each at a random moment of it: a thousand
 /// clients of one member lose theirs together, and a list is the most that they ask of etcd.
@@ -31,7 +35,7 @@ const RELIST_WITHIN: Duration = Duration::from_millis(500);
 const SHOW_EVERY: Duration = Duration::from_millis(20);
 
 /// Lists for the first time and opens the watch, without retries: what etcd says now is what the
-/// caller wants to know. Only a compaction in the middle is no answer.
+/// caller wants to know. Only a compaction or a wipe in the middle is no answer.
 pub(super) async fn begin(client: &Client, machine: &mut Machine) -> Result<RawWatch> {
     let todo = machine.start();
     begin_with(client, machine, todo).await
@@ -75,29 +79,44 @@ pub(super) async fn begin_or_restore(
 
 async fn begin_with(client: &Client, machine: &mut Machine, mut todo: Todo) -> Result<RawWatch> {
     let mut page = PAGE;
+    let mut pauses = Backoff::for_etcd();
+    let mut begun = Instant::now();
     loop {
+        if let Todo::List { revision: None, .. } = todo {
+            begun = Instant::now();
+        }
         let heard = match todo {
             Todo::List { from, revision } => list(client, machine, from, revision, &mut page).await,
-            Todo::Watch { from_revision } => match watch(client, machine, from_revision).await {
-                Ok(watch) => {
-                    machine.step(Input::Watching, SystemTime::now());
-                    return Ok(watch);
+            Todo::Watch { from_revision } => {
+                match watch(client, machine, from_revision, begun).await {
+                    Ok(watch) => {
+                        machine.step(Input::Watching, SystemTime::now());
+                        return Ok(watch);
+                    }
+                    Err(error) => Err(error),
                 }
-                Err(error) => Err(error),
-            },
+            }
             Todo::Listen | Todo::RelistAfterBackoff => {
+                tokio::time::sleep(pauses.next()).await;
                 todo = machine.start();
                 continue;
             }
         };
         let input = match heard {
-            Err(error) if is_compacted(&error) => Input::Lost {
+            Err(error) if is_of_the_past(&error) => Input::Lost {
                 reason: error.to_string(),
             },
             heard => heard?,
         };
         (todo, _) = machine.step(input, SystemTime::now());
     }
+}
+
+/// Whether another list would be another answer: history was compacted meanwhile, or is another one.
+fn is_of_the_past(error: &Error) -> bool {
+    is_compacted(error)
+        || matches!(error, Error::RevisionWentBack { .. })
+        || error.code() == Some(Code::Aborted)
 }
 
 fn is_compacted(error: &Error) -> bool {
@@ -136,21 +155,27 @@ pub(super) async fn follow(
         keeper.keep(&machine.snapshot());
     }
     let mut opened = Instant::now();
+    let mut begun = Instant::now();
     let mut shown = Instant::now();
     let mut unshown = false;
     loop {
+        if let Todo::List { revision: None, .. } = todo {
+            begun = Instant::now();
+        }
         let heard = match todo {
             Todo::List { from, revision } => {
                 list(&client, &machine, from, revision, &mut page).await
             }
-            Todo::Watch { from_revision } => match watch(&client, &machine, from_revision).await {
-                Ok(watch) => {
-                    open = Some(watch);
-                    opened = Instant::now();
-                    Ok(Input::Watching)
+            Todo::Watch { from_revision } => {
+                match watch(&client, &machine, from_revision, begun).await {
+                    Ok(watch) => {
+                        open = Some(watch);
+                        opened = Instant::now();
+                        Ok(Input::Watching)
+                    }
+                    Err(error) => Err(error),
                 }
-                Err(error) => Err(error),
-            },
+            }
             Todo::Listen => match &mut open {
                 Some(watch) if unshown => {
                     match tokio::time::timeout_at(shown + SHOW_EVERY, events(watch)).await {
@@ -251,7 +276,13 @@ fn is_too_large(error: &Error) -> bool {
     }
 }
 
-async fn watch(client: &Client, machine: &Machine, from_revision: i64) -> Result<RawWatch> {
+/// `begun` is when the list was.
+async fn watch(
+    client: &Client,
+    machine: &Machine,
+    from_revision: i64,
+    begun: Instant,
+) -> Result<RawWatch> {
     let range = machine.range();
     let options = WatchOptions::new()
         .with_range(range.end.clone())
@@ -266,7 +297,34 @@ async fn watch(client: &Client, machine: &Machine, from_revision: i64) -> Result
             return Err(Error::RevisionWentBack { seen, now });
         }
     }
+    if begun.elapsed() > OF_ONE_ETCD {
+        verify(client, machine, seen).await?;
+    }
     Ok(watch)
+}
+
+/// Whether what was listed at a revision is what etcd had at that revision: one that was wiped meanwhile, and
+/// has come further since, has something else there. What is compared is not all of it, but would be the
+/// same by an unlikely accident only.
+async fn verify(client: &Client, machine: &Machine, revision: i64) -> Result<()> {
+    let range = machine.range();
+    let newest = GetOptions::new()
+        .with_range(range.end.clone())
+        .with_revision(revision)
+        .with_sort(SortTarget::Mod, SortOrder::Descend)
+        .with_limit(1)
+        .with_keys_only();
+    let answer = client.get(range.start.clone(), newest).await?;
+    let written = answer.kvs().first().map_or(0, |kv| kv.mod_revision());
+    if (answer.count(), written) == machine.summary() {
+        return Ok(());
+    }
+    Err(Error::Rpc {
+        operation: format!("list {:?}", machine.service()),
+        status: Box::new(tonic::Status::aborted(
+            "etcd was wiped or restored while it was listed",
+        )),
+    })
 }
 
 async fn events(watch: &mut RawWatch) -> Result<Input> {
@@ -313,12 +371,42 @@ mod tests_on_etcd {
         let mut machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
         begin(&client, &mut machine).await.unwrap();
         let next = machine.snapshot().revision() + 1;
-        assert!(watch(&client, &machine, next).await.is_ok());
-        let error = watch(&client, &machine, next + 1).await.err();
+        let now = Instant::now();
+        assert!(watch(&client, &machine, next, now).await.is_ok());
+        let error = watch(&client, &machine, next + 1, now).await.err();
         assert!(
             matches!(error, Some(Error::RevisionWentBack { seen, now }) if seen == next && now == next - 1),
             "{error:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn given_etcd_was_wiped_between_list_and_watch_and_came_further_then_it_lists_anew() {
+        let etcd = Etcd::start().await.unwrap();
+        let config = Config::builder().endpoints([etcd.endpoint()]);
+        let client = Client::new("main", config.build().unwrap()).await.unwrap();
+        let put = async |key: &str| {
+            let value = r#"{"Addr":"h:1"}"#;
+            client.put(key, value, None).await.unwrap();
+        };
+        for id in ["ghost", "stays"] {
+            put(&format!("services/a/{id}")).await;
+        }
+        let mut machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
+        let open = begin(&client, &mut machine).await.unwrap();
+        let next = machine.snapshot().revision() + 1;
+        let long_ago = Instant::now() - OF_ONE_ETCD * 2;
+        // It is what it was, also with changes since.
+        put("services/a/later").await;
+        assert!(watch(&client, &machine, next, long_ago).await.is_ok());
+        etcd.wipe_and_restart().await.unwrap();
+        while client.current_revision(b"x").await.map_or(0, |now| now) <= next + 5 {
+            put("services/a/stays").await;
+        }
+        // Nothing else would tell.
+        assert!(watch(&client, &machine, next, Instant::now()).await.is_ok());
+        assert!(watch(&client, &machine, next, long_ago).await.is_err());
+        drop(open);
     }
 
     #[tokio::test]
@@ -341,8 +429,9 @@ mod tests_on_etcd {
         put("newborn").await;
         etcd.compact().await.unwrap();
 
+        let now = Instant::now();
         // etcd creates the watch, and takes it away again with the reason.
-        let mut lost = watch(&client, &machine, from_revision).await.unwrap();
+        let mut lost = watch(&client, &machine, from_revision, now).await.unwrap();
         assert!(
             events(&mut lost)
                 .await
@@ -350,7 +439,7 @@ mod tests_on_etcd {
         );
         let ghostly = machine.snapshot();
         assert_eq!(ghostly.len(), 2);
-        let spent = watch(&client, &machine, from_revision).await.unwrap();
+        let spent = watch(&client, &machine, from_revision, now).await.unwrap();
         let (mut sources, mut shown) = super::super::merge::Sources::begin(vec![ghostly]);
         let source = sources.remove(0);
         let following = tokio::spawn(follow(client.clone(), machine, Some(spent), source, None));

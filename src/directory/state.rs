@@ -164,6 +164,13 @@ impl Machine {
         &self.service
     }
 
+    /// How many keys are known, and the newest revision at which one of them was written.
+    pub(crate) fn summary(&self) -> (i64, i64) {
+        let newest = self.known.values().map(|entry| entry.mod_revision).max();
+        let count = i64::try_from(self.known.len()).unwrap_or(i64::MAX);
+        (count, newest.unwrap_or_default())
+    }
+
     /// The beginning: list everything.
     pub(crate) fn start(&self) -> Todo {
         Todo::List {
