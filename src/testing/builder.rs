@@ -142,7 +142,8 @@ impl EtcdBuilder {
         let peers = Arc::new(Peers::new());
         for member in &members {
             if let Some(door) = &member.door {
-                peers.open(door, member.peer.endpoint()).await?;
+                let target = member.peer.endpoint();
+                peers.open(door, member.peer_url(), target).await?;
             }
         }
         let initial_cluster = members
@@ -223,12 +224,9 @@ impl Member {
         })
     }
 
-    /// Where its peers reach it, as `host:port`.
-    pub(super) fn peer_endpoint(&self) -> String {
-        self.door.as_ref().unwrap_or(&self.peer).endpoint()
-    }
-
+    /// Where its peers reach it.
     pub(super) fn peer_url(&self) -> String {
-        format!("http://{}", self.peer_endpoint())
+        let port = self.door.as_ref().unwrap_or(&self.peer);
+        format!("http://{}", port.endpoint())
     }
 }

@@ -113,8 +113,8 @@ impl EtcdCluster {
     /// [`start_partitionable`](Self::start_partitionable) or
     /// [`EtcdBuilder::start_partitionable_cluster`](super::EtcdBuilder::start_partitionable_cluster).
     pub async fn isolate(&self, index: usize) {
-        let door = self.member(index).peer_endpoint();
-        self.network().isolate(&door).await;
+        let member = self.member(index).peer_url();
+        self.network().isolate(&member).await;
     }
 
     /// Lets a member reach the others again, and does not wait.
@@ -123,8 +123,8 @@ impl EtcdCluster {
     ///
     /// As [`isolate`](Self::isolate).
     pub fn rejoin(&self, index: usize) {
-        let door = self.member(index).peer_endpoint();
-        self.network().rejoin(&door);
+        let member = self.member(index).peer_url();
+        self.network().rejoin(&member);
     }
 
     fn network(&self) -> &Peers {

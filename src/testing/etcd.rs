@@ -118,11 +118,6 @@ impl Etcd {
         self.inner.member.peer_url()
     }
 
-    /// The same as `host:port`.
-    pub(super) fn peer_endpoint(&self) -> String {
-        self.inner.member.peer_endpoint()
-    }
-
     /// The process id; `None` while it is down.
     pub fn pid(&self) -> Option<u32> {
         self.process().as_ref().map(Process::id)

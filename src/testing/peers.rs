@@ -33,13 +33,13 @@ pub(super) struct Peers {
 }
 
 struct Shared {
-    /// The doors of those that are cut off.
+    /// The peer URLs of those that are cut off.
     isolated: watch::Sender<BTreeSet<String>>,
     /// What is open, by a number of its own.
     open: Mutex<(u64, BTreeMap<u64, Route>)>,
 }
 
-/// Whose door a connection goes by, and whose it is, as far as that is known.
+/// By whose door a connection goes, and whose it is, as far as that is known: peer URLs.
 #[derive(Debug, Clone)]
 struct Route {
     from: Option<String>,
@@ -65,10 +65,9 @@ impl Peers {
         }
     }
 
-    /// Lets the peers of the member that listens at `target` in by `door`.
-    pub(super) async fn open(&self, door: &Port, target: String) -> Result<()> {
-        let to = door.endpoint();
-        let listener = TcpListener::bind(&to)
+    /// Lets the peers of the member with the URL `to`, which listens at `target`, in by `door`.
+    pub(super) async fn open(&self, door: &Port, to: String, target: String) -> Result<()> {
+        let listener = TcpListener::bind(door.endpoint())
             .await
             .map_err(TestingError::io("listening for the peers of an etcd"))?;
         let accepting = tokio::spawn(accept(listener, to, target, Arc::clone(&self.shared)));
@@ -76,18 +75,18 @@ impl Peers {
         Ok(())
     }
 
-    /// Cuts the member with this door off; when this returns, nothing reaches it or comes from it.
-    pub(super) async fn isolate(&self, door: &str) {
+    /// Cuts the member with this peer URL off; when this returns, nothing reaches it or comes from it.
+    pub(super) async fn isolate(&self, member: &str) {
         let isolated = &self.shared.isolated;
-        isolated.send_modify(|isolated| _ = isolated.insert(door.to_owned()));
+        isolated.send_modify(|isolated| _ = isolated.insert(member.to_owned()));
         while self.shared.is_any_cut_open() {
             tokio::time::sleep(POLL).await;
         }
     }
 
-    pub(super) fn rejoin(&self, door: &str) {
+    pub(super) fn rejoin(&self, member: &str) {
         let isolated = &self.shared.isolated;
-        isolated.send_modify(|isolated| _ = isolated.remove(door));
+        isolated.send_modify(|isolated| _ = isolated.remove(member));
     }
 }
 
@@ -203,14 +202,14 @@ async fn read_head(peer: &mut TcpStream) -> Option<Vec<u8>> {
     Some(head)
 }
 
-/// The door of the member whose request this is, as `host:port`.
+/// The peer URL of the member whose request this is.
 fn sender(head: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     let mut lines = head.split("\r\n").take_while(|line| !line.is_empty());
     lines.find_map(|line| {
         let (name, value) = line.split_at_checked(SENDER.len())?;
-        let url = value.trim().strip_prefix("http://")?;
-        name.eq_ignore_ascii_case(SENDER).then(|| url.to_owned())
+        let url = value.trim().to_owned();
+        name.eq_ignore_ascii_case(SENDER).then_some(url)
     })
 }
 
@@ -224,7 +223,7 @@ mod tests {
             X-Peerurls: http://127.0.0.1:11001\r\nX-Raft-To: 91bc3c398fb3c146\r\n\r\n";
         assert_eq!(
             sender(stream.as_bytes()).as_deref(),
-            Some("127.0.0.1:11001")
+            Some("http://127.0.0.1:11001")
         );
         let probe = "GET /raft/probing HTTP/1.1\r\nHost: 127.0.0.1:11002\r\n\r\n\
             X-PeerURLs: http://127.0.0.1:11001\r\n";
