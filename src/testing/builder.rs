@@ -2,10 +2,12 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::ConnectOptions;
 
+use super::peers::Peers;
 use super::port::Port;
 use super::{Etcd, EtcdCluster, Result, TestingError};
 
@@ -96,14 +98,32 @@ impl EtcdBuilder {
         Ok(EtcdCluster::new(self.start_members(size).await?))
     }
 
+    /// As [`start_cluster`](Self::start_cluster), of members that [`EtcdCluster::isolate`] can cut off from the
+    /// others: they reach each other through doors of this process, on the runtime that calls this.
+    ///
+    /// Not for members whose peers speak TLS.
+    ///
+    /// # Errors
+    ///
+    /// As of [`start_cluster`](Self::start_cluster).
+    pub async fn start_partitionable_cluster(self, size: usize) -> Result<EtcdCluster> {
+        let (members, peers) = self.start_with(size, true).await?;
+        Ok(EtcdCluster::partitionable(members, peers))
+    }
+
     async fn start_members(self, size: usize) -> Result<Vec<Etcd>> {
+        let (members, _) = self.start_with(size, false).await?;
+        Ok(members)
+    }
+
+    async fn start_with(self, size: usize, doors: bool) -> Result<(Vec<Etcd>, Arc<Peers>)> {
         let mut attempt = 1;
         loop {
-            let members = self.launch_members(size)?;
+            let (members, peers) = self.launch_members(size, doors).await?;
             // Together: none answers before a majority is there.
             let ready = members.iter().map(Etcd::wait_ready);
             match futures::future::try_join_all(ready).await {
-                Ok(_) => return Ok(members),
+                Ok(_) => return Ok((members, peers)),
                 Err(TestingError::NotRunning { log, .. })
                     if attempt < PORT_ATTEMPTS && log.contains("address already in use") =>
                 {
@@ -114,20 +134,28 @@ impl EtcdBuilder {
         }
     }
 
-    fn launch_members(&self, size: usize) -> Result<Vec<Etcd>> {
+    async fn launch_members(&self, size: usize, doors: bool) -> Result<(Vec<Etcd>, Arc<Peers>)> {
         let members = (0..size)
-            .map(Member::new)
+            .map(|index| Member::new(index, doors))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(TestingError::io("finding a free loopback port"))?;
+        let peers = Arc::new(Peers::new());
+        for member in &members {
+            if let Some(door) = &member.door {
+                let target = member.peer.endpoint();
+                peers.open(door, member.peer_url(), target).await?;
+            }
+        }
         let initial_cluster = members
             .iter()
             .map(|member| format!("{}={}", member.name, member.peer_url()))
             .collect::<Vec<_>>()
             .join(",");
-        members
+        let members = members
             .into_iter()
             .map(|member| Etcd::launch(self.clone(), member, initial_cluster.clone()))
-            .collect()
+            .collect::<Result<_>>()?;
+        Ok((members, peers))
     }
 
     pub(super) fn is_tls(&self) -> bool {
@@ -155,7 +183,7 @@ impl EtcdBuilder {
             format!("--data-dir={}", data_dir.display()),
             format!("--listen-client-urls={client_url}"),
             format!("--advertise-client-urls={client_url}"),
-            format!("--listen-peer-urls={peer_url}"),
+            format!("--listen-peer-urls=http://{}", member.peer.endpoint()),
             format!("--initial-advertise-peer-urls={peer_url}"),
             format!("--initial-cluster={initial_cluster}"),
             format!("--initial-cluster-state={state}"),
@@ -182,18 +210,23 @@ pub(super) struct Member {
     pub(super) name: String,
     pub(super) client: Port,
     pub(super) peer: Port,
+    /// Where its peers come in, if not where it listens.
+    pub(super) door: Option<Port>,
 }
 
 impl Member {
-    fn new(index: usize) -> std::io::Result<Self> {
+    fn new(index: usize, door: bool) -> std::io::Result<Self> {
         Ok(Self {
             name: format!("etcd{index}"),
             client: Port::claim()?,
             peer: Port::claim()?,
+            door: door.then(Port::claim).transpose()?,
         })
     }
 
+    /// Where its peers reach it.
     pub(super) fn peer_url(&self) -> String {
-        format!("http://{}", self.peer.endpoint())
+        let port = self.door.as_ref().unwrap_or(&self.peer);
+        format!("http://{}", port.endpoint())
     }
 }

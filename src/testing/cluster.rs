@@ -1,5 +1,6 @@
 //! An etcd cluster under test.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, MemberAddOptions};
@@ -7,6 +8,7 @@ use futures::future::try_join_all;
 use tokio::time::{sleep, timeout};
 
 use super::etcd::POLL;
+use super::peers::Peers;
 use super::ready::PROBE_TIMEOUT;
 use super::{Etcd, Result, TestingError};
 
@@ -21,11 +23,19 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct EtcdCluster {
     members: Vec<Etcd>,
+    /// The network between them, where it can be cut.
+    peers: Option<Arc<Peers>>,
 }
 
 impl EtcdCluster {
     pub(super) fn new(members: Vec<Etcd>) -> Self {
-        Self { members }
+        let peers = None;
+        Self { members, peers }
+    }
+
+    pub(super) fn partitionable(members: Vec<Etcd>, peers: Arc<Peers>) -> Self {
+        let peers = Some(peers);
+        Self { members, peers }
     }
 
     /// Starts three members and waits until each answers.
@@ -35,6 +45,16 @@ impl EtcdCluster {
     /// As of [`Etcd::start`].
     pub async fn start() -> Result<Self> {
         Etcd::builder().start_cluster(3).await
+    }
+
+    /// Starts three members that can be [isolated](Self::isolate), and waits until each answers. They are
+    /// all cut off from each other when the last handle to the cluster drops.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Etcd::start`].
+    pub async fn start_partitionable() -> Result<Self> {
+        Etcd::builder().start_partitionable_cluster(3).await
     }
 
     /// The members, in a fixed order.
@@ -81,6 +101,35 @@ impl EtcdCluster {
             }
             sleep(POLL).await;
         }
+    }
+
+    /// Cuts a member off from the others, both ways, while clients reach it as before. When this returns
+    /// nothing comes through any more; that it has lost its leader the member notices after an
+    /// election timeout, a second and more.
+    ///
+    /// # Panics
+    ///
+    /// When there is no member of this index, or the cluster was not started by
+    /// [`start_partitionable`](Self::start_partitionable) or
+    /// [`EtcdBuilder::start_partitionable_cluster`](super::EtcdBuilder::start_partitionable_cluster).
+    pub async fn isolate(&self, index: usize) {
+        let member = self.member(index).peer_url();
+        self.network().isolate(&member).await;
+    }
+
+    /// Lets a member reach the others again, and does not wait.
+    ///
+    /// # Panics
+    ///
+    /// As [`isolate`](Self::isolate).
+    pub fn rejoin(&self, index: usize) {
+        let member = self.member(index).peer_url();
+        self.network().rejoin(&member);
+    }
+
+    fn network(&self) -> &Peers {
+        let peers = self.peers.as_deref();
+        peers.expect("a cluster that was started as one that can be partitioned")
     }
 
     /// Kills all members, and waits for their end.

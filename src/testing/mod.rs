@@ -24,6 +24,7 @@
 //! ```
 //!
 //! - [`Etcd`] is one server, [`EtcdCluster`] several; [`Etcd::builder`] takes etcd's flags.
+//! - A member of an [`EtcdCluster::start_partitionable`] can be cut off from the others, while clients reach it.
 //! - [`Proxy`] is the network between a client and a server: cut, silent, slow.
 //!
 //! # Which etcd
@@ -40,6 +41,7 @@
 mod builder;
 mod cluster;
 mod etcd;
+mod peers;
 mod port;
 mod process;
 mod proxy;
