@@ -189,6 +189,21 @@ async fn given_only_a_member_that_is_cut_off_from_the_others_then_nothing_older_
         shown(&directory.snapshot()) == ["a=h:40"]
     })
     .await;
+
+    // Its watch is on that member, and would be silent without end.
+    cluster.isolate(isolated).await;
+    writer.put(key("a"), value("h:41"), None).await?;
+    eventually("it says that it is not current", async || {
+        !directory.snapshot().freshness().is_live()
+    })
+    .await;
+    assert_eq!(shown(&directory.snapshot()), ["a=h:40"]);
+    cluster.rejoin(isolated);
+    eventually("it follows again", async || {
+        let snapshot = directory.snapshot();
+        snapshot.freshness().is_live() && shown(&snapshot) == ["a=h:41"]
+    })
+    .await;
     let revisions = seen.all();
     let revisions: Vec<i64> = revisions.iter().map(|s| s.revision()).collect();
     assert!(revisions.is_sorted(), "{revisions:?}");
