@@ -258,7 +258,15 @@ impl Shared {
             }
         };
         let request = Request::from_parts(head, body);
-        let opened = channel.call_beside(request, tried.as_ref()).await;
+        let opened = channel.call_beside(request, tried.as_ref());
+        let opened = match &mut log {
+            Some(log) => {
+                let opened = log.attempt(opened).await;
+                log.opened();
+                opened
+            }
+            None => opened.await,
+        };
         let mut end = move |code| {
             if let Some(log) = log.take() {
                 log.end(code);
