@@ -54,6 +54,11 @@ impl CallLog {
         answer
     }
 
+    /// A stream is open: from here on it is with who answered, wherever else its caller asks.
+    pub(super) fn opened(&mut self) {
+        self.tried = Tried::default();
+    }
+
     /// The call was answered, or found to be impossible.
     pub(super) fn end(mut self, status: Code) {
         let answered = self.answered().take();
@@ -77,12 +82,14 @@ impl CallLog {
     }
 }
 
-/// A call that the caller gave up or that its time cut off, or a stream it closed: with the member that
-/// was asked last.
+/// A call that the caller gave up or that its time cut off, with the member that was asked last; or a
+/// stream that the caller closed.
 impl Drop for CallLog {
     fn drop(&mut self) {
         if !self.over {
-            self.write("dropped", self.tried.last());
+            let answered = self.answered().take();
+            let member = self.tried.last().or(answered);
+            self.write("dropped", member);
         }
     }
 }

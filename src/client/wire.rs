@@ -200,9 +200,7 @@ impl Shared {
             .log
             .then(|| CallLog::begin(&head.uri, tried.clone().unwrap_or_default()));
         if matches!(method, Method::Streams | Method::AnswerStream) {
-            return self
-                .stream(channel, head, body, codec, tried, method, log)
-                .await;
+            return self.stream(channel, head, body, tried, method, log).await;
         }
         let message = whole(body).await.and_then(|plain| codec.request(plain));
         let message = or_refused(message, &mut log)?;
@@ -242,11 +240,11 @@ impl Shared {
         channel: &BalancedChannel,
         mut head: request::Parts,
         body: Body,
-        codec: Codec,
         tried: Option<Tried>,
         method: Method,
         log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
+        let codec = self.codec.to(head.uri.path());
         let mut log = log;
         let body = match method {
             Method::Streams => {
@@ -260,7 +258,15 @@ impl Shared {
             }
         };
         let request = Request::from_parts(head, body);
-        let opened = channel.call_beside(request, tried.as_ref()).await;
+        let opened = channel.call_beside(request, tried.as_ref());
+        let opened = match &mut log {
+            Some(log) => {
+                let opened = log.attempt(opened).await;
+                log.opened();
+                opened
+            }
+            None => opened.await,
+        };
         let mut end = move |code| {
             if let Some(log) = log.take() {
                 log.end(code);
