@@ -32,7 +32,7 @@ check: ## formatting, lints and documentation, warnings as errors
 FUZZ_SECONDS ?= 300
 
 fuzz: ## fuzz each decoder for FUZZ_SECONDS (300); needs nightly Rust and cargo-fuzz
-	@$(WITH_TOOLS) for target in $$(cargo +nightly fuzz list); do \
+	@$(WITH_TOOLS) targets=$$(cargo +nightly fuzz list); for target in $$targets; do \
 	echo "== $$target"; \
 	mkdir -p fuzz/corpus/$$target; \
 	cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \

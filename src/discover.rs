@@ -60,7 +60,8 @@ impl Directory {
     /// address. The one that it is given is of `http://`, and on such a one tonic takes a TLS
     /// configuration, ignores it, and talks plaintext.
     ///
-    /// An instance whose address no endpoint can be made of is left out with a warning.
+    /// An instance whose address no endpoint can be made of is left out with a warning, and so is one that
+    /// says that it speaks TLS, for as long as its endpoint is not of `https://`.
     pub fn discover_endpoints(
         &self,
         configure: impl Fn(&Instance, Endpoint) -> Endpoint + Send + 'static,
@@ -72,7 +73,19 @@ impl Directory {
             let change = match change {
                 Change::Remove(key) => Some(Change::Remove(key)),
                 Change::Insert(key, instance) => match endpoint_of(&instance) {
-                    Ok(endpoint) => Some(Change::Insert(key, configure(&instance, endpoint))),
+                    Ok(endpoint) => {
+                        let endpoint = configure(&instance, endpoint);
+                        let is_tls = endpoint.uri().scheme_str() == Some("https");
+                        if instance.tls == Some(true) && !is_tls {
+                            tracing::warn!(
+                                %key,
+                                "an instance that speaks TLS is left out: its endpoint is plaintext"
+                            );
+                            Some(Change::Remove(key))
+                        } else {
+                            Some(Change::Insert(key, endpoint))
+                        }
+                    }
                     Err(error) => {
                         tracing::warn!(%key, %error, "an instance cannot be called and is left out");
                         // It may have been there before, under an address that could be called.

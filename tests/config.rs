@@ -390,3 +390,32 @@ fn given_secrets_then_debug_shows_none_of_them() {
     let builder = Config::builder().password("hunter2");
     assert!(!format!("{builder:?}").contains("hunter"));
 }
+
+#[test]
+fn the_longest_of_all_durations_is_refused_and_named_and_a_year_is_not() {
+    let year = std::time::Duration::from_secs(365 * 24 * 3600);
+    type Set = fn(&mut Config, std::time::Duration);
+    let fields: [(&str, Set); 5] = [
+        ("dial_timeout", |config, time| config.dial_timeout = time),
+        ("request_timeout", |config, time| {
+            config.request_timeout = time
+        }),
+        ("keep_alive_timeout", |config, time| {
+            config.keep_alive_timeout = time
+        }),
+        ("keep_alive_interval", |config, time| {
+            config.keep_alive_interval = time
+        }),
+        ("auto_sync_interval", |config, time| {
+            config.auto_sync_interval = time
+        }),
+    ];
+    for (field, set) in fields {
+        let mut config = Config::default();
+        set(&mut config, std::time::Duration::MAX);
+        let error = config.validate().unwrap_err().to_string();
+        assert!(error.starts_with(&format!("invalid {field}")), "{error}");
+        set(&mut config, year);
+        config.validate().unwrap();
+    }
+}

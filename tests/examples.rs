@@ -121,6 +121,20 @@ async fn a_greeter_is_found_and_called_and_leaves_when_asked_to() -> TestResult 
 }
 
 #[tokio::test]
+async fn the_demo_plays_its_story_to_the_end_without_a_failed_call() -> TestResult {
+    let played = output(&mut example("demo")).await?;
+    let said = String::from_utf8(played.stdout)?;
+    assert!(played.status.success(), "{said}");
+    let last = said.lines().last().unwrap_or_default();
+    let expected = " failed=0 joined=ok left=ok killed=ok etcd_restart=ok";
+    assert!(
+        last.starts_with("demo: requests=") && last.ends_with(expected),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_client_that_was_started_first_calls_the_greeter_once_it_is_there() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = example("greeter_client")

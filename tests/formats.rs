@@ -18,7 +18,7 @@ use goo_etcd::{
     RegistrationState,
 };
 use support::greeter::{GreeterProcess, who_answers};
-use support::{PATIENCE, Seen, TestResult, connect, eventually, shown};
+use support::{PATIENCE, Seen, TestResult, connect, eventually, shown, soon};
 use tonic::transport::Channel;
 use tower::discover::Change;
 
@@ -264,6 +264,31 @@ async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_
             ("both".to_owned(), plain.address().to_owned(), None),
         ]
     );
+    Ok(())
+}
+
+/// A server of plaintext that says it speaks TLS must not be talked to, by tonic's channel either.
+#[tokio::test]
+async fn given_an_instance_that_says_tls_then_tonics_channel_never_talks_plaintext_to_it()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let server = GreeterProcess::start().await;
+    let key = "/microservices/greeter/a";
+    let value = |scheme: &str| {
+        let endpoint = format!("{scheme}://{}", server.address());
+        format!(r#"{{"id":"a","name":"greeter","endpoints":["{endpoint}"]}}"#)
+    };
+    client.put(key, value("grpcs"), None).await?;
+    let directory = Directory::builder(&client, "greeter")
+        .format(Kratos)
+        .build()
+        .await?;
+    let channel = directory.balance_channel(|_, endpoint| endpoint);
+    let call = async || tokio::time::timeout(Duration::from_secs(1), answering(&channel)).await;
+    assert!(call().await.is_err(), "it was called");
+    client.put(key, value("grpc"), None).await?;
+    assert!(soon("it is called", answering(&channel)).await.is_ok());
     Ok(())
 }
 

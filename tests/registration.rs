@@ -18,6 +18,7 @@ use support::{
 };
 use tokio::sync::oneshot;
 use tokio_util::task::AbortOnDropHandle;
+use tower::discover::Change;
 
 /// Short, so that waiting for it does not take long; not the minimum, so that a busy machine does
 /// not lose leases that it should keep.
@@ -111,6 +112,11 @@ async fn given_etcd_was_down_for_longer_than_the_ttl_when_it_answers_then_regist
     let registered = registrar(&client, TTL).register(instance("a")).await?;
     let directory = Directory::watch(&client, "greeter").await?;
     let seen = Seen::by(&directory);
+    let mut discovery = directory.discover();
+    let inserted = soon("it is discovered", discovery.next()).await;
+    assert!(
+        matches!(&inserted, Some(Ok(Change::Insert(key, _))) if key.as_str() == registered.key())
+    );
     let states = States::of(&registered);
 
     etcd.kill().await?;
@@ -136,6 +142,9 @@ async fn given_etcd_was_down_for_longer_than_the_ttl_when_it_answers_then_regist
     for snapshot in seen.all() {
         assert_eq!(snapshot.len(), 1, "it was away in {snapshot:?}");
     }
+    // No error, no end, and nothing to do for who has it.
+    let more = tokio::time::timeout(Duration::from_millis(300), discovery.next()).await;
+    assert!(more.is_err(), "{more:?}");
     Ok(())
 }
 

@@ -351,3 +351,22 @@ async fn a_slow_proxy_delays_and_a_redirected_one_leads_elsewhere() -> TestResul
     assert_eq!(echoed(&mut stream, "hello").await?, "hello");
     Ok(())
 }
+
+#[tokio::test]
+async fn one_that_has_ended_by_itself_is_neither_paused_nor_resumed() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let pid = etcd.pid().ok_or("it runs")?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid.try_into()?),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    let paused = async {
+        // Until it has ended.
+        while etcd.pause().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), paused).await?;
+    assert!(etcd.resume().is_err());
+    Ok(())
+}

@@ -8,6 +8,9 @@ use crate::{Error, Result};
 /// etcd's server refuses clients that ping more often (`--grpc-keepalive-min-time`, 5 s by default).
 const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// The longest of all times: any of them, and several, can be added to the present one.
+const LONGEST_TIME: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 impl Config {
     /// Checks that the fields make sense by themselves and together. Reads no file and opens no
     /// connection.
@@ -75,17 +78,22 @@ impl Config {
     }
 
     fn validate_times(&self) -> Result<()> {
-        for (field, time) in [
-            ("dial_timeout", self.dial_timeout),
-            ("request_timeout", self.request_timeout),
-            ("keep_alive_timeout", self.keep_alive_timeout),
+        for (field, time, may_be_zero) in [
+            ("dial_timeout", self.dial_timeout, false),
+            ("request_timeout", self.request_timeout, false),
+            ("keep_alive_timeout", self.keep_alive_timeout, false),
+            ("keep_alive_interval", self.keep_alive_interval, false),
+            ("auto_sync_interval", self.auto_sync_interval, true),
         ] {
-            if time.is_zero() {
-                return Err(Error::invalid(
-                    field,
-                    "0s",
-                    "nothing can be done in no time",
-                ));
+            let invalid = |reason| {
+                let value = humantime::format_duration(time).to_string();
+                Err(Error::invalid(field, value, reason))
+            };
+            if time.is_zero() && !may_be_zero {
+                return invalid("nothing can be done in no time");
+            }
+            if time > LONGEST_TIME {
+                return invalid("for as long as it takes, say a year");
             }
         }
         if self.keep_alive_interval < MIN_KEEP_ALIVE_INTERVAL {

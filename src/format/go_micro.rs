@@ -109,7 +109,7 @@ impl Format for GoMicro {
         let nodes = fields.objects("nodes")?;
         nodes
             .into_iter()
-            .map(|node| instance(service, version, node))
+            .filter_map(|node| instance(service, version, node).transpose())
             .collect()
     }
 }
@@ -135,11 +135,9 @@ fn check_message(message: &Object) -> Result<(), DecodeError> {
         .try_for_each(check_message)
 }
 
-fn instance(service: &str, version: &str, node: &Object) -> Result<Instance, DecodeError> {
+/// `None`: it has no address, which a Go reader takes and cannot call. The other nodes can be.
+fn instance(service: &str, version: &str, node: &Object) -> Result<Option<Instance>, DecodeError> {
     let address = node.string("address")?;
-    if address.is_empty() {
-        return Err(DecodeError::new("a node's address is missing or empty"));
-    }
     let mut instance = Instance::new(service, address);
     let id = node.string("id")?;
     if !id.is_empty() {
@@ -151,7 +149,7 @@ fn instance(service: &str, version: &str, node: &Object) -> Result<Instance, Dec
         placed.push(carried::VERSION);
     }
     carried::take(&mut instance, node.strings_by_name("metadata")?, &placed);
-    Ok(instance)
+    Ok((!address.is_empty()).then_some(instance))
 }
 
 #[cfg(test)]
@@ -200,6 +198,14 @@ mod tests {
     }
 
     #[test]
+    fn a_node_without_an_address_takes_no_other_with_it() {
+        let value = r#"{"nodes":[{"id":"1"},{"id":"2","address":"h:2"},{"id":"3","address":""}]}"#;
+        let read = decoded(value).unwrap();
+        assert_eq!(read, [Instance::new("greeter", "h:2").id("2")]);
+        assert_eq!(decoded(r#"{"nodes":[{"id":"1"}]}"#).unwrap(), []);
+    }
+
+    #[test]
     fn every_node_is_an_instance() {
         let read = decoded(
             r#"{"Name":"greeter","VERSION":"2","endpoints":[{"name":"Hello","request":{"name":"R","type":"R","values":[{"name":"n"},null]},"response":null}],"metadata":{"a":"b"},
@@ -238,7 +244,6 @@ mod tests {
             r#"{"nodes":{}}"#,
             r#"{"nodes":["h:1"]}"#,
             r#"{"nodes":[{"address":1}]}"#,
-            r#"{"nodes":[{"id":"1"}]}"#,
             r#"{"nodes":[{"address":"h:1","metadata":[]}]}"#,
         ] {
             assert!(decoded(value).is_err(), "{value}");

@@ -214,9 +214,12 @@ impl Etcd {
     ///
     /// When it is down.
     pub async fn pause(&self) -> Result<()> {
+        // One that has ended takes signals until it is waited for.
+        self.check_running()?;
         self.signal(Signal::SIGSTOP, "pausing etcd")?;
         while self.process().as_ref().is_some_and(|p| !p.is_stopped()) {
             tokio::time::sleep(POLL).await;
+            self.check_running()?;
         }
         Ok(())
     }
@@ -227,6 +230,7 @@ impl Etcd {
     ///
     /// When it is down.
     pub fn resume(&self) -> Result<()> {
+        self.check_running()?;
         self.signal(Signal::SIGCONT, "resuming etcd")
     }
 
