@@ -14,6 +14,8 @@ mod load;
 mod pick;
 
 use std::hint::black_box;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use divan::{AllocProfiler, Bencher};
@@ -30,14 +32,23 @@ fn main() {
     divan::main();
 }
 
+/// As far from the picker as a channel's endpoints are: the load and the connections behind pointers of
+/// their own.
 struct Endpoint {
-    load: Load,
+    endpoint: Arc<Shared>,
+    connections: Box<[Arc<AtomicBool>]>,
     weight: u32,
+}
+
+struct Shared {
+    /// What else there is of an endpoint, so that two of them share no cache line.
+    _address: [u8; 128],
+    load: Load,
 }
 
 impl Candidate for Endpoint {
     fn load(&self) -> &Load {
-        &self.load
+        &self.endpoint.load
     }
 
     fn weight(&self) -> u32 {
@@ -45,7 +56,9 @@ impl Candidate for Endpoint {
     }
 
     fn is_usable(&self) -> bool {
-        true
+        self.connections
+            .iter()
+            .any(|is_open| is_open.load(Ordering::Relaxed))
     }
 }
 
@@ -53,12 +66,18 @@ fn picker(policy: Policy, count: usize) -> Picker<Endpoint> {
     let now = Instant::now();
     let endpoints = (0..count as u32).map(|index| {
         let endpoint = Endpoint {
-            load: Load::new(now),
-            weight: 100 + index % 7,
+            endpoint: Arc::new(Shared {
+                _address: [0; 128],
+                load: Load::new(now),
+            }),
+            connections: Box::new([Arc::new(AtomicBool::new(true))]),
+            // One has a hundred times the share of the others.
+            weight: if index == 0 { 10_000 } else { 100 + index % 7 },
         };
-        let latency = Duration::from_micros(200 + u64::from(index % 50));
-        endpoint.load.observe(latency, false, now);
-        (0..index % 5).for_each(|_| endpoint.load.begin());
+        // So far apart that they are compared and not taken as alike.
+        let latency = Duration::from_micros(200 + 1_000 * u64::from(index % 50));
+        endpoint.load().observe(latency, false, now);
+        (0..index % 5).for_each(|_| endpoint.load().begin());
         endpoint
     });
     Picker::new(policy, endpoints.collect(), &Turn::default())

@@ -247,3 +247,164 @@ async fn given_leases_then_they_are_listed_with_their_time_and_keys() -> TestRes
     );
     Ok(())
 }
+
+/// All claims on the lock `l` but that of `first`.
+async fn waiting(client: &Client, first: &goo_etcd::Lock) -> TestResult<Vec<goo_etcd::KeyValue>> {
+    let options = GetOptions::new().with_prefix();
+    let all = client.get("l/", options).await?;
+    let others = all.kvs().iter().filter(|kv| kv.key() != first.key());
+    Ok(others.cloned().collect())
+}
+
+#[tokio::test]
+async fn given_a_waiter_whose_claim_is_gone_then_it_is_told_and_is_not_given_the_lock() -> TestResult
+{
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    for by_lease in [true, false] {
+        let first = client.lock("l", 60).await?;
+        let waiter = tokio::spawn({
+            let client = client.clone();
+            async move { client.lock("l", 60).await }
+        });
+        eventually("it waits", async || {
+            waiting(&client, &first).await.unwrap().len() == 1
+        })
+        .await;
+        // Its watch on the first is open.
+        eventually("it watches", async || {
+            support::watchers(&etcd).await.unwrap() == 1
+        })
+        .await;
+        let theirs = waiting(&client, &first).await?.remove(0);
+        if by_lease {
+            client.revoke(theirs.lease()).await?;
+        } else {
+            client.delete(theirs.key(), None).await?;
+        }
+        first.unlock().await?;
+        let ended = soon("it ends", waiter).await?;
+        assert!(
+            matches!(ended, Err(Error::LeaseNotFound { id }) if id == theirs.lease()),
+            "{ended:?}"
+        );
+        let other = client.try_lock("l", 60).await?.ok_or("it is free")?;
+        other.unlock().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_holder_that_is_cut_off_when_another_has_the_lock_then_it_knows() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let proxy = goo_etcd::testing::Proxy::start(etcd.endpoint()).await?;
+    let (cut_off, other) = (
+        connect(proxy.endpoint()).await,
+        connect(etcd.endpoint()).await,
+    );
+    let first = cut_off.lock("l", 6).await?;
+    proxy.cut().await;
+    let second = soon("another has it", async {
+        loop {
+            if let Some(lock) = other.try_lock("l", 6).await? {
+                return TestResult::Ok(lock);
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await?;
+    assert!(!first.is_held(), "two hold it");
+    assert!(second.is_held());
+    Ok(())
+}
+
+/// What asks whether a lease is there may leave one behind where there was none.
+#[tokio::test]
+async fn given_another_lease_in_the_place_of_one_that_is_gone_then_its_loss_is_told_all_the_same()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let lease = client.grant(6).await?.id();
+    client
+        .put("k", "v", PutOptions::new().with_lease(lease))
+        .await?;
+    let mut kept = client.keep_alive(lease).await?;
+    client.revoke(lease).await?;
+    client.grant_with_id(lease, 61).await?;
+    let end = soon("it ends", async {
+        loop {
+            match kept.next().await {
+                Some(Ok(_)) => {}
+                end => return end,
+            }
+        }
+    })
+    .await;
+    assert!(
+        matches!(end, Some(Err(Error::LeaseNotFound { id })) if id == lease),
+        "{end:?}"
+    );
+    assert!(leases(&etcd).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_lease_id_that_cannot_be_then_nothing_is_sent_and_the_error_names_it() -> TestResult
+{
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    for id in [0, -1] {
+        let errors = [
+            client.keep_alive(id).await.map(drop).unwrap_err(),
+            client.keep_alive_once(id).await.map(drop).unwrap_err(),
+            client.revoke(id).await.map(drop).unwrap_err(),
+            client
+                .lease_time_to_live(id, None)
+                .await
+                .map(drop)
+                .unwrap_err(),
+        ];
+        for error in errors {
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("invalid id \"{id}\"")), "{text}");
+        }
+    }
+    assert!(leases(&etcd).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_an_etcd_without_room_then_a_lost_lease_is_told_all_the_same() -> TestResult {
+    // So small that a few values fill it.
+    let etcd = Etcd::builder()
+        .args(["--quota-backend-bytes", "16777216"])
+        .start()
+        .await?;
+    let client = connect(etcd.endpoint()).await;
+    let lease = client.grant(6).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    let full = async {
+        for n in 0.. {
+            if client
+                .put(format!("{n}"), vec![7; 1 << 20], None)
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    };
+    soon("it is full", full).await;
+    client.revoke(lease).await?;
+    let end = soon("it ends", async {
+        while let Some(answer) = kept.next().await {
+            if let Err(error) = answer {
+                return Some(error);
+            }
+        }
+        None
+    })
+    .await;
+    assert!(matches!(end, Some(Error::LeaseNotFound { .. })), "{end:?}");
+    Ok(())
+}

@@ -105,23 +105,49 @@ impl Claim {
         }
     }
 
-    /// The claim before this one, if there is one, and etcd's revision then.
+    /// The claim before this one, if there is one, and etcd's revision then; while this one is in the queue.
+    ///
+    /// Both are looked at in one revision: a claim whose lease has ended, or that somebody has deleted, is
+    /// nobody's turn, also if there is none before it.
     async fn before(&self) -> Result<(Option<KeyValue>, i64)> {
-        let options = GetOptions::new()
+        let before = GetOptions::new()
             .with_prefix()
             .with_keys_only()
             .with_max_create_revision(self.revision - 1)
             .with_sort(SortTarget::Create, SortOrder::Descend)
             .with_limit(1);
-        let found = self.client.get(self.queue.as_slice(), options).await?;
+        let found = self
+            .client
+            .txn()
+            .when([self.guard()])
+            .and_then([TxnOp::get(self.queue.as_slice(), Some(before))])
+            .commit()
+            .await?;
+        if !found.succeeded() {
+            return Err(Error::LeaseNotFound { id: self.lease });
+        }
         let revision = found.header().map_or(0, |header| header.revision());
-        Ok((found.kvs().first().cloned(), revision))
+        let before = match found.op_responses().first() {
+            Some(TxnOpResponse::Get(got)) => got.kvs().first().cloned(),
+            _ => None,
+        };
+        Ok((before, revision))
     }
 
     /// Whether it holds now.
     pub(super) async fn is_first(&self) -> Result<bool> {
-        let (before, _) = self.unless_lost(self.before()).await?;
-        Ok(before.is_none())
+        self.unless_lost(async {
+            let mut pauses = Backoff::for_etcd();
+            loop {
+                match self.before().await {
+                    Ok((before, _)) => return Ok(before.is_none()),
+                    Err(error) if is_over(&error) => return Err(error),
+                    Err(error) => tracing::debug!(%error, "looking who has a lock"),
+                }
+                tokio::time::sleep(pauses.next()).await;
+            }
+        })
+        .await
     }
 
     /// Waits until it holds.

@@ -1,7 +1,7 @@
 //! Leases, and keeping them alive.
 
 use std::fmt;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use etcd_client::{
 };
 use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
@@ -22,8 +22,9 @@ use crate::backoff::Backoff;
 use crate::balance::Tried;
 use crate::{Error, Result};
 
-/// The time to live of a lease that only asks whether one of its id exists, in seconds: the shortest.
-const CONFIRMATION_TTL: i64 = 1;
+/// The time to live of a lease that only asks whether one of its id exists, in seconds: short, and no
+/// round number, so that it is told from the one that was asked for where its answer is lost.
+const CONFIRMATION_TTL: i64 = 61;
 
 /// Leases. Errors as for [`Client::put`], and [`Error::LeaseNotFound`] for a lease that is gone.
 impl Client {
@@ -66,6 +67,7 @@ impl Client {
 
     /// Revokes a lease; every key on it is deleted at once, in one revision.
     pub async fn revoke(&self, id: i64) -> Result<LeaseRevokeResponse> {
+        validate(id)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("revoke lease {id:x}");
         self.bounded(operation, async {
@@ -83,6 +85,7 @@ impl Client {
         id: i64,
         options: impl Into<Option<LeaseTimeToLiveOptions>>,
     ) -> Result<LeaseTimeToLiveResponse> {
+        validate(id)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("time to live of lease {id:x}");
         let answer = self
@@ -103,24 +106,26 @@ impl Client {
 
     /// Renews a lease once, and tells its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
+        validate(id)?;
         self.opened_stream(|| keeping(id), || self.renewed(id, None))
             .await
             .map(|(answer, _)| answer)
     }
 
     /// Renews a lease on the stream of the last renewal, or else on a new one, on any member; each is given
-    /// so long to answer before the next is asked, and no longer than for any stream.
+    /// so long to answer before the next is asked, and no longer than for any stream. Returns the TTL as well, in
+    /// seconds.
     pub(crate) async fn renew(
         &self,
         id: i64,
         link: Option<Link>,
         within: Duration,
-    ) -> Result<Link> {
+    ) -> Result<(i64, Link)> {
         let within = within.min(STREAM_OPENS_WITHIN);
         if let Some(link) = link {
             let renewal = Box::pin(self.renewed(id, Some(link)));
             match timeout(within, self.unless_closed(renewal)).await {
-                Ok(Ok((_, link))) => return Ok(link),
+                Ok(Ok((answer, link))) => return Ok((answer.ttl(), link)),
                 Ok(Err(error)) if is_over(&error) => return Err(error),
                 Ok(Err(error)) => tracing::debug!(%error, "a stream of renewals was lost"),
                 Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
@@ -128,12 +133,13 @@ impl Client {
         }
         self.opened_stream_within(within, || keeping(id), || self.renewed(id, None))
             .await
-            .map(|(_, link)| link)
+            .map(|(answer, link)| (answer.ttl(), link))
     }
 
     /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
     /// is polled or not, until the [`KeepAlive`] is dropped. Returns after the first renewal.
     pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
+        validate(id)?;
         let open = || async {
             let sent = Instant::now();
             let (first, link) = self.renewed(id, None).await?;
@@ -179,6 +185,8 @@ impl Client {
                 }
                 error
             }
+            // etcd has no room: then it knows at least that it has no such lease.
+            Err(full) if full.code() == Some(Code::ResourceExhausted) => error,
             Err(refused) if refused.code() == Some(Code::FailedPrecondition) => Error::Rpc {
                 operation: keeping(id),
                 status: Box::new(Status::unavailable(
@@ -292,27 +300,55 @@ impl Keeping {
         }
     }
 
-    /// Tries until the lease is renewed or is gone.
+    /// Tries until the lease is renewed or is gone. That its time is over is said when it is, whatever is
+    /// under way then: etcd may give what hangs on it to another at that moment.
     async fn renew(
         &mut self,
         answers: &watch::Sender<Result<LeaseKeepAliveResponse>>,
     ) -> Result<LeaseKeepAliveResponse> {
         // A hung member must leave time for others within the TTL.
         let one_try = (self.ttl / 3).min(self.client.inner.config.request_timeout);
-        let mut told = false;
         let tried = Tried::default();
         let mut pauses = Backoff::for_etcd();
+        let mut reason = "it is not answered yet".to_owned();
+        let (id, renewed) = (self.id, self.renewed);
+        let mut ends = pin!(sleep_until(renewed + self.ttl));
+        let mut told = false;
+        let tell = |reason: &str| {
+            drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
+                id,
+                after: renewed.elapsed(),
+                reason: reason.to_owned(),
+            })));
+        };
         loop {
             let sent = Instant::now();
             let route = Route {
                 only: None,
                 tried: Some(tried.clone()),
             };
-            let try_once = route.of(self.client.renewed(self.id, self.link.take()));
-            let error = match timeout(one_try, try_once).await {
+            let attempt = route.of(self.client.renewed(self.id, self.link.take()));
+            let mut attempt = Box::pin(timeout(one_try, attempt));
+            let answered = loop {
+                tokio::select! {
+                    biased;
+                    answered = &mut attempt => break answered,
+                    () = &mut ends, if !told => {
+                        told = true;
+                        tell(&reason);
+                    }
+                }
+            };
+            let error = match answered {
+                // A lease's TTL does not change: this is another, made in asking for the first.
+                Ok(Ok((answer, _))) if seconds(answer.ttl()) != self.ttl => {
+                    if let Err(error) = self.client.revoke(id).await {
+                        tracing::debug!(%error, "a lease that was asked for is left to expire");
+                    }
+                    Error::LeaseNotFound { id }
+                }
                 Ok(Ok((answer, link))) => {
                     self.link = Some(link);
-                    self.ttl = seconds(answer.ttl());
                     self.renewed = sent;
                     return Ok(answer);
                 }
@@ -325,22 +361,33 @@ impl Keeping {
             if is_over(&error) {
                 return Err(error);
             }
-            let silent = self.renewed.elapsed();
-            if silent >= self.ttl && !told {
-                told = true;
-                drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
-                    id: self.id,
-                    after: silent,
-                    reason: error.to_string(),
-                })));
+            reason = error.to_string();
+            let mut pause = pin!(sleep(pauses.next()));
+            loop {
+                tokio::select! {
+                    biased;
+                    () = &mut ends, if !told => {
+                        told = true;
+                        tell(&reason);
+                    }
+                    () = &mut pause => break,
+                }
             }
-            sleep(pauses.next()).await;
         }
     }
 }
 
 fn is_over(error: &Error) -> bool {
     matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
+}
+
+/// etcd takes 0 for "choose one", and has no lease below it.
+fn validate(id: i64) -> Result<()> {
+    if id > 0 {
+        return Ok(());
+    }
+    let reason = "the id of a lease is above 0";
+    Err(Error::invalid("id", id.to_string(), reason))
 }
 
 fn seconds(ttl: i64) -> Duration {
