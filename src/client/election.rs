@@ -104,7 +104,8 @@ impl Leadership {
     ///
     /// # Errors
     ///
-    /// [`Error::LeaseNotFound`] and [`Error::LeaseUnconfirmed`] when it leads no more; else as for
+    /// [`Error::LeaseNotFound`] and [`Error::LeaseUnconfirmed`] when it leads no more, [`Error::Rpc`]
+    /// with `FailedPrecondition` when that is because somebody has deleted its key; else as for
     /// [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         self.claim.set(value.into()).await

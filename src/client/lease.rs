@@ -12,7 +12,7 @@ use etcd_client::{
 };
 use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
@@ -22,14 +22,21 @@ use crate::backoff::Backoff;
 use crate::balance::Tried;
 use crate::{Error, Result};
 
-/// The time to live of a lease that only asks whether one of its id exists, in seconds: short, and no
-/// round number, so that it is told from the one that was asked for where its answer is lost.
-const CONFIRMATION_TTL: i64 = 61;
+/// The time to live of a lease that only asks whether one of its id exists, in seconds. It is known by
+/// it: etcd never changes what it has granted, and nobody else has use for such a number. Above etcd's
+/// minimum, which is 75 s at most (for election timeouts of 50 s), or it would be granted another; and
+/// short enough to be left behind now and then.
+const PROBE_TTL: i64 = 1013;
 
-/// Leases. Errors as for [`Client::put`], and [`Error::LeaseNotFound`] for a lease that is gone.
+/// Leases. Errors as for [`Client::put`], [`Error::LeaseNotFound`] for a lease that is gone, and
+/// [`Error::Invalid`] for an id that is not above 0.
+///
+/// Leases of 1013 seconds are this client's own: that is how it asks whether a lease is really gone.
+/// It never grants one to its user, and one that another program was granted counts as gone here: to
+/// renew it is to revoke it.
 impl Client {
-    /// Grants a lease that lasts `ttl` seconds unless it is renewed. etcd may give a longer one
-    /// than was asked for (its minimum is one and a half election timeouts, 2 s by default);
+    /// Grants a lease that lasts `ttl` seconds unless it is renewed. There may be a longer one
+    /// than was asked for (etcd's minimum is one and a half election timeouts, 2 s by default);
     /// the answer tells.
     pub async fn grant(&self, ttl: i64) -> Result<LeaseGrantResponse> {
         self.granted(ttl, 0).await
@@ -38,13 +45,7 @@ impl Client {
     /// Grants a lease with an id of the caller's, above 0. etcd refuses one that exists, with
     /// `FailedPrecondition`.
     pub async fn grant_with_id(&self, id: i64, ttl: i64) -> Result<LeaseGrantResponse> {
-        if id <= 0 {
-            return Err(Error::invalid(
-                "id",
-                id.to_string(),
-                "it must be above 0; `grant` has etcd choose one",
-            ));
-        }
+        check(id, "it must be above 0; `grant` has etcd choose one")?;
         self.granted(ttl, id).await
     }
 
@@ -56,6 +57,11 @@ impl Client {
                 "a lease lasts one second at least",
             ));
         }
+        let ttl = if ttl == PROBE_TTL { ttl + 1 } else { ttl };
+        self.granted_just(ttl, id).await
+    }
+
+    async fn granted_just(&self, ttl: i64, id: i64) -> Result<LeaseGrantResponse> {
         let mut lease = self.inner.transport.lease.clone();
         let options = LeaseGrantOptions::new().with_id(id);
         self.call(
@@ -67,7 +73,7 @@ impl Client {
 
     /// Revokes a lease; every key on it is deleted at once, in one revision.
     pub async fn revoke(&self, id: i64) -> Result<LeaseRevokeResponse> {
-        validate(id)?;
+        check(id, ABOVE_0)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("revoke lease {id:x}");
         self.bounded(operation, async {
@@ -85,14 +91,14 @@ impl Client {
         id: i64,
         options: impl Into<Option<LeaseTimeToLiveOptions>>,
     ) -> Result<LeaseTimeToLiveResponse> {
-        validate(id)?;
+        check(id, ABOVE_0)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("time to live of lease {id:x}");
         let answer = self
             .call(operation, lease.time_to_live(id, options.into()))
             .await?;
-        // etcd's way to say that there is none.
-        if answer.ttl() < 0 {
+        // Below 0 is etcd's way to say that there is none.
+        if answer.ttl() < 0 || answer.granted_ttl() == PROBE_TTL {
             return Err(Error::LeaseNotFound { id });
         }
         Ok(answer)
@@ -106,26 +112,25 @@ impl Client {
 
     /// Renews a lease once, and tells its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
-        validate(id)?;
+        check(id, ABOVE_0)?;
         self.opened_stream(|| keeping(id), || self.renewed(id, None))
             .await
             .map(|(answer, _)| answer)
     }
 
     /// Renews a lease on the stream of the last renewal, or else on a new one, on any member; each is given
-    /// so long to answer before the next is asked, and no longer than for any stream. Returns the TTL as well, in
-    /// seconds.
+    /// so long to answer before the next is asked, and no longer than for any stream.
     pub(crate) async fn renew(
         &self,
         id: i64,
         link: Option<Link>,
         within: Duration,
-    ) -> Result<(i64, Link)> {
+    ) -> Result<Link> {
         let within = within.min(STREAM_OPENS_WITHIN);
         if let Some(link) = link {
             let renewal = Box::pin(self.renewed(id, Some(link)));
             match timeout(within, self.unless_closed(renewal)).await {
-                Ok(Ok((answer, link))) => return Ok((answer.ttl(), link)),
+                Ok(Ok((_, link))) => return Ok(link),
                 Ok(Err(error)) if is_over(&error) => return Err(error),
                 Ok(Err(error)) => tracing::debug!(%error, "a stream of renewals was lost"),
                 Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
@@ -133,13 +138,13 @@ impl Client {
         }
         self.opened_stream_within(within, || keeping(id), || self.renewed(id, None))
             .await
-            .map(|(answer, link)| (answer.ttl(), link))
+            .map(|(_, link)| link)
     }
 
     /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
     /// is polled or not, until the [`KeepAlive`] is dropped. Returns after the first renewal.
     pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
-        validate(id)?;
+        check(id, ABOVE_0)?;
         let open = || async {
             let sent = Instant::now();
             let (first, link) = self.renewed(id, None).await?;
@@ -177,24 +182,28 @@ impl Client {
         if !matches!(error, Error::LeaseNotFound { .. }) {
             return error;
         }
-        match self.granted(CONFIRMATION_TTL, id).await {
-            Ok(_) => {
-                // Nobody has use for it; if this fails, it expires.
-                if let Err(error) = self.revoke(id).await {
-                    tracing::debug!(%error, "a lease that was asked for is left to expire");
-                }
-                error
-            }
-            // etcd has no room: then it knows at least that it has no such lease.
-            Err(full) if full.code() == Some(Code::ResourceExhausted) => error,
+        match self.granted_just(PROBE_TTL, id).await {
+            Ok(_) => self.gone(id).await,
             Err(refused) if refused.code() == Some(Code::FailedPrecondition) => Error::Rpc {
                 operation: keeping(id),
                 status: Box::new(Status::unavailable(
                     "the lease is there, and the leader does not know it yet",
                 )),
             },
+            // Until somebody makes room it grants nothing, to anybody: what it said first stands.
+            Err(refused) if is_full(&refused) => error,
+            // It may have been granted nevertheless. The next renewal tells.
             Err(unknown) => unknown,
         }
+    }
+
+    /// A lease of this id is there, and it is not the one that was granted but the one that asked for it.
+    async fn gone(&self, id: i64) -> Error {
+        // Nobody has use for it. If this fails, it is known by its TTL until it expires.
+        if let Err(error) = self.revoke(id).await {
+            tracing::debug!(%error, "a lease that only asked is left to expire");
+        }
+        Error::LeaseNotFound { id }
     }
 
     /// One renewal with its answer, on the open link or a new one. Where it fails the link is
@@ -213,6 +222,7 @@ impl Client {
             })
         });
         match answered {
+            Ok(answer) if answer.ttl() == PROBE_TTL => Err(self.gone(id).await),
             Ok(answer) if answer.ttl() > 0 => Ok((answer, (keeper, stream))),
             Ok(_) => Err(self.confirmed(id, Error::LeaseNotFound { id }).await),
             Err(error) => Err(self.confirmed(id, error).await),
@@ -226,11 +236,11 @@ pub(crate) type Link = (LeaseKeeper, LeaseKeepAliveStream);
 /// The renewals of a lease, from [`Client::keep_alive`].
 ///
 /// Yields the latest answer; those that nobody fetched in time are skipped, so it may be left
-/// unpolled. While etcd cannot be reached it keeps trying. When the TTL has passed without an
-/// answer, the lease may have expired: the stream then yields [`Error::LeaseUnconfirmed`] once,
-/// and goes on, since a restarted etcd extends its leases. It ends with
-/// [`Error::LeaseNotFound`] when etcd says that the lease is gone, with [`Error::Closed`] when
-/// the client is closed, or with [`Error::Rpc`] when etcd refuses the user.
+/// unpolled. While etcd cannot be reached it keeps trying. Once the TTL has passed since the last
+/// renewal that was answered was sent, the lease may have expired: in that moment, whatever is being
+/// tried then, the stream yields [`Error::LeaseUnconfirmed`], once; and it goes on, since a restarted
+/// etcd extends its leases. It ends with [`Error::LeaseNotFound`] when etcd says that the lease is gone,
+/// with [`Error::Closed`] when the client is closed, or with [`Error::Rpc`] when etcd refuses the user.
 ///
 /// Dropping it stops the renewals; the lease then expires in its time.
 #[must_use = "the lease is kept alive only while this is held"]
@@ -286,11 +296,7 @@ impl Keeping {
     async fn run(mut self, answers: watch::Sender<Result<LeaseKeepAliveResponse>>) {
         let client = self.client.clone();
         loop {
-            let round = client.unless_closed(async {
-                sleep(self.ttl / 3).await;
-                self.renew(&answers).await
-            });
-            match round.await {
+            match client.unless_closed(self.round(&answers)).await {
                 Ok(answer) => drop(answers.send_replace(Ok(answer))),
                 Err(error) => {
                     drop(answers.send_replace(Err(error)));
@@ -300,55 +306,51 @@ impl Keeping {
         }
     }
 
-    /// Tries until the lease is renewed or is gone. That its time is over is said when it is, whatever is
-    /// under way then: etcd may give what hangs on it to another at that moment.
-    async fn renew(
+    /// Waits until it is time, and renews the lease or learns that it is gone. When it may have expired
+    /// before that, it tells.
+    async fn round(
         &mut self,
         answers: &watch::Sender<Result<LeaseKeepAliveResponse>>,
     ) -> Result<LeaseKeepAliveResponse> {
+        let (id, renewed, ttl) = (self.id, self.renewed, self.ttl);
+        let (tell, failed) = watch::channel("a renewal is not answered".to_owned());
+        let mut renewal = pin!(async {
+            sleep(ttl / 3).await;
+            self.renew(&tell).await
+        });
+        // Whatever is under way then: etcd gives what hangs on the lease to others in that moment.
+        let expires = sleep(ttl.saturating_sub(renewed.elapsed()));
+        tokio::select! {
+            biased;
+            result = &mut renewal => return result,
+            () = expires => {}
+        }
+        let reason = failed.borrow().clone();
+        drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
+            id,
+            after: renewed.elapsed(),
+            reason,
+        })));
+        renewal.await
+    }
+
+    /// Tries until the lease is renewed or is gone, and tells how the last try failed.
+    async fn renew(&mut self, tell: &watch::Sender<String>) -> Result<LeaseKeepAliveResponse> {
         // A hung member must leave time for others within the TTL.
         let one_try = (self.ttl / 3).min(self.client.inner.config.request_timeout);
         let tried = Tried::default();
         let mut pauses = Backoff::for_etcd();
-        let mut reason = "it is not answered yet".to_owned();
-        let (id, renewed) = (self.id, self.renewed);
-        let mut ends = pin!(sleep_until(renewed + self.ttl));
-        let mut told = false;
-        let tell = |reason: &str| {
-            drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
-                id,
-                after: renewed.elapsed(),
-                reason: reason.to_owned(),
-            })));
-        };
         loop {
             let sent = Instant::now();
             let route = Route {
                 only: None,
                 tried: Some(tried.clone()),
             };
-            let attempt = route.of(self.client.renewed(self.id, self.link.take()));
-            let mut attempt = Box::pin(timeout(one_try, attempt));
-            let answered = loop {
-                tokio::select! {
-                    biased;
-                    answered = &mut attempt => break answered,
-                    () = &mut ends, if !told => {
-                        told = true;
-                        tell(&reason);
-                    }
-                }
-            };
-            let error = match answered {
-                // A lease's TTL does not change: this is another, made in asking for the first.
-                Ok(Ok((answer, _))) if seconds(answer.ttl()) != self.ttl => {
-                    if let Err(error) = self.client.revoke(id).await {
-                        tracing::debug!(%error, "a lease that was asked for is left to expire");
-                    }
-                    Error::LeaseNotFound { id }
-                }
+            let try_once = route.of(self.client.renewed(self.id, self.link.take()));
+            let error = match timeout(one_try, try_once).await {
                 Ok(Ok((answer, link))) => {
                     self.link = Some(link);
+                    self.ttl = seconds(answer.ttl());
                     self.renewed = sent;
                     return Ok(answer);
                 }
@@ -361,18 +363,8 @@ impl Keeping {
             if is_over(&error) {
                 return Err(error);
             }
-            reason = error.to_string();
-            let mut pause = pin!(sleep(pauses.next()));
-            loop {
-                tokio::select! {
-                    biased;
-                    () = &mut ends, if !told => {
-                        told = true;
-                        tell(&reason);
-                    }
-                    () = &mut pause => break,
-                }
-            }
+            tell.send_replace(error.to_string());
+            sleep(pauses.next()).await;
         }
     }
 }
@@ -381,13 +373,21 @@ fn is_over(error: &Error) -> bool {
     matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
 }
 
-/// etcd takes 0 for "choose one", and has no lease below it.
-fn validate(id: i64) -> Result<()> {
-    if id > 0 {
-        return Ok(());
+/// Whether etcd has no room for anything new. That it has too much to do has the same code, and passes.
+fn is_full(error: &Error) -> bool {
+    matches!(error, Error::Rpc { status, .. }
+        if status.code() == Code::ResourceExhausted
+            && !status.message().contains("too many requests"))
+}
+
+const ABOVE_0: &str = "the id of a lease is above 0";
+
+/// etcd takes 0 for "choose one", and would grant a lease where one is asked for.
+fn check(id: i64, reason: &str) -> Result<()> {
+    if id <= 0 {
+        return Err(Error::invalid("id", id.to_string(), reason));
     }
-    let reason = "the id of a lease is above 0";
-    Err(Error::invalid("id", id.to_string(), reason))
+    Ok(())
 }
 
 fn seconds(ttl: i64) -> Duration {

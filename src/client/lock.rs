@@ -9,8 +9,9 @@ use crate::{Error, Result};
 /// A lock that is held, from [`Client::lock`].
 ///
 /// It is held as long as its lease is renewed, which happens in the background. When that cannot be
-/// done for the whole TTL, the lease may have expired and another may hold the lock:
-/// [`lost`](Self::lost) resolves then, and whatever was done under the lock must stop.
+/// done for the whole TTL, the lease may have expired and another may hold the lock. Another may also
+/// hold it when somebody deletes its key. [`lost`](Self::lost) resolves then, and whatever was done
+/// under the lock must stop.
 ///
 /// No lock of this kind can stop a process that has stood still from going on after it has lost it. What
 /// must never be done twice belongs into a transaction with [`guard`](Self::guard).
@@ -44,7 +45,8 @@ impl Client {
     /// # Errors
     ///
     /// [`Error::Invalid`] for a TTL below 1. As for [`Client::put`] when it cannot enter the queue;
-    /// [`Error::LeaseUnconfirmed`] or [`Error::LeaseNotFound`] when it loses its place there.
+    /// [`Error::LeaseUnconfirmed`] or [`Error::LeaseNotFound`] when it loses its place there, and
+    /// [`Error::Rpc`] with `FailedPrecondition` when that is because somebody has deleted its key.
     pub async fn lock(&self, name: impl Into<Vec<u8>>, ttl: i64) -> Result<Lock> {
         let claim = Claim::new(self, &name.into(), Vec::new(), ttl).await?;
         claim.first().await?;

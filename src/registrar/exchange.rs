@@ -17,8 +17,6 @@ pub(super) struct Exchange {
     ttl: Duration,
     /// The stream of renewals, and the lease that it is for.
     link: Mutex<Option<(i64, Link)>>,
-    /// The lease that was granted last, and its time to live in seconds.
-    granted: Mutex<Option<(i64, i64)>>,
 }
 
 impl Exchange {
@@ -27,7 +25,6 @@ impl Exchange {
             client,
             ttl,
             link: Mutex::new(None),
-            granted: Mutex::new(None),
         }
     }
 
@@ -60,7 +57,6 @@ impl Exchange {
             Action::Grant => {
                 let ttl = self.ttl.as_secs().try_into().unwrap_or(i64::MAX);
                 let granted = client.grant(ttl).await?;
-                *self.granted() = Some((granted.id(), granted.ttl()));
                 Outcome::Granted {
                     lease: granted.id(),
                     ttl: Duration::from_secs(granted.ttl().max(1).unsigned_abs()),
@@ -71,15 +67,7 @@ impl Exchange {
                 // So that there is time for two members, of which one may hang.
                 let within = self.ttl / 6;
                 let link = link.map(|(_, link)| link);
-                let (ttl, link) = client.renew(*lease, link, within).await?;
-                // A lease's TTL does not change: this is another, made in asking whether the first is there.
-                let is_another = self
-                    .granted()
-                    .is_some_and(|(id, of)| id == *lease && of != ttl);
-                if is_another {
-                    client.revoke(*lease).await?;
-                    return Ok(Outcome::LeaseGone);
-                }
+                let link = client.renew(*lease, link, within).await?;
                 *self.link() = Some((*lease, link));
                 Outcome::Renewed
             }
@@ -97,10 +85,6 @@ impl Exchange {
 
     fn link(&self) -> std::sync::MutexGuard<'_, Option<(i64, Link)>> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn granted(&self) -> std::sync::MutexGuard<'_, Option<(i64, i64)>> {
-        self.granted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn ensure(&self, ensure: &Ensure) -> Result<Outcome> {
