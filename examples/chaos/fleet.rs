@@ -90,7 +90,8 @@ impl Fleet {
         };
         let mut process = Command::new(std::env::current_exe()?)
             .arg("server")
-            .args(["--id", &name.to_string(), "--etcd", &endpoints.join(",")])
+            .args(name.ids().flat_map(|id| ["--id".to_owned(), id]))
+            .args(["--etcd", &endpoints.join(",")])
             .args(["--ttl", &self.ttl.as_secs().to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -5,16 +5,18 @@
 //! make chaos SEED=42 SECONDS=60    # the same faults again
 //! ```
 //!
-//! Three members of etcd, twenty servers as processes of their own, five clients. A seeded schedule of
-//! faults is played on them: members are killed, paused, restarted and wiped, one or all; the paths of
-//! clients and servers are cut or go silent; history is compacted; leases are revoked, keys deleted and
-//! overwritten by hand; servers are killed, asked to leave, and join in bursts. Everything that the
-//! directories showed and what became of each call is recorded, and then judged (see `check.rs`):
+//! Three members of etcd, twenty servers as processes of their own, a third of them registered twice, five
+//! clients. A seeded schedule of faults is played on them: members are killed, paused, restarted and
+//! wiped, one or all; the paths of clients and servers are cut or go silent; history is compacted; leases
+//! are revoked, keys deleted and overwritten by hand; servers are killed, asked to leave, and join in
+//! bursts. Everything that the directories showed and what became of each call is recorded, and then
+//! judged (see `check/`):
 //!
 //! - what a directory showed is a state that etcd had, in order;
 //! - 5 s after the last fault, and wherever nothing is done to them for so long in between, every
-//!   directory shows what is in etcd, and every server that lives is in there; those that ended have
-//!   gone with their lease;
+//!   directory shows what is in etcd, again after each change of that, and every server that lives is
+//!   in there; those that were asked to leave are out of it before their process ends, and those that
+//!   were killed are gone with their lease;
 //! - no call failed but those in flight on a server that was killed.
 //!
 //! The last line sums up, and the exit status is 0 if all that was so. The seed fixes the faults and
@@ -27,11 +29,12 @@ mod fleet;
 mod observer;
 mod play;
 mod record;
+mod report;
 mod schedule;
 mod server;
 mod stall;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,11 +49,13 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tracing_subscriber::EnvFilter;
 
 use check::calm::{self, CALM};
+use check::{Judged, ends};
 use clients::Caller;
 use fleet::{Fleet, Paths};
 use observer::Observer;
 use play::Stage;
-use record::{Clock, Failure, Life};
+use record::Clock;
+use report::{report, told};
 use schedule::{CLIENT_PATHS, CLIENTS, MEMBERS, Path, SHORTEST, Schedule};
 use stall::Stalls;
 
@@ -69,9 +74,6 @@ const OVERTIME: Duration = Duration::from_secs(240);
 
 /// How often a condition is looked at.
 const POLL: Duration = Duration::from_millis(50);
-
-/// How many violations of a kind are shown.
-const SHOWN: usize = 10;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -222,6 +224,7 @@ async fn run(
     problems.extend(stage.observer.gaps());
     let lives = stage.fleet.lives();
     let mut notes = Vec::new();
+    let end = clock.now();
     for caller in callers {
         notes.push(caller.finish().await);
     }
@@ -229,13 +232,16 @@ async fn run(
     let mut disturbances = stage.disturbances();
     disturbances.extend(stalls.disturbances());
     let (mut divergences, mut unjudged) = (Vec::new(), 0);
+    let mut in_calm = Judged::default();
     for (client, notes) in notes.iter().enumerate() {
         let verdict = check::directory(client, &notes.shown, &epochs);
         divergences.extend(verdict.divergences);
         unjudged += verdict.unjudged;
-        let apart = calm::apart(client, &notes.shown, &epochs, &disturbances, last_fault);
-        divergences.extend(apart);
+        let apart = calm::apart(client, &notes.shown, &epochs, &disturbances, end);
+        in_calm.extend(apart);
     }
+    let directories = in_calm.until(last_fault);
+    divergences.extend(in_calm.violations);
     // What was so at both looks is one violation.
     let apart: BTreeSet<String> = apart.into_iter().chain(apart_later).collect();
     divergences.extend(apart);
@@ -243,9 +249,13 @@ async fn run(
     let failures = notes.iter().flat_map(|notes| &notes.failures);
     let (allowed, failed): (Vec<_>, Vec<_>) =
         failures.partition(|failure| check::is_allowed(failure, &lives, &stalled));
-    let in_calm = calm::lost(&lives, &epochs, &disturbances, last_fault);
+    let in_calm = calm::lost(&lives, &epochs, &disturbances, end);
+    let registrations = in_calm.until(last_fault);
+    problems.extend(check::too_little(length, directories, registrations));
+    let left = ends::stayed(&lives, &epochs, &disturbances, &stalled);
     let lost: BTreeSet<String> = lost.into_iter().chain(lost_later).collect();
-    let lost: Vec<String> = in_calm.into_iter().chain(lost).chain(ghosts).collect();
+    let mut lost: Vec<String> = lost.into_iter().chain(ghosts).collect();
+    lost.extend(in_calm.violations.into_iter().chain(left.violations));
 
     report("failed calls", told(&failed, &lives).into_iter());
     report("divergences", divergences.iter().cloned());
@@ -275,6 +285,11 @@ async fn run(
             .as_secs_f64()
     );
     println!(
+        "chaos: judged between the faults, {directories} times of calm of directories and {registrations} of \
+         registrations; {} servers that left with nothing in their way",
+        left.windows.len()
+    );
+    println!(
         "chaos: seed={seed} seconds={} faults={} calls={calls} failed_allowed={} failed={} \
          divergences={} lost_registrations={}",
         length.as_secs(),
@@ -285,45 +300,6 @@ async fn run(
         lost.len()
     );
     Ok(failed.is_empty() && divergences.is_empty() && lost.is_empty() && problems.is_empty())
-}
-
-/// What calls failed with: those that failed alike in one line.
-fn told(failed: &[&Failure], lives: &[Life]) -> Vec<String> {
-    let mut alike: BTreeMap<(usize, &str), Vec<&Failure>> = BTreeMap::new();
-    for failure in failed {
-        let how = (failure.client, failure.status.as_str());
-        alike.entry(how).or_default().push(failure);
-    }
-    let line = |((client, status), failures): ((usize, &str), Vec<&Failure>)| {
-        let begun = failures.iter().map(|f| f.begun).min().unwrap_or_default();
-        let ended = failures.iter().map(|f| f.ended).max().unwrap_or_default();
-        let sent_to = failures.iter().find_map(|failure| failure.sent_to.as_ref());
-        let server = lives.iter().find(|life| Some(&life.address) == sent_to);
-        let server = match server {
-            Some(Life { name, end, .. }) => format!("{name} ({end:?})"),
-            None => "nobody".to_owned(),
-        };
-        format!(
-            "{} of client {client} from {:.3} s to {:.3} s, sent to {server}: {status}",
-            failures.len(),
-            begun.as_secs_f64(),
-            ended.as_secs_f64()
-        )
-    };
-    alike.into_iter().map(line).collect()
-}
-
-fn report(kind: &str, violations: impl ExactSizeIterator<Item = String>) {
-    let count = violations.len();
-    if count > 0 {
-        println!("{count} {kind}:");
-    }
-    for violation in violations.take(SHOWN) {
-        println!("  {violation}");
-    }
-    if count > SHOWN {
-        println!("  ... and {} more", count - SHOWN);
-    }
 }
 
 /// Waits until every server that lives is registered and every directory shows what is in etcd,
@@ -391,11 +367,11 @@ async fn outlive_leases(stage: &Stage, stalls: &Stalls) -> Vec<String> {
         extensions.extend(stalls.extensions());
         let limits = lives.iter().filter_map(|life| {
             let end = life.end?;
-            Some(check::expires(life, end, TTL, &extensions))
+            Some(ends::expires(life, end, TTL, &extensions))
         });
         let limit = limits.max().unwrap_or_default();
-        if now > limit || !check::any_dead(&lives, present) {
-            return check::ghosts(&lives, &epochs, &extensions, TTL, now);
+        if now > limit || !ends::any_dead(&lives, present) {
+            return ends::ghosts(&lives, &epochs, &extensions, TTL, now);
         }
         sleep(POLL).await;
     }

@@ -48,6 +48,25 @@ impl Seen {
         &mut self.epochs[last]
     }
 
+    /// Takes what was said of the leader, and the last term that is known. A term has one leader, and
+    /// terms begin anew with each history.
+    fn heard_of_leader(
+        &mut self,
+        said: Option<Leadership>,
+        known: &mut (usize, u64),
+        (from, to): (Duration, Duration),
+    ) {
+        let Some(said) = said else {
+            self.extensions.push(Extension::Standstill { from, to });
+            return;
+        };
+        let term = (self.epochs.len(), said.term);
+        if term > *known {
+            *known = term;
+            self.extensions.push(Extension::Leader { at: to });
+        }
+    }
+
     /// Takes what a watch of an epoch told; false if that epoch is over.
     fn take(&mut self, epoch: usize, response: &WatchResponse, at: Duration) -> bool {
         if epoch + 1 != self.epochs.len() {
@@ -134,10 +153,9 @@ impl Observer {
         lock(&self.seen).gaps.clone()
     }
 
-    /// Something has just happened after which a lease may last longer.
-    pub fn extended(&self, path: Option<crate::schedule::Path>) {
-        let at = self.clock.now();
-        lock(&self.seen).extensions.push(Extension { at, path });
+    /// A lease may last longer.
+    pub fn extended(&self, extension: Extension) {
+        lock(&self.seen).extensions.push(extension);
     }
 
     /// The changes of the present history, up to now: etcd is asked for its revision, and all changes
@@ -284,10 +302,11 @@ async fn follow_stream(
     }
 }
 
-/// Notes when the leader changes, and as long as there is none.
+/// Notes when the leader changes, and as long as there is none or nobody says who it is.
 async fn follow_leaders(cluster: EtcdCluster, seen: Arc<Mutex<Seen>>, clock: Clock) {
     let mut clients: Vec<Option<Client>> = cluster.members().iter().map(|_| None).collect();
-    let mut before = None;
+    let mut known = (0, 0);
+    let mut looked = clock.now();
     loop {
         let asked = clients
             .iter_mut()
@@ -296,13 +315,10 @@ async fn follow_leaders(cluster: EtcdCluster, seen: Arc<Mutex<Seen>>, clock: Clo
         let answers = join_all(asked).await.into_iter().flatten().flatten();
         let now = answers
             .max_by_key(|answer| answer.term)
-            .filter(|answer| answer.leader != 0)
-            .map(|answer| (answer.term, answer.leader));
-        if now.is_none() || now != before {
-            let at = clock.now();
-            lock(&seen).extensions.push(Extension { at, path: None });
-        }
-        before = now;
+            .filter(|answer| answer.leader != 0);
+        let (from, at) = (looked, clock.now());
+        looked = at;
+        lock(&seen).heard_of_leader(now, &mut known, (from, at));
         sleep(LEADER_POLL).await;
     }
 }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::fleet::{Fleet, Paths};
 use crate::observer::{Observer, PATIENCE, leadership};
-use crate::record::{Clock, Disturbance, Ending, Whom, key_of};
+use crate::record::{Clock, Disturbance, Ending, Extension, Whom, last_key_of};
 use crate::schedule::{Damage, Fault, Name, Path, Planned, Schedule};
 
 /// How long a cluster may take to agree on a leader before all members are wiped.
@@ -109,10 +109,13 @@ impl Stage {
         }
         let from = self.clock.now();
         let outcome = self.do_it(fault, *lasts).await;
-        if let Some(whom) = fault.disturbs() {
-            let to = self.clock.now();
+        let to = self.clock.now();
+        if let Some(whom) = Whom::disturbed_by(fault) {
             let disturbance = Disturbance { from, to, whom };
             lock(&self.disturbances).push(disturbance);
+        }
+        if let Some(extension) = Extension::by(fault, from, to) {
+            self.observer.extended(extension);
         }
         match outcome {
             Ok(Done::Yes) => {
@@ -134,7 +137,6 @@ impl Stage {
                 member.kill().await?;
                 sleep(lasts).await;
                 member.start_again().await?;
-                self.observer.extended(None);
             }
             Fault::PauseMember(member) => {
                 self.pause(&[self.cluster.member(*member)], lasts).await?;
@@ -143,17 +145,14 @@ impl Stage {
                 let member = self.cluster.member(*member);
                 member.stop().await?;
                 member.start_again().await?;
-                self.observer.extended(None);
             }
             Fault::WipeMember(member) => {
                 self.cluster.replace(*member).await?;
-                self.observer.extended(None);
             }
             Fault::KillAll => {
                 self.cluster.kill_all().await?;
                 sleep(lasts).await;
                 self.cluster.start_all().await?;
-                self.observer.extended(None);
             }
             Fault::PauseAll => {
                 let all: Vec<&Etcd> = self.cluster.members().iter().collect();
@@ -210,16 +209,12 @@ impl Stage {
         for member in members {
             member.resume()?;
         }
-        // What waited in it, a renewal perhaps, is done now.
-        self.observer.extended(None);
         try_join_all(members.iter().map(|member| member.wait_ready())).await?;
-        self.observer.extended(None);
         Ok(())
     }
 
     async fn restore(&self, path: Path) -> Result<()> {
         try_join_all(self.paths.proxies(path).iter().map(|p| p.restore())).await?;
-        self.observer.extended(Some(path));
         Ok(())
     }
 
@@ -246,7 +241,6 @@ impl Stage {
         self.observer.end_epoch(whole);
         sleep(lasts).await;
         self.cluster.wipe_and_restart().await?;
-        self.observer.extended(None);
         Ok(())
     }
 
@@ -306,31 +300,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Fault {
-    /// Who cannot be as they should be while it lasts. What happens to a server's process is told by
-    /// its [`Life`](crate::record::Life).
-    fn disturbs(&self) -> Option<Whom> {
-        match self {
-            Fault::KillMember(_)
-            | Fault::PauseMember(_)
-            | Fault::RestartMember(_)
-            | Fault::WipeMember(_)
-            | Fault::KillAll
-            | Fault::PauseAll
-            | Fault::WipeAll => Some(Whom::Everybody),
-            Fault::Cut(path) | Fault::Blackhole(path) => Some(Whom::Path(*path)),
-            Fault::RevokeLease(name) | Fault::DeleteKey(name) | Fault::CorruptKey(name, _) => {
-                Some(Whom::Server(*name))
-            }
-            Fault::Compact
-            | Fault::Advance(_)
-            | Fault::KillServer(..)
-            | Fault::EndServer(..)
-            | Fault::Join(_) => None,
-        }
-    }
-}
-
 enum Done {
     Yes,
     /// There was nothing to do it to, or nobody who would.
@@ -358,7 +327,7 @@ impl ByHand {
                 }
             }
             ByHand::Revoke(name) => {
-                let answer = client.get(key_of(*name), None).await?;
+                let answer = client.get(last_key_of(*name), None).await?;
                 match answer.kvs().first().map(|kv| kv.lease()) {
                     None => return Ok(Done::No("it has no key".to_owned())),
                     Some(0) => return Ok(Done::No("its key has no lease".to_owned())),
@@ -366,12 +335,12 @@ impl ByHand {
                 };
             }
             ByHand::Delete(name) => {
-                if client.delete(key_of(*name), None).await?.deleted() == 0 {
+                if client.delete(last_key_of(*name), None).await?.deleted() == 0 {
                     return Ok(Done::No("it has no key".to_owned()));
                 }
             }
             ByHand::Overwrite(name, damage) => {
-                let key = key_of(*name);
+                let key = last_key_of(*name);
                 let answer = client.get(key.as_str(), None).await?;
                 let Some(kv) = answer.kvs().first() else {
                     return Ok(Done::No("it has no key".to_owned()));

@@ -8,7 +8,7 @@ use goo_etcd::Instance;
 use goo_etcd::format::{EtcdNaming, Format};
 use tokio::time::Instant;
 
-use crate::schedule::{Name, Path};
+use crate::schedule::{Fault, Name, Path};
 
 /// The service that all servers are.
 pub const SERVICE: &str = "chaos";
@@ -21,9 +21,14 @@ pub fn range() -> String {
     format!("{PREFIX}/{SERVICE}/")
 }
 
-/// The key of a server.
-pub fn key_of(name: Name) -> String {
-    format!("{PREFIX}/{SERVICE}/{name}")
+/// The keys of a server; there is one at least.
+pub fn keys_of(name: Name) -> impl Iterator<Item = String> {
+    name.ids().map(|id| format!("{PREFIX}/{SERVICE}/{id}"))
+}
+
+/// The key of a server that something is done to by hand: the last, beside which there may be another.
+pub fn last_key_of(name: Name) -> String {
+    keys_of(name).last().unwrap_or_default()
 }
 
 /// What a value means; `None` if nothing.
@@ -127,13 +132,33 @@ pub struct End {
     pub gone: Duration,
 }
 
-/// A moment at which a lease may have been extended although its server was dead: a new leader
-/// starts all leases anew, and a renewal may have waited in a member that was paused, or on a path.
+/// Why a lease may last longer than its time to live from its server's end on.
 #[derive(Debug, Clone, Copy)]
-pub struct Extension {
-    pub at: Duration,
-    /// Only for servers on this path; for all if `None`.
-    pub path: Option<Path>,
+pub enum Extension {
+    /// There is a new leader, which counts all leases anew. So it is after a restart of all members.
+    Leader { at: Duration },
+    /// What was sent before or in this time, a renewal perhaps, waited until its end: in a member that was
+    /// paused, or on a path, and then only for servers on that path.
+    Waited {
+        from: Duration,
+        to: Duration,
+        path: Option<Path>,
+    },
+    /// There was nobody who could take away what was over: no leader, or the machine stood still.
+    Standstill { from: Duration, to: Duration },
+}
+
+impl Extension {
+    /// What a fault does to leases by itself, if it lasted so long. One member that ends or begins
+    /// makes none last longer: where another leads after it, that is seen, and tells of itself.
+    pub fn by(fault: &Fault, from: Duration, to: Duration) -> Option<Self> {
+        let path = match fault {
+            Fault::PauseMember(_) | Fault::PauseAll => None,
+            Fault::Cut(path) | Fault::Blackhole(path) => Some(*path),
+            _ => return None,
+        };
+        Some(Extension::Waited { from, to, path })
+    }
 }
 
 /// A time in which something was wrong, on purpose.
@@ -151,4 +176,37 @@ pub enum Whom {
     /// Who is on this path.
     Path(Path),
     Server(Name),
+}
+
+impl Whom {
+    /// Whom a fault disturbs while it lasts. What happens to a server's process is told by its [`Life`].
+    pub fn disturbed_by(fault: &Fault) -> Option<Self> {
+        match fault {
+            Fault::KillMember(_)
+            | Fault::PauseMember(_)
+            | Fault::RestartMember(_)
+            | Fault::WipeMember(_)
+            | Fault::KillAll
+            | Fault::PauseAll
+            | Fault::WipeAll => Some(Whom::Everybody),
+            Fault::Cut(path) | Fault::Blackhole(path) => Some(Whom::Path(*path)),
+            Fault::RevokeLease(name) | Fault::DeleteKey(name) | Fault::CorruptKey(name, _) => {
+                Some(Whom::Server(*name))
+            }
+            Fault::Compact
+            | Fault::Advance(_)
+            | Fault::KillServer(..)
+            | Fault::EndServer(..)
+            | Fault::Join(_) => None,
+        }
+    }
+
+    /// Whether it concerns this server.
+    pub fn has(self, server: Name) -> bool {
+        match self {
+            Whom::Everybody => true,
+            Whom::Path(path) => server.path() == Some(path),
+            Whom::Server(name) => server == name,
+        }
+    }
 }

@@ -5,7 +5,9 @@ use std::io::{Read, stdin};
 use std::time::Duration;
 
 use clap::Args;
-use goo_etcd::{Client, Config, Instance, Registrar};
+use futures::FutureExt;
+use futures::future::join_all;
+use goo_etcd::{Client, Config, Instance, Registrar, Registration};
 use helloworld::greeter::greeter_server::{Greeter, GreeterServer};
 use helloworld::greeter::{HelloReply, HelloRequest};
 use tokio::net::TcpListener;
@@ -24,9 +26,9 @@ const TAKES: std::ops::Range<u64> = 1..30;
 
 #[derive(Args, Debug)]
 pub struct ServerArgs {
-    /// Its id.
-    #[arg(long)]
-    pub id: String,
+    /// The ids that it registers, all at its one address.
+    #[arg(long = "id", required = true)]
+    pub ids: Vec<String>,
     /// The members of etcd, as this server reaches them.
     #[arg(long, value_delimiter = ',')]
     pub etcd: Vec<String>,
@@ -50,7 +52,8 @@ pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
 
     let serving = Server::builder().add_service(GreeterServer::new(Named(address.clone())));
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let client = connect(&args.id, args.etcd);
+    let name = args.ids.first().ok_or("an id")?;
+    let client = connect(name, args.etcd);
     let registered = async {
         let client = tokio::select! {
             client = client => client?,
@@ -59,9 +62,15 @@ pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
         let registrar = Registrar::builder(&client)
             .ttl(Duration::from_secs(args.ttl))
             .build()?;
-        let instance = Instance::new(SERVICE, address).id(&args.id);
-        let registration = registrar.register_eventually(instance)?;
-        registration.leave_on(terminate.recv()).await;
+        let instances = args
+            .ids
+            .iter()
+            .map(|id| Instance::new(SERVICE, &address).id(id));
+        let registrations = instances.map(|instance| registrar.register_eventually(instance));
+        let registrations: Vec<Registration> = registrations.collect::<Result<_, _>>()?;
+        let terminated = terminate.recv().map(|_| ()).shared();
+        let leave = |registration: &Registration| registration.leave_on(terminated.clone());
+        join_all(registrations.iter().map(leave)).await;
         Ok::<_, goo_etcd::Error>(())
     };
     let mut result = Ok(());

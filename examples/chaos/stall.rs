@@ -67,8 +67,9 @@ impl Stalls {
         })
     }
 
-    /// What was over is taken away when etcd runs again.
+    /// What is over stays where it is.
     pub fn extensions(&self) -> impl Iterator<Item = Extension> + use<> {
-        self.long().map(|(_, at)| Extension { at, path: None })
+        self.long()
+            .map(|(from, to)| Extension::Standstill { from, to })
     }
 }

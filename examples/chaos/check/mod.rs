@@ -1,6 +1,7 @@
 //! The judgement: what was recorded is held against what is promised. No I/O in here.
 
 pub mod calm;
+pub mod ends;
 #[cfg(test)]
 mod tests;
 
@@ -11,17 +12,16 @@ use std::time::Duration;
 use goo_etcd::Instance;
 
 use crate::record::{
-    Change, End, Ending, Epoch, Extension, Failure, Life, Picture, Shown, decode, key_of, range,
+    Change, End, Ending, Epoch, Failure, Life, Picture, Shown, decode, keys_of, range,
 };
 
-/// How long after a server's death a call may still be sent to it: until the client has read the end
-/// of the connection, which on a busy machine waits for its turn.
+/// How long after a server's end something may be noticed that was before it: a call may still be sent
+/// to it until the client has read the end of the connection, and what etcd tells until it is read
+/// here. On a busy machine that waits for its turn.
 const NOTICE: Duration = Duration::from_millis(250);
 
-/// What a key may last beyond its lease's time to live: etcd gives each lease an election time-out
-/// (1 s) more when a leader takes over, looks for those that are over every half second
-/// (`server/lease/lessor.go`), and the rest is for looking, here, on a busy machine.
-const EXPIRY_MARGIN: Duration = Duration::from_secs(3);
+/// A run of this length has times of calm, see [`Schedule`](crate::schedule::Schedule).
+const LONG: Duration = Duration::from_secs(60);
 
 /// What a directory may show of one key.
 #[derive(Debug, Clone)]
@@ -121,6 +121,37 @@ pub fn differences_now(changes: &[Change], picture: &Picture) -> Vec<String> {
     differences(States::of(changes).at(i64::MAX), picture)
 }
 
+/// What came of looking at something over and over.
+#[derive(Debug, Default)]
+pub struct Judged {
+    pub violations: Vec<String>,
+    /// When each time that was looked at ended.
+    pub windows: Vec<Duration>,
+}
+
+impl Judged {
+    pub fn extend(&mut self, other: Judged) {
+        self.violations.extend(other.violations);
+        self.windows.extend(other.windows);
+    }
+
+    /// How many times were looked at up to this moment.
+    pub fn until(&self, end: Duration) -> usize {
+        self.windows.iter().filter(|at| **at <= end).count()
+    }
+}
+
+/// Says so if a run that was long enough for it had no time of calm between its faults in which
+/// directories were judged, or none in which registrations were: no violation means nothing then.
+pub fn too_little(length: Duration, directories: usize, registrations: usize) -> Option<String> {
+    (length >= LONG && (directories == 0 || registrations == 0)).then(|| {
+        format!(
+            "between the faults, directories were judged {directories} times and registrations \
+             {registrations} times"
+        )
+    })
+}
+
 /// What came of holding a directory against history.
 #[derive(Debug, Default)]
 pub struct Verdict {
@@ -188,17 +219,7 @@ pub fn sent_to(message: &str) -> Option<String> {
 }
 
 /// Whether a call may have failed: it was sent to a server that was killed while it was in flight.
-/// Time in which the machine stood still does not count for noticing a death.
 pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Duration)]) -> bool {
-    let noticed = |gone: Duration| {
-        let mut noticed = gone + NOTICE;
-        for (from, to) in stalls {
-            if *to > gone && *from < noticed {
-                noticed += *to - *from.max(&gone);
-            }
-        }
-        noticed
-    };
     lives
         .iter()
         .filter(|life| failure.sent_to.as_ref() == Some(&life.address))
@@ -207,74 +228,21 @@ pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Durati
                 how: Ending::Killed,
                 signalled,
                 gone,
-            }) => failure.begun <= noticed(gone) && failure.ended >= signalled,
+            }) => failure.begun <= noticed(gone, stalls) && failure.ended >= signalled,
             _ => false,
         })
 }
 
-/// When the key of a server that is gone must be gone as well: the lease's time to live, and a margin,
-/// after its end, or after the last moment before then at which the lease may have been extended.
-pub fn expires(life: &Life, end: End, ttl: Duration, extensions: &[Extension]) -> Duration {
-    let concern = |e: &&Extension| e.path.is_none() || e.path == life.name.path();
-    let mut moments: Vec<Duration> = extensions.iter().filter(concern).map(|e| e.at).collect();
-    moments.sort();
-    let mut last = end.gone;
-    for moment in moments.into_iter().filter(|moment| *moment >= end.gone) {
-        if moment <= last + ttl + EXPIRY_MARGIN {
-            last = moment;
+/// By when the end of a server is noticed everywhere. Time in which the machine stood still does not
+/// count.
+fn noticed(gone: Duration, stalls: &[(Duration, Duration)]) -> Duration {
+    let mut noticed = gone + NOTICE;
+    for (from, to) in stalls {
+        if *to > gone && *from < noticed {
+            noticed += *to - *from.max(&gone);
         }
     }
-    last + ttl + EXPIRY_MARGIN
-}
-
-/// Servers that are dead and whose key was there for too long. `now` is when the last look was taken.
-///
-/// Not those whose key somebody's hand has overwritten without a lease: nobody removes it.
-pub fn ghosts(
-    lives: &[Life],
-    epochs: &[Epoch],
-    extensions: &[Extension],
-    ttl: Duration,
-    now: Duration,
-) -> Vec<String> {
-    let mut found = Vec::new();
-    for life in lives {
-        let Some(end) = life.end else { continue };
-        let key = key_of(life.name);
-        let limit = expires(life, end, ttl, extensions);
-        for epoch in epochs {
-            let of_key = || epoch.changes.iter().filter(|change| change.key == key);
-            let last_put = of_key().rfind(|change| change.value.is_some());
-            if last_put.is_none_or(|put| put.lease == 0) {
-                continue;
-            }
-            let deleted = of_key().next_back().filter(|change| change.value.is_none());
-            let until = deleted.map_or(epoch.ended.unwrap_or(now), |change| change.at);
-            if until > limit {
-                let state = match deleted {
-                    Some(_) => "was there until",
-                    None => "is there at",
-                };
-                found.push(format!(
-                    "{} ended at {:.3} s; its key, which had to go by {:.3} s, {state} {:.3} s",
-                    life.name,
-                    end.gone.as_secs_f64(),
-                    limit.as_secs_f64(),
-                    until.as_secs_f64()
-                ));
-            }
-        }
-    }
-    found
-}
-
-/// Whether a server that is dead is still there, according to the changes of the present history.
-pub fn any_dead(lives: &[Life], changes: &[Change]) -> bool {
-    lives.iter().filter(|life| life.end.is_some()).any(|life| {
-        let key = key_of(life.name);
-        let last = changes.iter().rfind(|change| change.key == key);
-        last.is_some_and(|change| change.value.is_some() && change.lease != 0)
-    })
+    noticed
 }
 
 /// Servers that live and are not in etcd as they should be.
@@ -285,23 +253,24 @@ pub fn lost(lives: &[Life], changes: &[Change]) -> Vec<String> {
     }
     let mut found = Vec::new();
     for life in lives.iter().filter(|life| life.end.is_none()) {
-        let key = key_of(life.name);
-        if let Some(why) = wrong(life, content.get(key.as_str()).copied()) {
-            found.push(format!("{} lives and {why}", life.name));
+        for key in keys_of(life.name) {
+            if let Some(why) = wrong(life, &key, content.get(key.as_str()).copied()) {
+                found.push(format!("{} lives and {why}", life.name));
+            }
         }
     }
     found
 }
 
-/// What is wrong with the last change of a living server's key.
-fn wrong(life: &Life, change: Option<&Change>) -> Option<String> {
+/// What is wrong with a living server's key, of which this is the last change.
+fn wrong(life: &Life, key: &str, change: Option<&Change>) -> Option<String> {
     let Some((change, value)) = change.and_then(|c| Some((c, c.value.as_ref()?))) else {
-        return Some("has no key".to_owned());
+        return Some(format!("has no key {key}"));
     };
     let right = |i: Arc<Instance>| i.address == life.address && !i.draining;
-    if !decode(&change.key, value).is_some_and(right) {
+    if !decode(key, value).is_some_and(right) {
         let value = String::from_utf8_lossy(value);
-        return Some(format!("is at {}, its key has {value}", life.address));
+        return Some(format!("is at {}, its key {key} has {value}", life.address));
     }
-    (change.lease == 0).then(|| "its key has no lease".to_owned())
+    (change.lease == 0).then(|| format!("its key {key} has no lease"))
 }

@@ -9,6 +9,10 @@ use super::{Damage, Fault, MANY, MEMBERS, Name, Path, Planned, SERVERS, Schedule
 /// How many revisions others make at a time; with twenty servers a history has some hundred by itself.
 const REVISIONS: u32 = 200;
 
+/// A pause that is long enough for everything to come to rest, in milliseconds: 5 s after the fault is
+/// undone, which takes some seconds where all members start again. A minute has one at least.
+const REST: (u64, u64) = (8_000, 9_000);
+
 /// When a server is there, according to the schedule.
 pub(super) struct Life {
     name: Name,
@@ -69,6 +73,7 @@ impl Lane {
             (|_| Fault::WipeAll, 0, 2_000),
         ];
         let mut deck = Deck::new(kinds);
+        let mut pauses = Deck::new(vec![(1_000, 4_000), (1_000, 4_000), REST]);
         let mut planned = Vec::new();
         let mut at = self.between(500, 2_000);
         while let Some((fault, least, most)) = deck.draw(&mut self.rng) {
@@ -79,8 +84,8 @@ impl Lane {
             }
             let fault = fault(member);
             planned.push(Planned { at, lasts, fault });
-            // Some of the pauses are long enough for everything to come to rest.
-            at += lasts + self.between(1_000, 8_000);
+            let (least, most) = pauses.draw(&mut self.rng).unwrap_or(REST);
+            at += lasts + self.between(least, most);
         }
         planned
     }

@@ -24,6 +24,10 @@ pub const SERVER_PATHS: usize = 6;
 /// How many clients there are.
 pub const CLIENTS: usize = 5;
 
+/// Of so many places, one has servers that register twice, at one address and under one lease: so that
+/// keys are also changed and deleted beside others of the same registrar.
+const DOUBLE: usize = 3;
+
 /// The first so many clients reach etcd over a path of their own.
 pub const CLIENT_PATHS: usize = 3;
 
@@ -72,6 +76,13 @@ impl Name {
     /// The path on which it reaches etcd, if it has one of its own.
     pub fn path(self) -> Option<Path> {
         (self.place < SERVER_PATHS).then_some(Path::Server(self.place))
+    }
+
+    /// The ids that it registers: one, or two.
+    pub fn ids(self) -> impl Iterator<Item = String> {
+        let second = self.place.is_multiple_of(DOUBLE);
+        let second = second.then(|| format!("{self}-b"));
+        std::iter::once(self.to_string()).chain(second)
     }
 
     fn heir(self) -> Self {

@@ -89,3 +89,30 @@ fn the_shortest_run_has_faults() {
         );
     }
 }
+
+#[test]
+fn a_minute_has_a_time_in_which_etcd_comes_to_rest() {
+    const REST: Duration = Duration::from_secs(8);
+    for seed in 0..200 {
+        let planned = Schedule::new(seed, Duration::from_secs(60)).members;
+        let mut pauses = planned
+            .windows(2)
+            .map(|pair| pair[1].at - pair[0].at - pair[0].lasts);
+        assert!(
+            pauses.any(|pause| pause >= REST),
+            "seed {seed}: {planned:?}"
+        );
+    }
+}
+
+#[test]
+fn a_third_of_the_servers_have_two_ids_and_no_two_servers_share_one() {
+    let names = || Schedule::first_servers().into_iter();
+    let twice = names().filter(|name| name.ids().count() == 2);
+    assert_eq!(twice.count(), SERVERS.div_ceil(3));
+    let ids: BTreeSet<String> = names()
+        .flat_map(|name| [name, name.heir()])
+        .flat_map(Name::ids)
+        .collect();
+    assert_eq!(ids.len(), 2 * (SERVERS + SERVERS.div_ceil(3)));
+}

@@ -1,14 +1,21 @@
 //! A checker that cannot fail is worth nothing: each kind of violation, made up, is found; and what
-//! only looks like one is not. Here of directories; of servers and calls, and of times of calm, beside.
+//! only looks like one is not. Here of directories; of servers and calls, of those that ended, and of
+//! times of calm, beside.
 
 mod calm;
+mod ends;
 mod servers;
 
 use super::*;
-use crate::record::SERVICE;
+use crate::record::{Disturbance, SERVICE, Whom};
 use crate::schedule::Name;
 
-const NAMED: Name = Name { place: 0, turn: 0 };
+const NAMED: Name = Name { place: 1, turn: 0 };
+
+/// It has another key, of the id `s00-0-b`.
+const TWICE: Name = Name { place: 0, turn: 0 };
+
+const TTL: Duration = Duration::from_secs(3);
 
 fn seconds(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds)
@@ -55,6 +62,19 @@ impl History {
         self.change(id, value(address), 7)
     }
 
+    fn drain(self, id: &str, address: &str) -> Self {
+        let value = format!(r#"{{"Op":0,"Addr":"{address}","Metadata":{{"status":"draining"}}}}"#);
+        self.change(id, Some(value.into()), 7)
+    }
+
+    /// What happens elsewhere, until this second.
+    fn others(mut self, until: i64) -> Self {
+        while self.0.known_to < until {
+            self = self.put("other", "h:1");
+        }
+        self
+    }
+
     fn garbage(self, id: &str) -> Self {
         self.change(id, Some(b"garbage".to_vec()), 0)
     }
@@ -97,6 +117,15 @@ fn life(end: Option<(Ending, f64, f64)>) -> Life {
             signalled: seconds(signalled),
             gone: seconds(gone),
         }),
+    }
+}
+
+/// What was done to whom.
+fn disturbed(whom: Whom, from: f64, to: f64) -> Disturbance {
+    Disturbance {
+        from: seconds(from),
+        to: seconds(to),
+        whom,
     }
 }
 

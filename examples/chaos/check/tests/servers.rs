@@ -1,9 +1,6 @@
 //! Of servers and calls.
 
 use super::*;
-use crate::schedule::Path;
-
-const TTL: Duration = Duration::from_secs(3);
 
 fn failure(begun: f64, ended: f64, message: &str) -> Failure {
     Failure {
@@ -69,10 +66,13 @@ fn a_server_that_lives_and_is_not_registered_as_it_should_be_is_found() {
     for (history, said) in [
         (History::from(0.0), "has no key"),
         (right().delete(&id), "has no key"),
-        (right().garbage(&id), "its key has garbage"),
+        (
+            right().garbage(&id),
+            "its key services/chaos/s01-0 has garbage",
+        ),
         (
             right().put(&id, "127.0.0.1:1"),
-            "its key has {\"Op\":0,\"Addr\":\"127.0.0.1:1\"}",
+            "its key services/chaos/s01-0 has {\"Op\":0,\"Addr\":\"127.0.0.1:1\"}",
         ),
         (
             right().change(&id, value("127.0.0.1:1000"), 0),
@@ -87,72 +87,14 @@ fn a_server_that_lives_and_is_not_registered_as_it_should_be_is_found() {
     assert_eq!(lost(&dead, &[]), [""; 0]);
 }
 
-/// The ghosts of a server that was killed at 1 s, when its last look was taken at 60 s.
-fn ghosts_of(history: History, extensions: &[(f64, Option<Path>)]) -> Vec<String> {
-    let lives = [life(Some((Ending::Killed, 1.0, 1.0)))];
-    let extensions: Vec<Extension> = extensions
-        .iter()
-        .map(|(at, path)| Extension {
-            at: seconds(*at),
-            path: *path,
-        })
-        .collect();
-    ghosts(&lives, &[history.0], &extensions, TTL, seconds(60.0))
-}
-
 #[test]
-fn a_key_that_outlives_its_server_by_more_than_its_lease_is_found() {
-    let id = NAMED.to_string();
-    let registered = || History::from(0.0).put(&id, "127.0.0.1:1000");
-    // Deleted at 2 s, in time.
-    assert_eq!(ghosts_of(registered().delete(&id), &[]), [""; 0]);
-    // Never deleted.
-    let found = ghosts_of(registered(), &[]);
-    assert!(found[0].contains("is there at 60.000 s"), "{found:?}");
-    // Deleted at 10 s, too late.
-    let late = (0..7).fold(registered(), |history, _| history.put("other", "h:1"));
-    let found = ghosts_of(late.put("other", "h:2").delete(&id), &[]);
-    assert!(found[0].contains("was there until 10.000 s"), "{found:?}");
-}
-
-#[test]
-fn a_lease_that_a_new_leader_has_extended_may_last_longer_and_only_that_one() {
-    let id = NAMED.to_string();
-    let late = |until: i64| {
-        let mut history = History::from(0.0).put(&id, "127.0.0.1:1000");
-        while history.0.known_to < until {
-            history = history.put("other", "h:1");
-        }
-        history.delete(&id)
-    };
-    // Deleted at 10 s; without an extension it would have to go by 7 s.
-    assert_eq!(ghosts_of(late(10), &[]).len(), 1);
-    assert_eq!(ghosts_of(late(10), &[(5.0, None)]), [""; 0]);
-    assert_eq!(
-        ghosts_of(late(10), &[(5.0, Some(Path::Server(0)))]),
-        [""; 0]
-    );
-    // Not before its end, not on another path, and not when it had to be gone already.
-    assert_eq!(ghosts_of(late(10), &[(0.5, None)]).len(), 1);
-    assert_eq!(
-        ghosts_of(late(10), &[(5.0, Some(Path::Server(1)))]).len(),
-        1
-    );
-    assert_eq!(ghosts_of(late(10), &[(7.5, None)]).len(), 1);
-}
-
-#[test]
-fn a_key_that_a_hand_has_taken_off_its_lease_is_nobodys_ghost() {
-    let id = NAMED.to_string();
-    let by_hand = History::from(0.0).put(&id, "127.0.0.1:1000").garbage(&id);
-    assert_eq!(ghosts_of(by_hand, &[]), [""; 0]);
-}
-
-#[test]
-fn whether_a_dead_server_is_still_there_is_told() {
-    let id = NAMED.to_string();
-    let lives = [life(Some((Ending::Killed, 1.0, 1.0)))];
-    let registered = History::from(0.0).put(&id, "127.0.0.1:1000");
-    assert!(any_dead(&lives, &registered.0.changes));
-    assert!(!any_dead(&lives, &registered.delete(&id).0.changes));
+fn both_keys_of_a_server_that_registers_twice_must_be_there() {
+    let mut twice = life(None);
+    twice.name = TWICE;
+    let right = "127.0.0.1:1000";
+    let one = History::from(0.0).put("s00-0", right);
+    let found = lost(&[twice.clone()], &one.0.changes);
+    assert_eq!(found, ["s00-0 lives and has no key services/chaos/s00-0-b"]);
+    let both = one.put("s00-0-b", right);
+    assert_eq!(lost(&[twice], &both.0.changes), [""; 0]);
 }
