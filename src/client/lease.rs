@@ -24,14 +24,14 @@ use crate::{Error, Result};
 
 /// The time to live of a lease that only asks whether one of its id exists, in seconds. It is known by
 /// it: etcd never changes what it has granted, and nobody else has use for such a number. Above etcd's
-/// minimum, which is 75 s at most (for election timeouts of 50 s), or it would be granted another; and
-/// short enough to be left behind now and then.
-const PROBE_TTL: i64 = 1013;
+/// usual minimum (2 s), or it would be granted another; and short, for where its revocation fails, or its
+/// process dies before that, what was put under it meanwhile is to go soon.
+const PROBE_TTL: i64 = 13;
 
 /// Leases. Errors as for [`Client::put`], [`Error::LeaseNotFound`] for a lease that is gone, and
 /// [`Error::Invalid`] for an id that is not above 0.
 ///
-/// Leases of 1013 seconds are this client's own: that is how it asks whether a lease is really gone.
+/// Leases of 13 seconds are this client's own: that is how it asks whether a lease is really gone.
 /// It never grants one to its user, and one that another program was granted counts as gone here: to
 /// renew it is to revoke it.
 impl Client {
