@@ -4,7 +4,7 @@ SHELL := bash
 .PHONY: help tools demo chaos test check fuzz
 
 # Put before a recipe's commands, in the same shell.
-WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4;
+WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4 ETCD_NEWEST;
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile

@@ -486,3 +486,22 @@ async fn given_users_then_a_wrong_password_fails_at_once_and_the_right_one_is_re
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn given_an_etcd_whose_shortest_lease_is_as_long_as_one_that_only_asks_then_leases_hold()
+-> Outcome {
+    // One and a half times 8.7 s, in whole seconds: 13.
+    let etcd = Etcd::builder()
+        .args(["--heartbeat-interval", "100", "--election-timeout", "8700"])
+        .start()
+        .await?;
+    let client = Client::new("main", config(&etcd)).await?;
+    let mut plain = etcd.client().await?;
+    assert_eq!(plain.lease_grant(10, None).await?.ttl(), 13);
+    let granted = client.grant(10).await?;
+    assert_eq!(granted.ttl(), 14);
+    assert_eq!(client.keep_alive_once(granted.id()).await?.ttl(), 14);
+    assert_eq!(client.grant_with_id(77, 13).await?.ttl(), 14);
+    assert_eq!(client.keep_alive_once(77).await?.ttl(), 14);
+    Ok(())
+}

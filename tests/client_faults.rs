@@ -360,3 +360,71 @@ async fn given_that_every_member_ends_a_stream_alike_then_the_error_is_what_they
     }
     Ok(())
 }
+
+/// Stands before an etcd that is not there, and says so in a page for people.
+async fn gateway() -> RawServer {
+    RawServer::start(async |_, mut respond| {
+        let head = http::Response::builder()
+            .status(503)
+            .header("content-type", "text/html");
+        if let Ok(mut page) = respond.send_response(head.body(()).unwrap(), false) {
+            let text = "<html><body>Service Unavailable</body></html>";
+            page.send_data(text.into(), true).ok();
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn given_a_gateway_without_its_etcd_then_reads_and_streams_go_to_another_member() -> TestResult
+{
+    let (etcd, gateway) = (Etcd::start().await?, gateway().await);
+    let lease = support::connect(etcd.endpoint())
+        .await
+        .grant(600)
+        .await?
+        .id();
+    let endpoints = [gateway.address().to_owned(), etcd.endpoint()];
+    for _ in 0..4 {
+        let config = Config::builder().endpoints(endpoints.clone()).build()?;
+        let client = Client::new("main", config).await?;
+        for _ in 0..20 {
+            client.get("key", None).await?;
+            drop(client.watch("key", None).await?);
+            client.keep_alive_once(lease).await?;
+        }
+    }
+    // Alone it is an etcd that cannot be reached.
+    let config = Config::builder()
+        .endpoints([gateway.address()])
+        .dial_timeout(Duration::from_secs(1))
+        .build()?;
+    let error = Client::new("main", config).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    assert!(error.to_string().contains("HTTP 503"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_a_member_that_is_cut_off_from_the_others_then_no_write_fails_on_it() -> TestResult {
+    let cluster = Etcd::builder().start_partitionable_cluster(3).await?;
+    let client = client_of(&cluster).await?;
+    let isolated = (cluster.leader().await? + 1) % 3;
+    cluster.isolate(isolated).await;
+    let member = cluster.member(isolated).endpoint();
+    let alone = support::connect(member.clone()).await;
+    eventually("it has noticed", async || {
+        let status = alone.status(&member).await;
+        status.is_ok_and(|status| status.leader() == 0)
+    })
+    .await;
+    let begun = Instant::now();
+    let mut writes = 0;
+    while begun.elapsed() < Duration::from_secs(30) {
+        client.put("key", "1", None).await?;
+        writes += 1;
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(writes > 100, "{writes}");
+    Ok(())
+}

@@ -3,8 +3,6 @@
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
-use std::path::PathBuf;
-
 use futures::StreamExt;
 use goo_etcd::client::LeaseTimeToLiveOptions;
 use goo_etcd::testing::{Etcd, Proxy};
@@ -186,25 +184,6 @@ async fn given_compression_then_a_large_value_is_a_tenth_of_its_bytes_both_ways_
     Ok(())
 }
 
-/// etcd 3.4, from ETCD_3_4 or where `scripts/tools` puts it. `none` says that there is none.
-fn etcd_3_4() -> Option<PathBuf> {
-    let set = std::env::var("ETCD_3_4").unwrap_or_default();
-    if set == "none" {
-        return None;
-    }
-    let found = if set.is_empty() {
-        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/tools/bin/etcd-3.4")
-    } else {
-        set.into()
-    };
-    assert!(
-        found.is_file(),
-        "{} is missing: run scripts/tools, or set ETCD_3_4 to an etcd 3.4 or to `none`",
-        found.display()
-    );
-    Some(found)
-}
-
 fn says_no_gzip(refused: Result<Client>) {
     let error = refused.unwrap_err();
     assert_eq!(error.code(), Some(tonic::Code::Unimplemented), "{error}");
@@ -227,7 +206,7 @@ async fn given_compression_and_a_server_without_gzip_then_new_says_so_at_once() 
     compressed.enable_compression = true;
     says_no_gzip(soon("it is refused", Client::new("main", compressed)).await);
 
-    if let Some(program) = etcd_3_4() {
+    if let Some(program) = support::other_etcd("ETCD_3_4", "etcd-3.4") {
         let etcd = Etcd::builder().program(program).start().await?;
         let mut compressed = config(etcd.endpoint());
         compressed.enable_compression = true;

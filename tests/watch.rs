@@ -3,6 +3,7 @@
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -451,5 +452,41 @@ async fn given_a_dropped_watch_then_etcd_forgets_it() -> Outcome {
         }
     })
     .await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_watches_that_nobody_polls_then_everything_else_on_the_connection_goes_on() -> Outcome
+{
+    let etcd = Etcd::start().await?;
+    let client = connect(&etcd).await?;
+    let mut parked = Vec::new();
+    for _ in 0..4 {
+        parked.push(client.watch("n", None).await?);
+    }
+    let mut other = client.watch("last", None).await?;
+    let lease = client.grant(60).await?.id();
+    let kept = client.keep_alive(lease).await?;
+    // Many small messages, and then more than any window.
+    for round in 0..300 {
+        let puts = (0..100).map(|n| client.put("n", format!("{round}/{n}"), None));
+        futures::future::try_join_all(puts).await?;
+    }
+    for _ in 0..20 {
+        client.put("n", vec![b'x'; 500_000], None).await?;
+    }
+    client.put("last", "1", None).await?;
+    assert_eq!(events(&mut other, 1).await[0].2, "1");
+    assert_eq!(client.get("last", None).await?.count(), 1);
+    client.keep_alive_once(lease).await?;
+    drop(kept);
+    // Nothing was lost, and nothing is missing.
+    assert_eq!(support::calls(&etcd, "Watch").await?, 5);
+    for watch in &mut parked {
+        let seen = events(watch, 30_020).await;
+        assert_eq!(seen.len(), 30_020);
+        let different: BTreeSet<_> = seen[..30_000].iter().map(|(_, _, value)| value).collect();
+        assert_eq!(different.len(), 30_000);
+    }
     Ok(())
 }

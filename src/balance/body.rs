@@ -232,7 +232,7 @@ fn status_of(headers: &HeaderMap) -> Option<Code> {
 
 /// The status of a response that is over with its head: one that says so, and one that is not
 /// gRPC's at all ("HTTP to gRPC Status Code Mapping").
-pub(super) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
+pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
     Status::from_header_map(response.headers()).or_else(|| {
         let code = match response.status().as_u16() {
             200 => return None,

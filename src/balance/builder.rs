@@ -234,7 +234,9 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// HTTP/2's flow-control window of a connection, in bytes. Default 5 MiB.
+    /// HTTP/2's flow-control window of a connection, in bytes: how much of all its answers together may wait to
+    /// be read. Default 2 GiB - 1, the largest: each stream has a window of its own, and with less a few
+    /// streams that nobody reads (3 with tonic's default of 5 MiB) stop all other calls on the connection.
     pub fn initial_connection_window_size(mut self, size: u32) -> Self {
         self.settings.initial_connection_window_size = size;
         self

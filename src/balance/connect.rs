@@ -63,9 +63,11 @@ impl Default for Settings {
                 timeout: Duration::from_secs(3),
                 while_idle: true,
             },
-            // The same as hyper's, and so as those of tonic's channel.
+            // The same as hyper's, and so as that of tonic's channel.
             initial_stream_window_size: 2 * 1024 * 1024,
-            initial_connection_window_size: 5 * 1024 * 1024,
+            // HTTP/2's largest: streams that nobody reads, each bounded by its own window, must not stop the
+            // others on the connection.
+            initial_connection_window_size: (1 << 31) - 1,
             max_header_list_size: 16 * 1024,
             max_frame_size: None,
         }
@@ -264,6 +266,9 @@ impl Connector {
             // is nothing that the server does wrong.
             .max_local_error_reset_streams(None)
             .max_concurrent_reset_streams(RESETS_KNOWN)
+            // By default h2 ends a connection on which small messages wait for a reader. The windows bound what
+            // may wait, and a slow reader is no fault of the server.
+            .data_frame_budget(usize::MAX)
             .initial_window_size(settings.initial_stream_window_size)
             .initial_connection_window_size(settings.initial_connection_window_size)
             .max_header_list_size(settings.max_header_list_size);

@@ -71,6 +71,7 @@ use tonic::Status;
 use tonic::body::Body;
 use tower::Service;
 
+pub(crate) use body::status_of_head;
 pub use builder::BalancedChannelBuilder;
 use call::Calls;
 pub use endpoint::{EndpointState, EndpointStatus};

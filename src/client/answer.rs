@@ -3,13 +3,16 @@
 use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Response, response};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, response};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::message::Codec;
+use crate::balance::status_of_head;
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// The whole of an answer: a connection that breaks in the middle of one is like one that broke
 /// before.
@@ -21,6 +24,7 @@ pub(super) struct Answer {
 
 impl Answer {
     pub(super) async fn read(response: Response<Body>, codec: &Codec) -> Result<Self, Status> {
+        not_from_etcd(&response)?;
         let (mut head, mut body) = response.into_parts();
         codec.answer(&mut head.headers)?;
         let mut data = Bytes::new();
@@ -63,6 +67,34 @@ impl Answer {
         message_in(self.trailers.as_ref().unwrap_or(&self.head.headers))
     }
 
+    /// Whether a user was refused because etcd asks for none.
+    pub(super) fn is_auth_not_enabled(&self) -> bool {
+        // Told apart by its text, as in etcd's own client.
+        self.code() == Code::FailedPrecondition
+            && self.message().contains("authentication is not enabled")
+    }
+
+    /// A token that is none, as the answer to a user whom etcd does not ask for: etcd does not look at it, and
+    /// once it asks for users it refuses it as an expired one, which is then renewed.
+    pub(super) fn no_token() -> Self {
+        let (mut head, _) = Response::new(()).into_parts();
+        let grpc = HeaderValue::from_static("application/grpc");
+        head.headers.insert(http::header::CONTENT_TYPE, grpc);
+        let ok = HeaderValue::from(Code::Ok as i32);
+        Self {
+            head,
+            // A message without a field: not compressed, and of no length.
+            data: Bytes::from_static(&[0; 5]),
+            trailers: Some(HeaderMap::from_iter([(GRPC_STATUS, ok)])),
+        }
+    }
+
+    /// Whether a member has refused a call before it looked at it, since it has no leader. Of etcd's own
+    /// services only; those that call it from within (`v3lock`, `v3election`) may have done something before.
+    pub(super) fn is_without_leader(&self) -> bool {
+        self.code() == Code::Unavailable && self.message() == "etcdserver: no leader"
+    }
+
     /// The same with an old token named as etcd-client knows it.
     pub(super) fn renewable(mut self) -> Self {
         let headers = self.trailers.as_mut().unwrap_or(&mut self.head.headers);
@@ -79,8 +111,25 @@ impl Answer {
     }
 }
 
+/// That what answers is something between here and etcd, which knows nothing of gRPC.
+pub(super) fn not_from_etcd<B>(response: &Response<B>) -> Result<(), Status> {
+    if response.headers().contains_key(GRPC_STATUS) {
+        return Ok(());
+    }
+    if let Some(status) = status_of_head(response) {
+        return Err(status);
+    }
+    let said = response.headers().get(http::header::CONTENT_TYPE);
+    if said.is_some_and(|said| said.as_bytes().starts_with(b"application/grpc")) {
+        return Ok(());
+    }
+    Err(Status::unavailable(format!(
+        "the answer is not gRPC's: its content type is {said:?}"
+    )))
+}
+
 pub(super) fn code_in(headers: &HeaderMap) -> Option<Code> {
-    let status = headers.get("grpc-status")?;
+    let status = headers.get(GRPC_STATUS)?;
     Some(Code::from_bytes(status.as_bytes()))
 }
 
@@ -96,7 +145,7 @@ pub(super) fn name_old_token(headers: &mut HeaderMap) {
         && message_in(headers).contains(super::OLD_TOKEN)
     {
         let code = HeaderValue::from(Code::Unauthenticated as i32);
-        headers.insert("grpc-status", code);
+        headers.insert(GRPC_STATUS, code);
     }
 }
 

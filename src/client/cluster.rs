@@ -13,7 +13,8 @@ use crate::Result;
 impl Client {
     /// The status of the member at this endpoint, and of no other: it is asked over a connection
     /// of its own. The endpoint is written as in [`Config::endpoints`](crate::Config::endpoints)
-    /// and need not be one of them. TLS and the user are as configured.
+    /// and need not be one of them. TLS and the user are as configured. From 3.5.28 and 3.6.9 on etcd tells it
+    /// only to root where it asks for users, as it does with [`member_list`](Self::member_list).
     pub async fn status(&self, endpoint: impl AsRef<str>) -> Result<StatusResponse> {
         let endpoint = endpoint.as_ref();
         let operation = || format!("status of {endpoint}");

@@ -32,8 +32,8 @@ const PROBE_TTL: i64 = 13;
 /// [`Error::Invalid`] for an id that is not above 0.
 ///
 /// Leases of 13 seconds are this client's own: that is how it asks whether a lease is really gone.
-/// It never grants one to its user, and one that another program was granted counts as gone here: to
-/// renew it is to revoke it.
+/// It never grants one to its user, who gets 14 where 13 were asked for or are etcd's minimum; and one that
+/// another program was granted counts as gone here: to renew it is to revoke it.
 impl Client {
     /// Grants a lease that lasts `ttl` seconds unless it is renewed. There may be a longer one
     /// than was asked for (etcd's minimum is one and a half election timeouts, 2 s by default);
@@ -58,7 +58,14 @@ impl Client {
             ));
         }
         let ttl = if ttl == PROBE_TTL { ttl + 1 } else { ttl };
-        self.granted_just(ttl, id).await
+        let granted = self.granted_just(ttl, id).await?;
+        if granted.ttl() != PROBE_TTL {
+            return Ok(granted);
+        }
+        // Less was asked for, and this is etcd's minimum: one and a half election timeouts. Whoever renewed
+        // it would take it for one that only asks.
+        self.revoke(granted.id()).await?;
+        self.granted_just(PROBE_TTL + 1, id).await
     }
 
     async fn granted_just(&self, ttl: i64, id: i64) -> Result<LeaseGrantResponse> {
@@ -209,10 +216,22 @@ impl Client {
     /// One renewal with its answer, on the open link or a new one. Where it fails the link is
     /// gone, so that a late answer is never taken for another's.
     async fn renewed(&self, id: i64, link: Option<Link>) -> Result<(LeaseKeepAliveResponse, Link)> {
-        let (mut keeper, mut stream) = match link {
-            Some(link) => link,
-            None => self.opened(id).await?,
-        };
+        if let Some(link) = link {
+            match self.renewed_on(id, link).await {
+                // A stream has the token that it was opened with, and etcd asks for it anew with each
+                // renewal (from 3.5.28 and 3.6.9 on). What a new one is refused for is meant.
+                Err(error) if is_refusal(&error) => {
+                    tracing::debug!(%error, "a stream of renewals is too old, opening another");
+                }
+                result => return result,
+            }
+        }
+        let link = self.opened(id).await?;
+        self.renewed_on(id, link).await
+    }
+
+    async fn renewed_on(&self, id: i64, link: Link) -> Result<(LeaseKeepAliveResponse, Link)> {
+        let (mut keeper, mut stream) = link;
         let failed = |error| lease_error(keeping(id), id, error);
         keeper.keep_alive().await.map_err(failed)?;
         let answered = stream.message().await.map_err(failed).and_then(|answer| {
@@ -371,6 +390,16 @@ impl Keeping {
 
 fn is_over(error: &Error) -> bool {
     matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
+}
+
+/// Whether it is the user who was refused, whatever for.
+fn is_refusal(error: &Error) -> bool {
+    match error.code() {
+        Some(Code::Unauthenticated | Code::PermissionDenied) => true,
+        // What etcd calls a token that is older than its users and roles, in the middle of a stream.
+        Some(Code::InvalidArgument) => error.to_string().contains(super::OLD_TOKEN),
+        _ => false,
+    }
 }
 
 /// Whether etcd has no room for anything new. That it has too much to do has the same code, and passes.

@@ -150,10 +150,23 @@ pub(super) async fn keep_up_to_date(
 ) {
     let mut ticks = interval(config.auto_sync_interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut refused = false;
     loop {
         ticks.tick().await;
         let listed = match timeout(config.request_timeout, cluster.member_list()).await {
             Ok(Ok(listed)) => listed,
+            Ok(Err(error)) if is_refusal(&error) => {
+                // Said once: it stays so until somebody grants it.
+                if !std::mem::replace(&mut refused, true) {
+                    tracing::warn!(
+                        user = config.username,
+                        "may not list etcd's members, so auto_sync does nothing; etcd allows it only \
+                         to root, from 3.5.28 and 3.6.9 on"
+                    );
+                }
+                also(&members, &configured);
+                continue;
+            }
             Ok(Err(error)) => {
                 tracing::warn!(%error, "cannot list etcd's members");
                 also(&members, &configured);
@@ -184,6 +197,11 @@ pub(super) async fn keep_up_to_date(
             changed
         });
     }
+}
+
+fn is_refusal(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status)
+        if status.code() == tonic::Code::PermissionDenied)
 }
 
 /// What was listed may all be gone; the configured endpoints are where to begin anew.

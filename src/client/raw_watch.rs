@@ -29,12 +29,26 @@ const NO_WATCH: i64 = -1;
 pub(crate) struct RawWatch {
     client: Client,
     key: Vec<u8>,
+    options: WatchOptions,
     stream: WatchStream,
+    start: Start,
     /// The events of an answer that is not complete yet.
     fragments: Vec<Event>,
     revision: i64,
     heard: Instant,
     asked: Option<Instant>,
+}
+
+/// Where a watch began, as far as it still matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// Etcd is past the first revision that is asked for.
+    Passed,
+    /// At this revision, and it may be one that is yet to come. Until it is there etcd answers no question
+    /// for progress (from 3.5.22 and 3.6.2 on), and may be taken for silent.
+    At(i64),
+    /// At the revision before it, which is there, so that etcd answers; what is of that one is left out.
+    Before(i64),
 }
 
 impl Client {
@@ -60,7 +74,7 @@ impl Client {
         };
         // Answers with the user's real rights; and where this member does not know the token
         // either, it is renewed on the way, once for all calls that find it expired.
-        self.read_revision(key).await?;
+        self.read_revision(key, options.to_read()).await?;
         match self.create(key, options).await {
             Err(again) if self.may_be_expired(&again) => {}
             result => return result,
@@ -116,7 +130,9 @@ impl Client {
         Ok(RawWatch {
             client: self.clone(),
             key: key.to_owned(),
+            options: options.clone(),
             stream,
+            start: options.start_revision().map_or(Start::Passed, Start::At),
             fragments: Vec::new(),
             revision: created.header().map_or(0, |header| header.revision()),
             heard: Instant::now(),
@@ -127,22 +143,19 @@ impl Client {
     /// etcd's present revision, agreed on by a majority of the members. The key is one that
     /// the user may read.
     pub(crate) async fn current_revision(&self, key: &[u8]) -> Result<i64> {
+        let one = if key.is_empty() { b"\0" } else { key };
         self.bounded(
             || format!("read the revision at {}", shown(key)),
-            self.read_revision(key),
+            self.read_revision(one, GetOptions::new().with_count_only()),
         )
         .await
     }
 
-    async fn read_revision(&self, key: &[u8]) -> Result<i64> {
-        let key = if key.is_empty() { b"\0" } else { key };
+    async fn read_revision(&self, key: &[u8], options: GetOptions) -> Result<i64> {
         let mut kv = self.inner.transport.kv.clone();
-        let answer = kv
-            .get(key, Some(GetOptions::new().with_count_only()))
-            .await
-            .map_err(|error| {
-                Error::from_etcd(format!("read the revision at {}", shown(key)), error)
-            })?;
+        let answer = kv.get(key, Some(options)).await.map_err(|error| {
+            Error::from_etcd(format!("read the revision at {}", shown(key)), error)
+        })?;
         Ok(answer.header().map_or(0, |header| header.revision()))
     }
 }
@@ -180,7 +193,8 @@ impl RawWatch {
                 }
                 () = sleep_until(wake) => {
                     if self.asked.is_some() {
-                        return Err(lost(&self.key, "the stream is silent, even when asked for progress"));
+                        self.ask_otherwise().await?;
+                        continue;
                     }
                     self.stream
                         .request_progress()
@@ -192,7 +206,72 @@ impl RawWatch {
         }
     }
 
+    /// What is silent is lost, unless it may be so only because it begins at a revision that is yet to come.
+    /// Then it is opened once more, in a way that can be asked. All begin as they should nevertheless: one
+    /// from a revision that is there has to catch up first, which takes etcd a tenth of a second.
+    async fn ask_otherwise(&mut self) -> Result<()> {
+        let silent = || {
+            lost(
+                &self.key,
+                "the stream is silent, even when asked for progress",
+            )
+        };
+        let Start::At(start @ 2..) = self.start else {
+            return Err(silent());
+        };
+        let options = self.options.clone().with_start_revision(start - 1);
+        let again = self.client.open_watch(self.key.as_slice(), &options).await;
+        let mut again = again.map_err(|error| {
+            tracing::debug!(%error, "a silent watch cannot be opened once more");
+            if self.client.is_closed() {
+                error
+            } else {
+                silent()
+            }
+        })?;
+        again.options = self.options.clone();
+        again.start = Start::Before(start);
+        // What it was created at is what its user goes by.
+        again.revision = self.revision;
+        *self = again;
+        Ok(())
+    }
+
     fn accept(
+        &mut self,
+        message: Result<Option<etcd_client::WatchResponse>, etcd_client::Error>,
+    ) -> Result<Option<WatchResponse>> {
+        let response = self.received(message).map_err(|error| match error {
+            // Of what was not asked for.
+            Error::Compacted { compact_revision }
+                if matches!(self.start, Start::Before(start) if compact_revision <= start) =>
+            {
+                lost(&self.key, "the revision before its first is compacted")
+            }
+            error if matches!(self.start, Start::Before(_)) && is_too_large(&error) => {
+                lost(&self.key, "what is before its first revision is too large")
+            }
+            error => error,
+        })?;
+        let Some(mut response) = response else {
+            return Ok(None);
+        };
+        let (Start::At(start) | Start::Before(start)) = self.start else {
+            return Ok(Some(response));
+        };
+        if !response.is_progress() {
+            response.skip_before(start);
+            if response.is_progress() {
+                return Ok(None);
+            }
+        }
+        if response.next_revision() > start {
+            self.start = Start::Passed;
+        }
+        Ok(Some(response))
+    }
+
+    fn received(
         &mut self,
         message: Result<Option<etcd_client::WatchResponse>, etcd_client::Error>,
     ) -> Result<Option<WatchResponse>> {
@@ -237,6 +316,10 @@ fn lost(key: &[u8], reason: &str) -> Error {
         operation: watching(key),
         status: Box::new(Status::unavailable(reason)),
     }
+}
+
+fn is_too_large(error: &Error) -> bool {
+    error.code() == Some(Code::OutOfRange)
 }
 
 /// etcd tells why it cancels a watch in words only.

@@ -93,14 +93,9 @@ impl Transport {
             };
             // Its token and its user are those of all that was made from it.
             let mut raw = self.raw.clone();
-            match raw
-                .update_user(Some((name.clone(), password.clone())))
+            raw.update_user(Some((name.clone(), password.clone())))
                 .await
-            {
-                Ok(()) => Ok(()),
-                Err(error) if without_user(config, &error) => Ok(()),
-                Err(error) => Err(Error::from_etcd(authenticating(name), error)),
-            }
+                .map_err(|error| Error::from_etcd(authenticating(name), error))
         }))
         .await
         .map(drop)
@@ -151,6 +146,7 @@ async fn first_answer(config: &Config, wire: &Wire) -> Result<etcd_client::Clien
             reason: wire
                 .unready()
                 .or(reason)
+                .or_else(|| wire.said())
                 .unwrap_or_else(|| "connected, and not answered".to_owned()),
         }),
     }
@@ -162,33 +158,11 @@ async fn authenticated(config: &Config, wire: &Wire) -> Result<etcd_client::Clie
         options = options.with_user(name, password);
         operation = authenticating(name);
     }
-    let client = match etcd_client::Client::from_channel(wire.channel(), Some(options)).await {
-        Ok(client) => client,
-        Err(error) if without_user(config, &error) => {
-            etcd_client::Client::from_channel(wire.channel(), None)
-                .await
-                .map_err(|error| Error::from_etcd("connect", error))?
-        }
-        Err(error) => return Err(Error::from_etcd(operation, error)),
-    };
+    let client = etcd_client::Client::from_channel(wire.channel(), Some(options))
+        .await
+        .map_err(|error| Error::from_etcd(operation, error))?;
     answered(client.maintenance_client().status().await, "connect")?;
     Ok(client)
-}
-
-/// Whether a user was refused because etcd asks for none: then it goes on without, as etcd's own client
-/// does.
-fn without_user(config: &Config, error: &etcd_client::Error) -> bool {
-    let etcd_client::Error::GRpcStatus(status) = error else {
-        return false;
-    };
-    let without = is_auth_not_enabled(status);
-    if without {
-        tracing::warn!(
-            endpoints = ?config.endpoints,
-            "a username is configured, but authentication is not enabled in etcd; going on without"
-        );
-    }
-    without
 }
 
 /// Any answer to a status call shows that the member is there, even the refusal to answer it to
@@ -206,12 +180,6 @@ pub(super) fn answered(
         }
         Err(error) => Err(Error::from_etcd(operation, error)),
     }
-}
-
-/// etcd's `ErrAuthNotEnabled`, told apart by its text as in etcd's own client.
-fn is_auth_not_enabled(status: &tonic::Status) -> bool {
-    status.code() == tonic::Code::FailedPrecondition
-        && status.message().contains("authentication is not enabled")
 }
 
 impl fmt::Debug for Transport {

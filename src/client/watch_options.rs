@@ -1,6 +1,6 @@
 //! What a watch asks for, and what it yields.
 
-use etcd_client::{Event, WatchFilterType};
+use etcd_client::{Event, GetOptions, WatchFilterType};
 
 /// Options of [`Client::watch`](crate::Client::watch). Without any, one key is watched from now on.
 ///
@@ -10,6 +10,8 @@ use etcd_client::{Event, WatchFilterType};
 #[must_use]
 pub struct WatchOptions {
     options: etcd_client::WatchOptions,
+    /// A read of what is watched.
+    read: GetOptions,
     start_revision: Option<i64>,
     progress_notify: bool,
 }
@@ -23,24 +25,29 @@ impl WatchOptions {
     /// All keys that start with the key.
     pub fn with_prefix(mut self) -> Self {
         self.options = self.options.with_prefix();
+        self.read = self.read.with_prefix();
         self
     }
 
     /// All keys from the key up to `end`, without it.
     pub fn with_range(mut self, end: impl Into<Vec<u8>>) -> Self {
-        self.options = self.options.with_range(end);
+        let end = end.into();
+        self.options = self.options.with_range(end.as_slice());
+        self.read = self.read.with_range(end);
         self
     }
 
     /// All keys from the key on.
     pub fn with_from_key(mut self) -> Self {
         self.options = self.options.with_from_key();
+        self.read = self.read.with_from_key();
         self
     }
 
     /// All keys there are.
     pub fn with_all_keys(mut self) -> Self {
         self.options = self.options.with_all_keys();
+        self.read = self.read.with_all_keys();
         self
     }
 
@@ -76,6 +83,11 @@ impl WatchOptions {
 
     pub(super) fn wants_progress(&self) -> bool {
         self.progress_notify
+    }
+
+    /// What a user must be allowed to do who watches.
+    pub(super) fn to_read(&self) -> GetOptions {
+        self.read.clone().with_count_only()
     }
 
     pub(super) fn to_etcd(&self) -> etcd_client::WatchOptions {

@@ -26,7 +26,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
-use super::answer::{Answer, code_in, message_in, name_old_token, whole};
+use super::answer::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
 use super::call_log::CallLog;
 use super::message::{Answers, Codec, Requests};
 use super::method::{AUTHENTICATE, Method};
@@ -43,7 +43,7 @@ const ATTEMPTS_IN_TIME: u32 = 5;
 const TOKEN_SPREADS_WITHIN: Duration = Duration::from_secs(2);
 
 /// With this header a member that is cut off from its cluster ends a stream instead of leaving it
-/// silent. etcd's own client asks for it on leases as well.
+/// silent, and refuses a call before it looks at it. etcd's own client asks for it on leases as well.
 const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
 
 tokio::task_local! {
@@ -82,6 +82,8 @@ struct Shared {
     /// How long a read is tried.
     patience: Duration,
     closed: CancellationToken,
+    /// What a member said last that may pass.
+    said: ArcSwapOption<String>,
     /// When a token was last given out.
     token: std::sync::Mutex<Option<Instant>>,
     /// Held by whoever asks for one for all.
@@ -106,6 +108,7 @@ impl Wire {
                 log: config.enable_grpc_debug_log,
                 patience: config.request_timeout,
                 closed: closed.clone(),
+                said: ArcSwapOption::empty(),
                 token: std::sync::Mutex::new(None),
                 renewal: tokio::sync::Mutex::new(()),
             }),
@@ -136,6 +139,11 @@ impl Wire {
             return Ok(());
         }
         renew.await
+    }
+
+    /// What a member said last to a read, of what may pass: `Unavailable`, and why.
+    pub(super) fn said(&self) -> Option<String> {
+        self.shared.said.load_full().map(Arc::unwrap_or_clone)
     }
 
     /// Why no member can be asked now; `None` while one is connected.
@@ -192,6 +200,10 @@ impl Shared {
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
         let method = Method::of(head.uri.path());
+        if method == Method::Streams || needs_leader(&head) {
+            let yes = HeaderValue::from_static("true");
+            head.headers.insert(HAS_LEADER, yes);
+        }
         let codec = self.codec.to(head.uri.path());
         codec.announce(&mut head.headers);
         // Reads and the log need to know where calls went; a write has no use for it.
@@ -204,7 +216,7 @@ impl Shared {
         }
         let message = whole(body).await.and_then(|plain| codec.request(plain));
         let message = or_refused(message, &mut log)?;
-        let call = Call {
+        let mut call = Call {
             shared: self,
             channel,
             head,
@@ -214,10 +226,13 @@ impl Shared {
             log,
             begun: Instant::now(),
         };
+        let part = self.patience / ATTEMPTS_IN_TIME;
         let answer = match method {
-            Method::Read => call.hedged().await,
+            Method::Read => call.hedged(&[part; ATTEMPTS_IN_TIME as usize - 1]).await,
+            // A password costs etcd much, so it is sent rarely.
+            Method::Authenticate => call.hedged(&[part, part * 2]).await.map(or_no_token),
             Method::Repeatable => call.persistent().await,
-            _ => call.known_user().await,
+            _ => call.led().await,
         };
         if let Some(log) = call.log {
             log.end(answer.as_ref().map_or_else(Status::code, Answer::code));
@@ -238,7 +253,7 @@ impl Shared {
     async fn stream(
         self: &Arc<Self>,
         channel: &BalancedChannel,
-        mut head: request::Parts,
+        head: request::Parts,
         body: Body,
         tried: Option<Tried>,
         method: Method,
@@ -247,11 +262,7 @@ impl Shared {
         let codec = self.codec.to(head.uri.path());
         let mut log = log;
         let body = match method {
-            Method::Streams => {
-                head.headers
-                    .insert(HAS_LEADER, HeaderValue::from_static("true"));
-                Body::new(Requests { codec, body })
-            }
+            Method::Streams => Body::new(Requests { codec, body }),
             _ => {
                 let message = whole(body).await.and_then(|plain| codec.request(plain));
                 Body::new(http_body_util::Full::new(or_refused(message, &mut log)?))
@@ -272,6 +283,7 @@ impl Shared {
                 log.end(code);
             }
         };
+        let opened = opened.and_then(|response| not_from_etcd(&response).map(|()| response));
         let (mut head, body) = match opened {
             Ok(response) => response.into_parts(),
             Err(status) => {
@@ -326,39 +338,50 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    /// The first answer of several members, each asked when those before it have been slow.
-    async fn hedged(&self) -> Result<Answer, Status> {
-        let part = self.shared.patience / ATTEMPTS_IN_TIME;
+    /// The first answer of several members, each asked when those before it have been slow: after one
+    /// pause the next.
+    async fn hedged(&self, pauses: &[Duration]) -> Result<Answer, Status> {
+        let mut pauses = pauses.iter();
+        let mut pause = move || pauses.next().map_or(Duration::MAX, |pause| *pause);
         let mut first = pin!(self.persistent());
         tokio::select! {
             biased;
             answer = &mut first => return answer,
-            () = sleep(part) => {}
+            () = sleep(pause()) => {}
         }
-        let mut failed = None;
+        let mut failed = false;
         let mut others = FuturesUnordered::new();
         loop {
-            if others.len() + 1 < ATTEMPTS_IN_TIME as usize {
-                others.push(Box::pin(self.persistent()));
-            }
-            let mut next = pin!(sleep(part));
+            others.push(Box::pin(self.persistent()));
+            let mut next = pin!(sleep(pause()));
             loop {
                 let answer = tokio::select! {
                     biased;
-                    answer = &mut first, if failed.is_none() => {
-                        if answer.is_err() {
-                            failed = Some(answer);
-                            continue;
-                        }
+                    answer = &mut first, if !failed => {
+                        failed = true;
                         answer
                     }
                     Some(answer) = others.next() => answer,
                     () = &mut next => break,
                 };
-                if answer.is_ok() || (others.is_empty() && failed.is_some()) {
+                if answer.is_ok() || (others.is_empty() && failed) {
                     return answer;
                 }
             }
+        }
+    }
+
+    /// By a member that has a leader, if there is one. Without it a write would hang on a member that is cut
+    /// off from the others, and may be done after all.
+    async fn led(&mut self) -> Result<Answer, Status> {
+        let mut pauses = None;
+        loop {
+            let answer = self.known_user().await?;
+            if !answer.is_without_leader() || !needs_leader(&self.head) || self.is_hopeless() {
+                return Ok(answer);
+            }
+            self.tried.get_or_insert_with(Tried::default);
+            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
         }
     }
 
@@ -371,6 +394,11 @@ impl Call<'_> {
             if !is_passing(code) || self.is_hopeless() {
                 return answer;
             }
+            let said = answer.map_or_else(
+                |status| status.message().to_owned(),
+                |answer| answer.message(),
+            );
+            self.shared.said.store(Some(Arc::new(said)));
             sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
         }
     }
@@ -415,6 +443,27 @@ impl Call<'_> {
             None => attempt.await,
         }
     }
+}
+
+/// Whether it can do nothing without a leader, and must not wait for one on a member that is cut off. A read
+/// is asked for elsewhere anyway, and what is for one member alone is for that one in any state.
+fn needs_leader(head: &request::Parts) -> bool {
+    let path = head.uri.path();
+    matches!(Method::of(path), Method::Write | Method::Authenticate)
+        && path.starts_with("/etcdserverpb.")
+        && !path.starts_with("/etcdserverpb.Maintenance/")
+}
+
+/// Without users in etcd there is no token to be had, and none is needed: it goes on without, as etcd's own
+/// client does.
+fn or_no_token(answer: Answer) -> Answer {
+    if !answer.is_auth_not_enabled() {
+        return answer;
+    }
+    tracing::warn!(
+        "a username is configured, but authentication is not enabled in etcd; going on without"
+    );
+    Answer::no_token()
 }
 
 /// What another member may not say, or the same a moment later: it is going down, or the cluster is

@@ -65,7 +65,8 @@ pub struct Config {
     /// Keep the list of members up to date from the cluster itself. Default: false.
     /// Needs `auto_sync_interval`. Learners, members that have not started, and URLs of the other scheme
     /// (`http` with TLS, `https` without) are left out. An answer without any usable member changes
-    /// nothing, and while none can be had the configured endpoints are tried as well.
+    /// nothing, and while none can be had the configured endpoints are tried as well. From 3.5.28 and 3.6.9 on
+    /// etcd lists its members only to root where it asks for users; another is warned once.
     pub auto_sync: bool,
 
     /// How often the list of members is refreshed. Default: 0, never.

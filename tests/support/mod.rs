@@ -9,11 +9,12 @@ pub mod raw;
 pub mod registered;
 
 use std::error::Error;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
-use goo_etcd::testing::Etcd;
+use goo_etcd::testing::{Etcd, EtcdBuilder};
 use goo_etcd::{Client, Config, Directory, GetOptions, Snapshot};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -112,6 +113,51 @@ pub async fn metrics(etcd: &Etcd) -> TestResult<String> {
     let mut page = String::new();
     connection.read_to_string(&mut page).await?;
     Ok(page)
+}
+
+/// How many calls of this method etcd has begun to answer, as it counts itself.
+pub async fn calls(etcd: &Etcd, method: &str) -> TestResult<u64> {
+    let page = metrics(etcd).await?;
+    let method = format!("grpc_method=\"{method}\"");
+    let calls = page
+        .lines()
+        .filter(|line| line.starts_with("grpc_server_started_total"))
+        .filter(|line| line.contains(&method))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+    Ok(calls.sum::<f64>() as u64)
+}
+
+/// An etcd beside the usual one, from this variable or where `scripts/tools` puts it. `none` says that there is
+/// none.
+///
+/// # Panics
+///
+/// When nobody has looked for it.
+pub fn other_etcd(variable: &str, name: &str) -> Option<PathBuf> {
+    let set = std::env::var(variable).unwrap_or_default();
+    if set == "none" {
+        return None;
+    }
+    let found = if set.is_empty() {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join("target/tools/bin")
+            .join(name)
+    } else {
+        set.into()
+    };
+    assert!(
+        found.is_file(),
+        "{} is missing: run scripts/tools, or set {variable} to one or to `none`",
+        found.display()
+    );
+    Some(found)
+}
+
+/// The usual etcd and, where it is to be had, the newest: what it does has changed.
+pub fn etcds() -> Vec<EtcdBuilder> {
+    let newest = other_etcd("ETCD_NEWEST", "etcd-newest");
+    let newest = newest.map(|program| Etcd::builder().program(program));
+    [Etcd::builder()].into_iter().chain(newest).collect()
 }
 
 /// How many watches etcd itself counts.
