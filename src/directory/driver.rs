@@ -143,7 +143,7 @@ pub(super) async fn follow(
         None => machine.start(),
     };
     let mut open = watching;
-    let show = |machine: &Machine| {
+    let show = |machine: &mut Machine| {
         let snapshot = machine.snapshot();
         if let Some(keeper) = keeper.as_ref().filter(|_| snapshot.freshness.is_live()) {
             keeper.keep(&snapshot);
@@ -181,7 +181,7 @@ pub(super) async fn follow(
                     match tokio::time::timeout_at(shown + SHOW_EVERY, events(watch)).await {
                         Ok(heard) => heard,
                         Err(_) => {
-                            show(&machine);
+                            show(&mut machine);
                             (shown, unshown) = (Instant::now(), false);
                             todo = Todo::Listen;
                             continue;
@@ -217,7 +217,7 @@ pub(super) async fn follow(
         let may_wait = matches!(todo, Todo::Listen) && shown.elapsed() < SHOW_EVERY;
         unshown |= news;
         if unshown && !may_wait {
-            show(&machine);
+            show(&mut machine);
             (shown, unshown) = (Instant::now(), false);
         }
         if closed {

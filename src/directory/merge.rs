@@ -131,18 +131,23 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
 /// Entries that were written in one transaction are of one registration, and not every format has a
 /// place for it: one that says so is enough.
 fn draining(sources: &[Snapshot], before: &Drained) -> Drained {
-    let mut newest: BTreeMap<&InstanceKey, (i64, bool)> = BTreeMap::new();
-    for source in sources {
-        for (key, instance) in source.instances.iter() {
+    let newest = |key| {
+        let said = sources.iter().filter_map(|source| {
             let written = source.written.get(key).copied().unwrap_or_default();
-            let said = (written, instance.draining);
-            let newest = newest.entry(key).or_insert(said);
-            *newest = said.max(*newest);
-        }
-    }
-    newest
-        .into_iter()
-        .filter_map(|(key, said)| {
+            Some((written, source.instances.get(key)?.draining))
+        });
+        said.max()
+    };
+    // Few of thousands, and none but these can be.
+    let draining_now = sources.iter().flat_map(|source| {
+        let instances = source.instances.iter();
+        instances.filter(|(_, instance)| instance.draining)
+    });
+    draining_now
+        .map(|(key, _)| key)
+        .chain(before.keys())
+        .filter_map(|key| {
+            let said = newest(key)?;
             let remembered = before.get(key).map_or(said, |at| said.max((*at, true)));
             remembered.1.then(|| (key.clone(), remembered.0))
         })

@@ -302,7 +302,7 @@ async fn open(
         .zip(&caches)
         .map(|(machine, cache)| driver::begin_or_restore(&client, machine, cache.as_ref()));
     let watches = futures::future::try_join_all(beginnings).await?;
-    let first = machines.iter().map(state::Machine::snapshot).collect();
+    let first = machines.iter_mut().map(state::Machine::snapshot).collect();
     let (sources, snapshots) = merge::Sources::begin(first);
     let tasks = machines
         .into_iter()
