@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 
@@ -57,13 +58,34 @@ pub(super) struct Source {
 impl Source {
     /// Shows what this source has now, with what the others had last.
     pub(super) fn show(&self, snapshot: Snapshot) {
-        // Held while the whole is shown, so that no older whole is shown after it.
-        let mut state = self
-            .sources
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let State { snapshots, drained } = &mut *state;
+        self.show_in(&mut self.state(), snapshot);
+    }
+
+    /// Shows that nothing keeps what this source has current, unless that is known.
+    pub(super) fn abandon(&self) {
+        // Nobody looks.
+        if self.sources.shown.is_closed() {
+            return;
+        }
+        let mut state = self.state();
+        let mut last = state.snapshots[self.at].clone();
+        if last.freshness.is_live() {
+            last.freshness = Freshness::Stale {
+                since: SystemTime::now(),
+                reason: "nothing follows it any more".into(),
+            };
+            self.show_in(&mut state, last);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        let state = self.sources.state.lock();
+        state.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state is held while the whole is shown, so that no older whole is shown after it.
+    fn show_in(&self, state: &mut State, snapshot: Snapshot) {
+        let State { snapshots, drained } = state;
         // Another history: its revisions cannot be compared with those before.
         if snapshot.revision < snapshots[self.at].revision {
             drained.clear();

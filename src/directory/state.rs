@@ -15,13 +15,14 @@
 //! - After a loss the next list replaces everything, so what vanished meanwhile vanishes.
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::merge;
 use super::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
 use crate::Instance;
-use crate::format::{Format, KeyRange};
+use crate::format::{DecodeError, Format, KeyRange};
 
 /// A key as a list page or an event shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -347,10 +348,7 @@ impl Machine {
             .remove(&entry.key)
             .or_else(|| earlier?.get(&entry.key).cloned());
         let same_key = |before: &Decoded| before.create_revision == create_revision;
-        let decoded = self
-            .format
-            .decode(&self.prefix, &self.service, &entry.key, value);
-        let decoded = match decoded {
+        let decoded = match self.decode(&entry.key, value) {
             Ok(instances) => Decoded {
                 create_revision,
                 mod_revision,
@@ -382,6 +380,15 @@ impl Machine {
             }
         };
         known.insert(entry.key, decoded);
+    }
+
+    /// One that panics has said as well that the value is none of its: what it does to one entry must not
+    /// end what follows the others.
+    fn decode(&self, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
+        let decode = || self.format.decode(&self.prefix, &self.service, key, value);
+        // It has nothing of ours that it could leave half done.
+        std::panic::catch_unwind(AssertUnwindSafe(decode))
+            .unwrap_or_else(|_| Err(DecodeError::new("the format panicked")))
     }
 
     /// Of several entries with one key the one written last counts: by address, it tells of the
