@@ -8,7 +8,7 @@
 //!
 //! The label is the key prefix that the instances are read from, such as `services/greeter/`.
 
-/// Most instances have vanished together, and the guard keeps those that are connected.
+/// Most instances have vanished together, and the guard, which kept none so far, keeps those that are connected.
 pub(crate) fn mass_deletion(service: &str) {
     #[cfg(feature = "metrics")]
     metrics::counter!("goo_etcd_mass_deletions_total", "service" => service.to_owned())

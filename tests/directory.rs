@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use futures::{FutureExt, StreamExt};
+use goo_etcd::format::{DecodeError, EtcdNaming, Format, KeyRange};
 use goo_etcd::testing::{Etcd, Proxy};
-use goo_etcd::{Client, Directory, Freshness, TxnOp};
+use goo_etcd::{Client, Directory, Freshness, Instance, TxnOp};
 use support::greeter::{GreeterProcess, who_answers};
 use support::history::{assert_true_to_history, history};
 use support::{Seen, TestResult, connect, eventually, key, shown, soon, value};
@@ -217,6 +218,63 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
 
 /// More than two pages of a list.
 const MANY: usize = 2_500;
+
+/// A format of somebody's own, with a mistake.
+#[derive(Debug)]
+struct Careless;
+
+impl Format for Careless {
+    fn name(&self) -> &'static str {
+        "careless"
+    }
+    fn default_prefix(&self) -> &'static str {
+        EtcdNaming.default_prefix()
+    }
+    fn default_ttl(&self) -> Duration {
+        EtcdNaming.default_ttl()
+    }
+    fn key(&self, prefix: &str, instance: &Instance) -> String {
+        EtcdNaming.key(prefix, instance)
+    }
+    fn range(&self, prefix: &str, service: &str) -> KeyRange {
+        EtcdNaming.range(prefix, service)
+    }
+    fn encode(&self, instance: &Instance) -> goo_etcd::Result<Vec<u8>> {
+        EtcdNaming.encode(instance)
+    }
+    fn decode(
+        &self,
+        prefix: &str,
+        service: &str,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<Vec<Instance>, DecodeError> {
+        assert!(!value.is_empty(), "there is always something");
+        EtcdNaming.decode(prefix, service, key, value)
+    }
+}
+
+#[tokio::test]
+async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_and_the_rest_goes_on()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    put(&client, "a", "h:1").await?;
+    client.put(key("b"), "", None).await?;
+    let directory = Directory::builder(&client, "greeter").format(Careless);
+    let directory = directory.build().await?;
+    assert_eq!(shown(&directory.snapshot()), ["a=h:1"]);
+    assert_eq!(directory.snapshot().skipped(), 1);
+    client.put(key("a"), "", None).await?;
+    put(&client, "c", "h:3").await?;
+    eventually("what comes after it is shown", async || {
+        shown(&directory.snapshot()) == ["a=h:1", "c=h:3"]
+    })
+    .await;
+    assert_eq!(directory.snapshot().skipped(), 2);
+    assert!(directory.snapshot().freshness().is_live());
+    Ok(())
+}
 
 async fn put_many(client: &Client) -> TestResult {
     let ids: Vec<usize> = (0..MANY).collect();

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryFutureExt, TryStreamExt};
+use goo_etcd::format::Kratos;
 use goo_etcd::testing::{Etcd, Proxy};
 use goo_etcd::{BalancedChannel, Client, Directory, Snapshot, TxnOp};
 use support::balanced::{Load, until_ready};
@@ -59,7 +60,7 @@ async fn given_10_000_instances_then_each_takes_less_than_2_kib() -> TestResult 
     let etcd = Etcd::start().await?;
     let writer = connect(etcd.endpoint()).await;
     fill(&writer, INSTANCES, 100).await?;
-    let mut watching = WatchingProcess::start(&etcd).await;
+    let mut watching = WatchingProcess::start(&etcd, ONE_FORMAT).await;
     let each = |memory: i64| memory / INSTANCES as i64;
     let before = watching.memory();
     // With all that the first list needs for a while, such as buffers.
@@ -106,17 +107,33 @@ async fn given_10_000_instances_then_they_are_there_within_1_s_and_a_change_with
     assert_eq!(directory.snapshot().len(), INSTANCES);
     assert!(first < Duration::from_secs(1), "the first took {first:?}");
 
+    let took = changes_take(&writer, &directory, |n| key(&address(n))).await?;
+    println!("first {first:?}, changes {took:?}");
+    // All but what two pauses of the machine hold up: with twice as much to do as it can, the 49th takes 26 ms at
+    // the most, and the 50th has taken 57.
+    let (median, most) = (took[24], took[47]);
+    assert!(most < Duration::from_millis(50), "{took:?}");
+    assert!(median < Duration::from_millis(25), "{took:?}");
+    Ok(())
+}
+
+/// How long each of fifty changes takes until it is shown, in order of length. `shown_as` is the key of an
+/// instance in what is shown.
+async fn changes_take(
+    writer: &Client,
+    directory: &Directory,
+    shown_as: impl Fn(usize) -> String,
+) -> TestResult<Vec<Duration>> {
     let mut took = Vec::new();
-    for n in 0..50 {
-        let address = address(n * 199);
+    for n in (0..50).map(|n| n * 199) {
+        let (address, shown_as) = (address(n), shown_as(n));
         let weight = 200 + u32::try_from(n)?;
         let begun = Instant::now();
         writer
             .put(key(&address), value(&address, weight), None)
             .await?;
-        let is_there = || weight_of(&directory.snapshot(), &key(&address)) == Some(weight);
         soon("the change is there", async {
-            while !is_there() {
+            while weight_of(&directory.snapshot(), &shown_as) != Some(weight) {
                 sleep(Duration::from_millis(1)).await;
             }
         })
@@ -125,13 +142,7 @@ async fn given_10_000_instances_then_they_are_there_within_1_s_and_a_change_with
         sleep(Duration::from_millis(30)).await;
     }
     took.sort();
-    println!("first {first:?}, changes {took:?}");
-    // All but what two pauses of the machine hold up: with twice as much to do as it can, the 49th takes 26 ms at
-    // the most, and the 50th has taken 57.
-    let (median, most) = (took[24], took[47]);
-    assert!(most < Duration::from_millis(50), "{took:?}");
-    assert!(median < Duration::from_millis(25), "{took:?}");
-    Ok(())
+    Ok(took)
 }
 
 fn weight_of(snapshot: &Snapshot, key: &str) -> Option<u32> {
@@ -207,34 +218,16 @@ async fn next(discovery: &mut goo_etcd::Discovery) -> String {
 async fn given_1_000_changes_a_second_for_30_s_then_the_consumer_converges_and_memory_stays_flat()
 -> TestResult {
     const TIME: Duration = Duration::from_secs(30);
-    /// Changes that are on their way to etcd at one time.
-    const IN_FLIGHT: usize = 64;
     let _alone = ALONE.lock().await;
     let etcd = Etcd::start().await?;
     let writer = connect(etcd.endpoint()).await;
     fill(&writer, 1_000, 100).await?;
-    let mut watching = WatchingProcess::start(&etcd).await;
+    let mut watching = WatchingProcess::start(&etcd, ONE_FORMAT).await;
     watching.begin().await;
 
-    let written = Arc::new(AtomicU64::new(0));
+    let written = AtomicU64::new(0);
     let begun = tokio::time::Instant::now();
-    let changes = futures::stream::iter(0..30_000_usize).then(|n| async move {
-        tokio::time::sleep_until(begun + Duration::from_millis(n as u64)).await;
-        n
-    });
-    let changes = changes.take_until(tokio::time::sleep_until(begun + TIME));
-    let writing = changes.map(Ok).try_for_each_concurrent(IN_FLIGHT, |n| {
-        let address = address(n % 1_000);
-        let weight = 1 + u32::try_from(n / 1_000).unwrap_or_default();
-        let put = writer.put(key(&address), value(&address, weight), None);
-        let written = Arc::clone(&written);
-        async move {
-            let put = put.await?;
-            written.fetch_add(1, Ordering::Relaxed);
-            Ok::<_, goo_etcd::Error>(put)
-        }
-        .map_ok(drop)
-    });
+    let writing = change(&writer, TIME, &written);
     let mut samples = Vec::new();
     let sampling = async {
         loop {
@@ -274,8 +267,82 @@ async fn given_1_000_changes_a_second_for_30_s_then_the_consumer_converges_and_m
     Ok(())
 }
 
-/// Where the etcd of a [`WatchingProcess`] is.
+/// A thousand changes a second of the first thousand instances, which weighed 100 before: each makes one
+/// of them weigh one more.
+async fn change(
+    writer: &Client,
+    time: Duration,
+    written: &AtomicU64,
+) -> Result<(), goo_etcd::Error> {
+    /// Changes that are on their way to etcd at one time.
+    const IN_FLIGHT: usize = 64;
+    let begun = tokio::time::Instant::now();
+    let changes = futures::stream::iter(0..).then(|n: usize| async move {
+        tokio::time::sleep_until(begun + Duration::from_millis(n as u64)).await;
+        n
+    });
+    let changes = changes.take_until(tokio::time::sleep_until(begun + time));
+    let writing = changes.map(Ok).try_for_each_concurrent(IN_FLIGHT, |n| {
+        let address = address(n % 1_000);
+        let weight = 101 + u32::try_from(n / 1_000).unwrap_or_default();
+        let put = writer.put(key(&address), value(&address, weight), None);
+        put.map_ok(|_| {
+            written.fetch_add(1, Ordering::Relaxed);
+        })
+    });
+    writing.await
+}
+
+/// By address, where one change may be of any of the instances shown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn given_10_000_instances_and_another_format_when_they_change_then_it_shows_it_and_keeps_up()
+-> TestResult {
+    const TIME: Duration = Duration::from_secs(10);
+    let _alone = ALONE.lock().await;
+    let etcd = Etcd::start().await?;
+    let writer = connect(etcd.endpoint()).await;
+    fill(&writer, INSTANCES, 100).await?;
+    let client = connect(etcd.endpoint()).await;
+    let directory = Directory::builder(&client, "greeter").also(Kratos);
+    let directory = directory.build().await?;
+    let took = changes_take(&writer, &directory, address).await?;
+    println!("changes {took:?}");
+    assert!(took[24] < Duration::from_millis(50), "{took:?}");
+    drop(directory);
+
+    fill(&writer, INSTANCES, 100).await?;
+    let mut watching = WatchingProcess::start(&etcd, TWO_FORMATS).await;
+    assert_eq!(watching.begin().await.instances, INSTANCES);
+    let before = watching.processor_time();
+    let written = AtomicU64::new(0);
+    let sampling = async {
+        loop {
+            sleep(TIME / 10).await;
+            let so_far = written.load(Ordering::Relaxed);
+            let behind = so_far.saturating_sub(watching.sees().await.changes());
+            assert!(behind < 1_000, "{behind} of {so_far}");
+        }
+    };
+    tokio::select! {
+        written = change(&writer, TIME, &written) => written?,
+        () = sampling => {}
+    }
+    let changes = written.load(Ordering::Relaxed);
+    eventually("it converges", async || {
+        watching.sees().await.changes() == changes
+    })
+    .await;
+    let used = watching.processor_time() - before;
+    println!("{changes} changes in {TIME:?} took {used:?} of a processor");
+    assert!(changes >= 9_000, "{changes} changes are too few");
+    Ok(())
+}
+
+/// Where the etcd of a [`WatchingProcess`] is, and in how many formats it reads the service.
 const ETCD: &str = "WATCHED_AT";
+const FORMATS: &str = "WATCHED_FORMATS";
+const ONE_FORMAT: &str = "1";
+const TWO_FORMATS: &str = "2";
 const SEES: &str = "the directory shows ";
 
 /// A directory and a consumer of it that takes its time, in a process of their own: the running test
@@ -296,12 +363,20 @@ struct Sees {
     weights: u64,
 }
 
+impl Sees {
+    /// How many of the changes of [`change`] the consumer has.
+    fn changes(&self) -> u64 {
+        self.weights - 100 * self.instances as u64
+    }
+}
+
 impl WatchingProcess {
     /// It is connected, and has no directory yet.
-    async fn start(etcd: &Etcd) -> Self {
+    async fn start(etcd: &Etcd, formats: &str) -> Self {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["watching_process", "--exact", "--nocapture"])
             .env(ETCD, etcd.endpoint())
+            .env(FORMATS, formats)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
@@ -351,6 +426,18 @@ impl WatchingProcess {
         .await;
     }
 
+    /// The processor time that it has used.
+    fn processor_time(&self) -> Duration {
+        let stat = format!("/proc/{}/stat", self.process.id().expect("it runs"));
+        let stat = std::fs::read_to_string(stat).unwrap();
+        // After the program's name, which may hold anything: the twelfth and the thirteenth, in hundredths
+        // of a second.
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        let fields = fields.split_whitespace().skip(11).take(2);
+        let used: u64 = fields.map(|field| field.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(used * 10)
+    }
+
     /// The memory that it has in use, in bytes.
     fn memory(&self) -> i64 {
         let statm = format!("/proc/{}/statm", self.process.id().expect("it runs"));
@@ -381,7 +468,12 @@ fn watching_process() {
         if asked.next_line().await.unwrap().is_none() {
             return;
         }
-        let directory = Directory::watch(&client, "greeter").await.unwrap();
+        let directory = Directory::builder(&client, "greeter");
+        let directory = match std::env::var(FORMATS).as_deref() {
+            Ok(TWO_FORMATS) => directory.also(Kratos),
+            _ => directory,
+        };
+        let directory = directory.build().await.unwrap();
         let consumed = Arc::new(Mutex::new((0, 0)));
         let consumer = {
             let (mut changes, consumed) = (directory.changes(), Arc::clone(&consumed));

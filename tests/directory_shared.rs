@@ -6,10 +6,12 @@ mod support;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use goo_etcd::format::{EtcdNaming, Format, Kratos};
 use goo_etcd::testing::{Etcd, Proxy};
-use goo_etcd::{BalancedChannel, Client, Config, Directory, Error};
+use goo_etcd::{BalancedChannel, Client, Config, Directory, Error, Snapshot};
 use support::{TestResult, connect, eventually, key, shown, soon, value, watchers};
+use tokio::runtime::Runtime;
 
 async fn until_watchers(etcd: &Etcd, count: u64) {
     eventually(&format!("there are {count} watches"), async || {
@@ -123,7 +125,9 @@ async fn given_one_that_failed_or_was_closed_then_the_next_is_made_anew() -> Tes
     })
     .await;
     let held = Directory::watch(&client, "greeter").await?;
+    let changes = held.changes();
     client.close().await?;
+    soon("its changes end", changes.for_each(async |_| ())).await;
     eventually("it says so", async || {
         !held.snapshot().freshness().is_live()
     })
@@ -135,4 +139,91 @@ async fn given_one_that_failed_or_was_closed_then_the_next_is_made_anew() -> Tes
     })
     .await;
     Ok(())
+}
+
+/// A runtime of its own, as one of several that a process may have.
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn given_the_runtime_ends_whose_task_follows_then_another_follows_that_has_the_directory_too()
+-> TestResult {
+    let (main, first, second) = (runtime(), runtime(), runtime());
+    let (etcd, client) = main.block_on(async {
+        let etcd = Etcd::start().await.unwrap();
+        let client = connect(etcd.endpoint()).await;
+        client.put(key("a"), value("h:1"), None).await.unwrap();
+        (etcd, client)
+    });
+    let watch = |runtime: &Runtime| runtime.block_on(Directory::watch(&client, "greeter"));
+    let held = [watch(&first)?, watch(&second)?];
+    assert_eq!(main.block_on(watchers(&etcd))?, 1);
+    let becomes = async |is: &dyn Fn(&Snapshot) -> bool| {
+        for directory in &held {
+            eventually("both show it", async || is(&directory.snapshot())).await;
+        }
+    };
+    let is_live = |snapshot: &Snapshot| snapshot.freshness().is_live();
+
+    drop(first);
+    main.block_on(async {
+        client.delete(key("a"), None).await?;
+        client.put(key("b"), value("h:2"), None).await?;
+        becomes(&|snapshot| is_live(snapshot) && shown(snapshot) == ["b=h:2"]).await;
+        until_watchers(&etcd, 1).await;
+        TestResult::Ok(())
+    })?;
+    // Nobody is left to follow, and nothing says otherwise.
+    drop(second);
+    main.block_on(becomes(&|snapshot| !is_live(snapshot)));
+    let stale = format!("{:?}", held[0].snapshot().freshness());
+    assert!(stale.contains("nothing follows it any more"), "{stale}");
+    assert_eq!(shown(&held[0].snapshot()), ["b=h:2"]);
+    // Who comes then has one that is followed.
+    let third = watch(&main)?;
+    assert!(third.snapshot().freshness().is_live());
+    assert_eq!(main.block_on(watchers(&etcd))?, 1);
+    Ok(())
+}
+
+#[test]
+fn given_two_runtimes_build_it_at_once_and_one_ends_then_the_other_has_it() -> TestResult {
+    let (main, first, second) = (runtime(), runtime(), runtime());
+    let (etcd, proxy, client) = main.block_on(async {
+        let etcd = Etcd::start().await.unwrap();
+        let proxy = Proxy::start(etcd.endpoint()).await.unwrap();
+        let client = connect(proxy.endpoint()).await;
+        (etcd, proxy, client)
+    });
+    // Nothing answers for now.
+    proxy.blackhole();
+    let build = |runtime: &Runtime| {
+        let client = client.clone();
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let mut building = Box::pin(async move { Directory::watch(&client, "greeter").await });
+        let building = runtime.spawn(async move {
+            assert!(futures::poll!(&mut building).is_pending());
+            begun.send(()).unwrap();
+            building.await
+        });
+        main.block_on(has_begun).unwrap();
+        building
+    };
+    let _one = build(&first);
+    let others = [build(&second), build(&second), build(&main)];
+    drop(first);
+    main.block_on(async {
+        proxy.restore().await?;
+        let mut held = Vec::new();
+        for other in others {
+            held.push(soon("it is there", other).await??);
+        }
+        until_watchers(&etcd, 1).await;
+        TestResult::Ok(())
+    })
 }

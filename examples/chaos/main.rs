@@ -49,7 +49,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tracing_subscriber::EnvFilter;
 
 use check::calm::{self, CALM};
-use check::{Judged, ends};
+use check::{Judged, Looks, ends};
 use clients::Caller;
 use fleet::{Fleet, Paths};
 use observer::Observer;
@@ -250,9 +250,13 @@ async fn run(
     let (allowed, failed): (Vec<_>, Vec<_>) =
         failures.partition(|failure| check::is_allowed(failure, &lives, &stalled));
     let in_calm = calm::lost(&lives, &epochs, &disturbances, end);
-    let registrations = in_calm.until(last_fault);
-    problems.extend(check::too_little(length, directories, registrations));
     let left = ends::stayed(&lives, &epochs, &disturbances, &stalled);
+    let looks = Looks {
+        directories,
+        registrations: in_calm.until(last_fault),
+        leavings: left.windows.len(),
+    };
+    problems.extend(check::too_little(length, looks));
     let lost: BTreeSet<String> = lost.into_iter().chain(lost_later).collect();
     let mut lost: Vec<String> = lost.into_iter().chain(ghosts).collect();
     lost.extend(in_calm.violations.into_iter().chain(left.violations));
@@ -285,9 +289,9 @@ async fn run(
             .as_secs_f64()
     );
     println!(
-        "chaos: judged between the faults, {directories} times of calm of directories and {registrations} of \
-         registrations; {} servers that left with nothing in their way",
-        left.windows.len()
+        "chaos: judged between the faults, {} times of calm of directories and {} of registrations; {} \
+         servers that left with nothing in their way",
+        looks.directories, looks.registrations, looks.leavings
     );
     println!(
         "chaos: seed={seed} seconds={} faults={} calls={calls} failed_allowed={} failed={} \

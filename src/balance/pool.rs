@@ -248,6 +248,8 @@ impl Pool {
     /// Has those that vanished with most of the others serve on.
     fn guard_fleet(&mut self) {
         let remaining = self.members.len();
+        // Leases that end together do so in several snapshots.
+        let is_new = self.guard.kept().next().is_none();
         let (together, kept) = self.guard.judge(remaining, Instant::now());
         if kept.is_empty() {
             return;
@@ -256,15 +258,25 @@ impl Pool {
             member.current.endpoint.update(instance);
             member.current.endpoint.set_kept(true);
         }
-        let service = self.view.known.load();
-        telemetry::mass_deletion(&service.range);
-        tracing::warn!(
-            service = &*service.range,
-            vanished = together,
-            remaining,
-            kept = kept.len(),
-            "most instances have vanished together: those that are connected still are kept for a while"
-        );
+        let (service, kept) = (&*self.view.known.load().range, kept.len());
+        if is_new {
+            telemetry::mass_deletion(service);
+            tracing::warn!(
+                service,
+                vanished = together,
+                remaining,
+                kept,
+                "most instances have vanished together: those that are connected still are kept for a while"
+            );
+        } else {
+            tracing::debug!(
+                service,
+                vanished = together,
+                remaining,
+                kept,
+                "more instances have vanished with most of the others and are kept"
+            );
+        }
     }
 
     fn tell_kept(&mut self) {

@@ -80,11 +80,10 @@ impl Cache {
         fs::create_dir_all(folder).map_err(|error| {
             Error::invalid("cache_dir", folder.display().to_string(), error.to_string())
         })?;
-        let snapshot = machine.snapshot();
         let of = Source {
             client: client.to_owned(),
             format: machine.format_name().to_owned(),
-            range: snapshot.range().to_owned(),
+            range: machine.range_name().to_owned(),
             by_address: machine.is_by_address(),
         };
         let identity = format!(

@@ -1,7 +1,9 @@
 //! Does for the directory's state machine what it asks for: lists, watches, waits.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::Instant;
 use tonic::Code;
 
@@ -128,22 +130,83 @@ fn is_compacted(error: &Error) -> bool {
     }
 }
 
-/// Follows etcd until nobody looks any more or the client is closed.
-pub(super) async fn follow(
+/// Follows one source, in one task at a time.
+pub(super) struct Follower {
     client: Client,
-    mut machine: Machine,
+    cache: Option<Cache>,
+    /// Of whoever follows. `None` when the client is closed: with the last source ends what is shown.
+    turn: Mutex<Option<Turn>>,
+}
+
+struct Turn {
+    machine: Machine,
+    /// The watch that was opened for the first who follows.
     watching: Option<RawWatch>,
     source: Source,
-    keeper: Option<Keeper>,
-) {
+}
+
+impl Follower {
+    pub(super) fn new(
+        client: Client,
+        machine: Machine,
+        watching: Option<RawWatch>,
+        source: Source,
+        cache: Option<Cache>,
+    ) -> Arc<Self> {
+        let turn = Turn {
+            machine,
+            watching,
+            source,
+        };
+        Arc::new(Self {
+            client,
+            cache,
+            turn: Mutex::new(Some(turn)),
+        })
+    }
+
+    /// Follows etcd from when nobody else does, until nobody looks any more or the client is closed.
+    pub(super) async fn follow(self: Arc<Self>) {
+        let mut following = Following(self.turn.lock().await);
+        if let Some(turn) = &mut *following.0 {
+            let keeper = self.cache.clone().map(Keeper::of);
+            follow(&self.client, turn, keeper).await;
+            *following.0 = None;
+        }
+    }
+}
+
+/// Whoever follows. It may end in other ways than by being done: with its runtime, or in a panic.
+struct Following<'a>(MutexGuard<'a, Option<Turn>>);
+
+impl Drop for Following<'_> {
+    fn drop(&mut self) {
+        if let Some(turn) = &*self.0 {
+            turn.source.abandon();
+        }
+    }
+}
+
+/// Until the client is closed.
+async fn follow(client: &Client, turn: &mut Turn, keeper: Option<Keeper>) {
+    let Turn {
+        machine,
+        watching,
+        source,
+    } = turn;
     let mut backoff = Backoff::for_etcd();
     let mut page = PAGE;
-    let mut todo = match watching {
+    let mut open = watching.take();
+    let mut todo = match open {
         Some(_) => Todo::Listen,
-        None => machine.start(),
+        // From a file, or after another who followed.
+        None => {
+            let reason = "not listed anew yet".into();
+            machine.step(Input::Lost { reason }, SystemTime::now());
+            machine.start()
+        }
     };
-    let mut open = watching;
-    let show = |machine: &Machine| {
+    let show = |machine: &mut Machine| {
         let snapshot = machine.snapshot();
         if let Some(keeper) = keeper.as_ref().filter(|_| snapshot.freshness.is_live()) {
             keeper.keep(&snapshot);
@@ -163,11 +226,9 @@ pub(super) async fn follow(
             begun = Instant::now();
         }
         let heard = match todo {
-            Todo::List { from, revision } => {
-                list(&client, &machine, from, revision, &mut page).await
-            }
+            Todo::List { from, revision } => list(client, machine, from, revision, &mut page).await,
             Todo::Watch { from_revision } => {
-                match watch(&client, &machine, from_revision, begun).await {
+                match watch(client, machine, from_revision, begun).await {
                     Ok(watch) => {
                         open = Some(watch);
                         opened = Instant::now();
@@ -181,7 +242,7 @@ pub(super) async fn follow(
                     match tokio::time::timeout_at(shown + SHOW_EVERY, events(watch)).await {
                         Ok(heard) => heard,
                         Err(_) => {
-                            show(&machine);
+                            show(machine);
                             (shown, unshown) = (Instant::now(), false);
                             todo = Todo::Listen;
                             continue;
@@ -217,7 +278,7 @@ pub(super) async fn follow(
         let may_wait = matches!(todo, Todo::Listen) && shown.elapsed() < SHOW_EVERY;
         unshown |= news;
         if unshown && !may_wait {
-            show(&machine);
+            show(machine);
             (shown, unshown) = (Instant::now(), false);
         }
         if closed {
@@ -356,8 +417,6 @@ async fn events(watch: &mut RawWatch) -> Result<Input> {
 
 #[cfg(all(test, feature = "testing"))]
 mod tests_on_etcd {
-    use std::sync::Arc;
-
     use super::*;
     use crate::Config;
     use crate::format::EtcdNaming;
@@ -442,7 +501,8 @@ mod tests_on_etcd {
         let spent = watch(&client, &machine, from_revision, now).await.unwrap();
         let (mut sources, mut shown) = super::super::merge::Sources::begin(vec![ghostly]);
         let source = sources.remove(0);
-        let following = tokio::spawn(follow(client.clone(), machine, Some(spent), source, None));
+        let follower = Follower::new(client.clone(), machine, Some(spent), source, None);
+        let following = tokio::spawn(follower.follow());
         let truth = shown.wait_for(|snapshot| {
             let keys: Vec<&str> = snapshot.iter().map(|(key, _)| key.as_str()).collect();
             keys == ["services/a/newborn", "services/a/stays"] && snapshot.freshness().is_live()

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use tokio::sync::watch;
 
@@ -57,13 +58,34 @@ pub(super) struct Source {
 impl Source {
     /// Shows what this source has now, with what the others had last.
     pub(super) fn show(&self, snapshot: Snapshot) {
-        // Held while the whole is shown, so that no older whole is shown after it.
-        let mut state = self
-            .sources
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let State { snapshots, drained } = &mut *state;
+        self.show_in(&mut self.state(), snapshot);
+    }
+
+    /// Shows that nothing keeps what this source has current, unless that is known.
+    pub(super) fn abandon(&self) {
+        // Nobody looks.
+        if self.sources.shown.is_closed() {
+            return;
+        }
+        let mut state = self.state();
+        let mut last = state.snapshots[self.at].clone();
+        if last.freshness.is_live() {
+            last.freshness = Freshness::Stale {
+                since: SystemTime::now(),
+                reason: "nothing follows it any more".into(),
+            };
+            self.show_in(&mut state, last);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        let state = self.sources.state.lock();
+        state.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state is held while the whole is shown, so that no older whole is shown after it.
+    fn show_in(&self, state: &mut State, snapshot: Snapshot) {
+        let State { snapshots, drained } = state;
         // Another history: its revisions cannot be compared with those before.
         if snapshot.revision < snapshots[self.at].revision {
             drained.clear();
@@ -131,18 +153,23 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
 /// Entries that were written in one transaction are of one registration, and not every format has a
 /// place for it: one that says so is enough.
 fn draining(sources: &[Snapshot], before: &Drained) -> Drained {
-    let mut newest: BTreeMap<&InstanceKey, (i64, bool)> = BTreeMap::new();
-    for source in sources {
-        for (key, instance) in source.instances.iter() {
+    let newest = |key| {
+        let said = sources.iter().filter_map(|source| {
             let written = source.written.get(key).copied().unwrap_or_default();
-            let said = (written, instance.draining);
-            let newest = newest.entry(key).or_insert(said);
-            *newest = said.max(*newest);
-        }
-    }
-    newest
-        .into_iter()
-        .filter_map(|(key, said)| {
+            Some((written, source.instances.get(key)?.draining))
+        });
+        said.max()
+    };
+    // Few of thousands, and none but these can be.
+    let draining_now = sources.iter().flat_map(|source| {
+        let instances = source.instances.iter();
+        instances.filter(|(_, instance)| instance.draining)
+    });
+    draining_now
+        .map(|(key, _)| key)
+        .chain(before.keys())
+        .filter_map(|key| {
+            let said = newest(key)?;
             let remembered = before.get(key).map_or(said, |at| said.max((*at, true)));
             remembered.1.then(|| (key.clone(), remembered.0))
         })

@@ -22,14 +22,16 @@ mod shared;
 mod snapshot;
 mod state;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::Stream;
+use tokio::runtime;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 pub(crate) use snapshot::{Difference, Instances, differences};
 pub use snapshot::{Freshness, InstanceKey, Snapshot};
@@ -79,23 +81,39 @@ struct Inner {
     ttl: Duration,
     snapshots: watch::Receiver<Arc<Snapshot>>,
     /// One for each source.
-    tasks: Vec<JoinHandle<()>>,
+    followers: Vec<Arc<driver::Follower>>,
+    /// One for each of them in each runtime that looks: one follows, and the others wait for its end.
+    tasks: Mutex<HashMap<runtime::Id, Vec<AbortOnDropHandle<()>>>>,
 }
 
 impl Inner {
-    /// Whether it will still hear of changes: not when its client was closed, or the runtime ended that
+    /// Has etcd be followed from this runtime as well, should the one end from which it is.
+    fn follow_from_here(&self) {
+        let mut tasks = self.tasks();
+        // Also those of a runtime that had this one's id before.
+        tasks.retain(|_, tasks| !has_ended(tasks));
+        tasks
+            .entry(runtime::Handle::current().id())
+            .or_insert_with(|| {
+                let followers = self.followers.iter().map(Arc::clone);
+                let tasks = followers.map(|follower| tokio::spawn(follower.follow()));
+                tasks.map(AbortOnDropHandle::new).collect()
+            });
+    }
+
+    /// Whether it will still hear of changes: not when its client was closed, or the runtimes ended that
     /// it ran on.
     fn is_followed(&self) -> bool {
-        !self.tasks.iter().any(JoinHandle::is_finished)
+        self.tasks().values().any(|tasks| !has_ended(tasks))
+    }
+
+    fn tasks(&self) -> MutexGuard<'_, HashMap<runtime::Id, Vec<AbortOnDropHandle<()>>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Inner {
-    fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
-    }
+fn has_ended(tasks: &[AbortOnDropHandle<()>]) -> bool {
+    tasks.iter().any(AbortOnDropHandle::is_finished)
 }
 
 impl Directory {
@@ -250,8 +268,9 @@ impl DirectoryBuilder {
     /// formats and the cache's folder are; a format that holds values of its own is like itself and its
     /// clones alone.
     ///
-    /// Must be called within a Tokio runtime: a task for each format follows etcd. Dropping the
-    /// future leaves nothing behind.
+    /// Must be called within a Tokio runtime: a task for each format follows etcd. When a runtime ends in
+    /// which it did, another goes on in which the same directory was built; without one, what is shown is
+    /// stale from then on. Dropping the future leaves nothing behind.
     ///
     /// # Errors
     ///
@@ -302,23 +321,22 @@ async fn open(
         .zip(&caches)
         .map(|(machine, cache)| driver::begin_or_restore(&client, machine, cache.as_ref()));
     let watches = futures::future::try_join_all(beginnings).await?;
-    let first = machines.iter().map(state::Machine::snapshot).collect();
+    let first = machines.iter_mut().map(state::Machine::snapshot).collect();
     let (sources, snapshots) = merge::Sources::begin(first);
-    let tasks = machines
+    let followers = machines
         .into_iter()
         .zip(watches)
         .zip(sources)
         .zip(caches)
         .map(|(((machine, watching), source), cache)| {
-            let keeper = cache.map(cache::Keeper::of);
-            let client = client.clone();
-            tokio::spawn(driver::follow(client, machine, watching, source, keeper))
+            driver::Follower::new(client.clone(), machine, watching, source, cache)
         })
         .collect();
     Ok(Arc::new(Inner {
         service,
         ttl,
         snapshots,
-        tasks,
+        followers,
+        tasks: Mutex::default(),
     }))
 }

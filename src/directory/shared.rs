@@ -1,7 +1,8 @@
 //! One watch per service and process, however many look.
 //!
 //! Directories of one client with the same settings are the same directory: the first to be built lists
-//! and watches, the others join it, also while it is still being built.
+//! and watches, the others join it, in the same runtime also while it is still being built. Each runtime
+//! that has it can go on with the watch when the one ends that did.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
@@ -11,6 +12,7 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared};
+use tokio::runtime;
 
 use super::Inner;
 use crate::format::{Format, Layout};
@@ -77,15 +79,16 @@ impl Identity {
 type Opening = BoxFuture<'static, Result<Arc<Inner>>>;
 
 enum Slot {
-    /// It is being built by those who wait for it; when they are gone, nobody does any more.
-    Opening(WeakShared<Opening>),
+    /// It is being built by those who wait for it, in one runtime: what is half built ends with that. When
+    /// they are gone, nobody builds it any more.
+    Opening(runtime::Id, WeakShared<Opening>),
     Open(Weak<Inner>),
 }
 
 impl Slot {
     fn is_alive(&self) -> bool {
         match self {
-            Slot::Opening(opening) => opening.upgrade().is_some(),
+            Slot::Opening(_, opening) => opening.upgrade().is_some(),
             Slot::Open(inner) => inner.upgrade().is_some_and(|inner| inner.is_followed()),
         }
     }
@@ -102,15 +105,27 @@ pub(super) async fn join<F>(key: Key, build: impl FnOnce() -> F) -> Result<Arc<I
 where
     F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
 {
-    let found = find(&key, build);
-    let opening = match found {
-        Found::Open(inner) => return Ok(inner),
-        Found::Opening(opening) => opening,
+    let inner = match find(&key, build) {
+        Found::Open(inner) => inner,
+        Found::Opening(opening) => there_first(key, opening.await?),
     };
-    let inner = opening.await?;
-    // All of those who waited say the same.
-    open().insert(key, Slot::Open(Arc::downgrade(&inner)));
+    inner.follow_from_here();
     Ok(inner)
+}
+
+/// What was built, unless another is there by now: all of those who waited have the same, and so have those
+/// of another runtime, who built another.
+fn there_first(key: Key, built: Arc<Inner>) -> Arc<Inner> {
+    let mut open = open();
+    if let Some(Slot::Open(inner)) = open.get(&key)
+        && let Some(inner) = inner.upgrade().filter(|inner| inner.is_followed())
+    {
+        return inner;
+    }
+    // Before anybody asks whether it is followed.
+    built.follow_from_here();
+    open.insert(key, Slot::Open(Arc::downgrade(&built)));
+    built
 }
 
 enum Found {
@@ -122,6 +137,7 @@ fn find<F>(key: &Key, build: impl FnOnce() -> F) -> Found
 where
     F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
 {
+    let here = runtime::Handle::current().id();
     let mut open = open();
     match open.get(key) {
         Some(Slot::Open(inner)) => {
@@ -129,18 +145,18 @@ where
                 return Found::Open(inner);
             }
         }
-        Some(Slot::Opening(opening)) => {
+        Some(Slot::Opening(runtime, opening)) if *runtime == here => {
             if let Some(opening) = opening.upgrade() {
                 return Found::Opening(opening);
             }
         }
-        None => {}
+        Some(Slot::Opening(..)) | None => {}
     }
     // Now and then is enough, and this is when there may be more of them.
     open.retain(|_, slot| slot.is_alive());
     let opening = build().boxed().shared();
     if let Some(weak) = opening.downgrade() {
-        open.insert(key.clone(), Slot::Opening(weak));
+        open.insert(key.clone(), Slot::Opening(here, weak));
     }
     Found::Opening(opening)
 }

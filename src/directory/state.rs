@@ -15,13 +15,14 @@
 //! - After a loss the next list replaces everything, so what vanished meanwhile vanishes.
 
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::merge;
 use super::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
 use crate::Instance;
-use crate::format::{Format, KeyRange};
+use crate::format::{DecodeError, Format, KeyRange};
 
 /// A key as a list page or an event shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +81,8 @@ enum Phase {
 struct Decoded {
     create_revision: i64,
     mod_revision: i64,
-    instances: Vec<Arc<Instance>>,
+    /// Each with the key that it is shown under.
+    instances: Vec<(InstanceKey, Arc<Instance>)>,
     /// Whether a later value of it could not be decoded.
     damaged: bool,
 }
@@ -103,6 +105,8 @@ pub(crate) struct Machine {
     freshness: Freshness,
     shown: Arc<Instances>,
     written: Arc<Written>,
+    /// Whether what is shown is older than what is known.
+    outdated: bool,
     /// How many of what is known could not be decoded.
     damaged: usize,
 }
@@ -126,6 +130,7 @@ impl Machine {
             },
             shown: Arc::default(),
             written: Arc::default(),
+            outdated: false,
             damaged: 0,
         }
     }
@@ -160,6 +165,10 @@ impl Machine {
         &self.range
     }
 
+    pub(crate) fn range_name(&self) -> &str {
+        &self.range_name
+    }
+
     pub(crate) fn service(&self) -> &str {
         &self.service
     }
@@ -180,7 +189,10 @@ impl Machine {
     }
 
     /// The whole picture as it stands now.
-    pub(crate) fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&mut self) -> Snapshot {
+        if self.outdated {
+            self.show();
+        }
         Snapshot {
             range: Arc::clone(&self.range_name),
             instances: Arc::clone(&self.shown),
@@ -281,7 +293,7 @@ impl Machine {
             let key = entry.key.clone();
             // Of several changes of one key, what was there before the first is what is shown.
             if !self.by_address && !changed.contains(&key) {
-                self.hide(&key, known.get(&key));
+                self.hide(known.get(&key));
             }
             let is_damaged = |known: &Known| known.get(&key).is_some_and(|entry| entry.damaged);
             let was_damaged = is_damaged(&known);
@@ -296,8 +308,9 @@ impl Machine {
         }
         self.known = known;
         self.revision = self.revision.max(revision);
-        if self.by_address && !changed.is_empty() {
-            self.show();
+        if self.by_address {
+            // All of it is looked at for that: not for each of many changes, but when somebody looks.
+            self.outdated |= !changed.is_empty();
         } else {
             self.show_too(&changed);
         }
@@ -305,24 +318,17 @@ impl Machine {
     }
 
     /// Takes what an entry shows away; not by address, where another may show the same.
-    fn hide(&mut self, key: &[u8], entry: Option<&Decoded>) {
-        let Some(entry) = entry else { return };
-        for instance in &entry.instances {
-            let key = self.key_of(key, entry, instance);
-            Arc::make_mut(&mut self.shown).remove(&key);
+    fn hide(&mut self, entry: Option<&Decoded>) {
+        for (key, _) in entry.iter().flat_map(|entry| &entry.instances) {
+            Arc::make_mut(&mut self.shown).remove(key);
         }
     }
 
     /// Shows these entries as well: with thousands of others, only they are touched.
     fn show_too(&mut self, keys: &std::collections::BTreeSet<Vec<u8>>) {
-        for key in keys {
-            let Some(entry) = self.known.get(key) else {
-                continue;
-            };
-            for instance in &entry.instances {
-                let key = self.key_of(key, entry, instance);
-                Arc::make_mut(&mut self.shown).insert(key, Arc::clone(instance));
-            }
+        let entries = keys.iter().filter_map(|key| self.known.get(key));
+        for (key, instance) in entries.flat_map(|entry| &entry.instances) {
+            Arc::make_mut(&mut self.shown).insert(key.clone(), Arc::clone(instance));
         }
     }
 
@@ -342,14 +348,11 @@ impl Machine {
             .remove(&entry.key)
             .or_else(|| earlier?.get(&entry.key).cloned());
         let same_key = |before: &Decoded| before.create_revision == create_revision;
-        let decoded = self
-            .format
-            .decode(&self.prefix, &self.service, &entry.key, value);
-        let decoded = match decoded {
+        let decoded = match self.decode(&entry.key, value) {
             Ok(instances) => Decoded {
                 create_revision,
                 mod_revision,
-                instances: shared(instances, before.as_ref()),
+                instances: self.keyed(&entry.key, instances, before.as_ref()),
                 damaged: false,
             },
             Err(error) => {
@@ -379,52 +382,70 @@ impl Machine {
         known.insert(entry.key, decoded);
     }
 
+    /// One that panics has said as well that the value is none of its: what it does to one entry must not
+    /// end what follows the others.
+    fn decode(&self, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
+        let decode = || self.format.decode(&self.prefix, &self.service, key, value);
+        // It has nothing of ours that it could leave half done.
+        std::panic::catch_unwind(AssertUnwindSafe(decode))
+            .unwrap_or_else(|_| Err(DecodeError::new("the format panicked")))
+    }
+
     /// Of several entries with one key the one written last counts: by address, it tells of the
     /// process that listens there now, the others of those before it.
     fn show(&mut self) {
-        let mut entries: Vec<(&Vec<u8>, &Decoded)> = self.known.iter().collect();
-        entries.sort_by_key(|(_, entry)| entry.mod_revision);
+        let mut entries: Vec<&Decoded> = self.known.values().collect();
+        entries.sort_by_key(|entry| entry.mod_revision);
         let (mut shown, mut written) = (Instances::new(), Written::new());
-        for (key, entry) in entries {
-            for instance in &entry.instances {
-                let key = self.key_of(key, entry, instance);
+        for entry in entries {
+            for (key, instance) in &entry.instances {
                 if self.by_address {
                     written.insert(key.clone(), entry.mod_revision);
                 }
-                shown.insert(key, Arc::clone(instance));
+                shown.insert(key.clone(), Arc::clone(instance));
             }
         }
         self.shown = Arc::new(shown);
         self.written = Arc::new(written);
+        self.outdated = false;
     }
 
-    fn key_of(&self, key: &[u8], entry: &Decoded, instance: &Instance) -> InstanceKey {
+    /// The decoded instances of an entry, with their keys. Those that are as before are the same allocation
+    /// as before, which makes comparing snapshots cheap.
+    fn keyed(
+        &self,
+        key: &[u8],
+        instances: Vec<Instance>,
+        before: Option<&Decoded>,
+    ) -> Vec<(InstanceKey, Arc<Instance>)> {
+        let before = before.map_or(&[][..], |before| &before.instances);
+        // Not by their number where there may be several, so that each keeps its key when another
+        // comes or goes.
+        let several = self.format.holds_several() || instances.len() > 1;
+        instances
+            .into_iter()
+            .enumerate()
+            .map(|(at, instance)| {
+                let instance = match before.get(at) {
+                    Some((_, same)) if **same == instance => Arc::clone(same),
+                    _ => Arc::new(instance),
+                };
+                (self.key_of(key, several, &instance), instance)
+            })
+            .collect()
+    }
+
+    fn key_of(&self, key: &[u8], several: bool, instance: &Instance) -> InstanceKey {
         if self.by_address {
             return merge::key_of(instance);
         }
         let key = String::from_utf8_lossy(key);
-        // Not by their number where there may be several, so that each keeps its key when another
-        // comes or goes.
-        if self.format.holds_several() || entry.instances.len() > 1 {
+        if several {
             InstanceKey::new(format!("{key}#{}", instance.address))
         } else {
             InstanceKey::new(key)
         }
     }
-}
-
-/// The decoded instances; those that are as before are the same allocation as before, which makes
-/// comparing snapshots cheap.
-fn shared(instances: Vec<Instance>, before: Option<&Decoded>) -> Vec<Arc<Instance>> {
-    let before = before.map_or(&[][..], |before| &before.instances);
-    instances
-        .into_iter()
-        .enumerate()
-        .map(|(at, instance)| match before.get(at) {
-            Some(same) if **same == instance => Arc::clone(same),
-            _ => Arc::new(instance),
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -481,7 +502,7 @@ mod tests {
         machine.step(input, SystemTime::now())
     }
 
-    fn shown(machine: &Machine) -> Vec<String> {
+    fn shown(machine: &mut Machine) -> Vec<String> {
         machine
             .snapshot()
             .iter()
@@ -511,12 +532,12 @@ mod tests {
             }
         );
         assert!(!news);
-        assert!(shown(&machine).is_empty());
+        assert!(shown(&mut machine).is_empty());
         // The answer to a pinned page carries the newest revision; the pinned one counts.
         let (todo, news) = step(&mut machine, page(vec![put("2", 4, "h:2")], false, 15));
         assert_eq!(todo, Todo::Watch { from_revision: 11 });
         assert!(news);
-        assert_eq!(shown(&machine), ["1=h:1", "2=h:2"]);
+        assert_eq!(shown(&mut machine), ["1=h:1", "2=h:2"]);
         assert_eq!(machine.snapshot().revision(), 10);
         // A list alone is not kept current.
         assert!(!machine.snapshot().freshness().is_live());
@@ -530,9 +551,9 @@ mod tests {
         step(&mut machine, page(vec![put("1", 3, "h:1")], false, 10));
         let batch = || events(vec![put("2", 11, "h:2"), delete("1", 11)], 11);
         assert_eq!(step(&mut machine, batch()), (Todo::Listen, true));
-        assert_eq!(shown(&machine), ["2=h:2"]);
+        assert_eq!(shown(&mut machine), ["2=h:2"]);
         assert_eq!(step(&mut machine, batch()), (Todo::Listen, false));
-        assert_eq!(shown(&machine), ["2=h:2"]);
+        assert_eq!(shown(&mut machine), ["2=h:2"]);
     }
 
     #[test]
@@ -551,7 +572,7 @@ mod tests {
             step(&mut machine, lost()),
             (Todo::RelistAfterBackoff, false)
         );
-        assert_eq!(shown(&machine), ["1=h:1", "2=h:2"]);
+        assert_eq!(shown(&mut machine), ["1=h:1", "2=h:2"]);
         let reason: Arc<str> = "cut".into();
         let since = first;
         assert_eq!(
@@ -559,7 +580,7 @@ mod tests {
             Freshness::Stale { since, reason }
         );
         step(&mut machine, page(vec![put("1", 3, "h:1")], false, 20));
-        assert_eq!(shown(&machine), ["1=h:1"]);
+        assert_eq!(shown(&mut machine), ["1=h:1"]);
         let stale_still = machine.snapshot().freshness().clone();
         assert!(matches!(stale_still, Freshness::Stale { since, .. } if since == first));
         step(&mut machine, Input::Watching);
@@ -578,7 +599,7 @@ mod tests {
         step(&mut machine, lost());
         let (todo, _) = step(&mut machine, page(vec![put("2", 12, "h:2")], false, 12));
         assert_eq!(todo, Todo::Watch { from_revision: 13 });
-        assert_eq!(shown(&machine), ["2=h:2"]);
+        assert_eq!(shown(&mut machine), ["2=h:2"]);
     }
 
     #[test]
@@ -586,18 +607,18 @@ mod tests {
         let mut machine = machine();
         let listed = vec![put("1", 3, "h:1"), raw("2", 3, "nonsense")];
         step(&mut machine, page(listed, false, 10));
-        assert_eq!(shown(&machine), ["1=h:1"]);
+        assert_eq!(shown(&mut machine), ["1=h:1"]);
         assert_eq!(machine.snapshot().skipped(), 1);
         step(&mut machine, events(vec![raw("1", 11, "nonsense")], 11));
-        assert_eq!(shown(&machine), ["1=h:1"]);
+        assert_eq!(shown(&mut machine), ["1=h:1"]);
         assert_eq!(machine.snapshot().skipped(), 2);
         // The same over a re-list.
         step(&mut machine, lost());
         let listed = vec![raw("1", 11, "nonsense"), put("2", 12, "h:2")];
         step(&mut machine, page(listed, false, 12));
-        assert_eq!(shown(&machine), ["1=h:1", "2=h:2"]);
+        assert_eq!(shown(&mut machine), ["1=h:1", "2=h:2"]);
         step(&mut machine, events(vec![delete("1", 13)], 13));
-        assert_eq!(shown(&machine), ["2=h:2"]);
+        assert_eq!(shown(&mut machine), ["2=h:2"]);
         assert_eq!(machine.snapshot().skipped(), 0);
     }
 
@@ -608,7 +629,7 @@ mod tests {
             let value = format!(r#"{{"Addr":"h:1","Metadata":{{"zone":"{zone}"}}}}"#);
             raw(id, mod_revision, &value)
         };
-        let shown = |machine: &Machine| -> Vec<(String, Option<String>)> {
+        let shown = |machine: &mut Machine| -> Vec<(String, Option<String>)> {
             let look = |(key, instance): (&InstanceKey, &Arc<Instance>)| {
                 (key.to_string(), instance.zone.clone())
             };
@@ -617,13 +638,15 @@ mod tests {
         let at = |zone: &str| vec![("h:1".to_owned(), Some(zone.to_owned()))];
         let listed = vec![zone("1", 4, "new"), zone("2", 3, "old")];
         step(&mut machine, page(listed, false, 10));
-        assert_eq!(shown(&machine), at("new"));
+        assert_eq!(shown(&mut machine), at("new"));
         step(&mut machine, events(vec![zone("2", 11, "newer")], 11));
-        assert_eq!(shown(&machine), at("newer"));
+        assert_eq!(shown(&mut machine), at("newer"));
+        // Also when nobody has looked before the next thing happens.
         step(&mut machine, events(vec![delete("2", 12)], 12));
-        assert_eq!(shown(&machine), at("new"));
+        step(&mut machine, lost());
+        assert_eq!(shown(&mut machine), at("new"));
         step(&mut machine, events(vec![delete("1", 13)], 13));
-        assert_eq!(shown(&machine), []);
+        assert_eq!(shown(&mut machine), []);
     }
 
     #[test]
@@ -636,17 +659,17 @@ mod tests {
             let value = format!(r#"{{"nodes":[{}]}}"#, nodes.join(","));
             raw("1", mod_revision, &value)
         };
-        let shown = |machine: &Machine| -> Vec<String> {
+        let shown = |machine: &mut Machine| -> Vec<String> {
             let snapshot = machine.snapshot();
             snapshot.iter().map(|(key, _)| key.to_string()).collect()
         };
         let (first, second) = ("services/a/1#h:1", "services/a/1#h:2");
         step(&mut machine, page(vec![nodes(3, &[1])], false, 10));
-        assert_eq!(shown(&machine), [first]);
+        assert_eq!(shown(&mut machine), [first]);
         step(&mut machine, events(vec![nodes(11, &[2, 1])], 11));
-        assert_eq!(shown(&machine), [first, second]);
+        assert_eq!(shown(&mut machine), [first, second]);
         step(&mut machine, events(vec![nodes(12, &[2])], 12));
-        assert_eq!(shown(&machine), [second]);
+        assert_eq!(shown(&mut machine), [second]);
     }
 
     #[test]
@@ -659,12 +682,12 @@ mod tests {
         step(&mut machine, page(vec![put("1", 3, "h:1")], false, 10));
         step(&mut machine, lost());
         step(&mut machine, page(vec![remade(12)], false, 12));
-        assert!(shown(&machine).is_empty());
+        assert!(shown(&mut machine).is_empty());
         // Nor has one in another history, whatever its revisions.
         step(&mut machine, events(vec![put("2", 13, "h:2")], 13));
         step(&mut machine, lost());
         step(&mut machine, page(vec![raw("2", 3, "nonsense")], false, 4));
-        assert!(shown(&machine).is_empty());
+        assert!(shown(&mut machine).is_empty());
     }
 
     #[test]
@@ -673,9 +696,9 @@ mod tests {
         step(&mut machine, page(vec![put("1", 3, "h:1")], false, 10));
         step(&mut machine, lost());
         step(&mut machine, page(vec![put("1", 3, "h:9")], false, 4));
-        assert_eq!(shown(&machine), ["1=h:9"]);
+        assert_eq!(shown(&mut machine), ["1=h:9"]);
         assert_eq!(machine.snapshot().revision(), 4);
         step(&mut machine, events(vec![put("2", 5, "h:2")], 5));
-        assert_eq!(shown(&machine), ["1=h:9", "2=h:2"]);
+        assert_eq!(shown(&mut machine), ["1=h:9", "2=h:2"]);
     }
 }

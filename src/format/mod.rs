@@ -177,7 +177,8 @@ pub trait Format: Any + Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// When the value is not of this format. The entry is skipped; the others stay.
+    /// When the value is not of this format. The entry is skipped; the others stay. So it is where this
+    /// panics, unless panics abort the process.
     fn decode(
         &self,
         prefix: &str,

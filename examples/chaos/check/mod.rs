@@ -141,13 +141,29 @@ impl Judged {
     }
 }
 
-/// Says so if a run that was long enough for it had no time of calm between its faults in which
-/// directories were judged, or none in which registrations were: no violation means nothing then.
-pub fn too_little(length: Duration, directories: usize, registrations: usize) -> Option<String> {
-    (length >= LONG && (directories == 0 || registrations == 0)).then(|| {
+/// How often was judged what only counts with no fault in its way.
+#[derive(Debug, Clone, Copy)]
+pub struct Looks {
+    /// Times of calm of directories.
+    pub directories: usize,
+    /// Times of calm of registrations.
+    pub registrations: usize,
+    /// Servers that were asked to leave.
+    pub leavings: usize,
+}
+
+/// Says so if a run that was long enough for each of them judged none of one kind between its faults: no
+/// violation means nothing then.
+pub fn too_little(length: Duration, looks: Looks) -> Option<String> {
+    let Looks {
+        directories,
+        registrations,
+        leavings,
+    } = looks;
+    (length >= LONG && [directories, registrations, leavings].contains(&0)).then(|| {
         format!(
-            "between the faults, directories were judged {directories} times and registrations \
-             {registrations} times"
+            "between the faults, directories were judged {directories} times, registrations \
+             {registrations} times and leaving {leavings} times"
         )
     })
 }

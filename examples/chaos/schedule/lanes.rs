@@ -13,11 +13,41 @@ const REVISIONS: u32 = 200;
 /// undone, which takes some seconds where all members start again. A minute has one at least.
 const REST: (u64, u64) = (8_000, 9_000);
 
+/// When in such a pause a server is asked to leave that nothing else is done to, so that leaving is judged
+/// in every run of a minute: after the fault is undone, and with the rest of the pause to leave in.
+const LEAVE_AFTER: Duration = Duration::from_secs(5);
+
+/// How old that server is at least: it is registered.
+const GROWN_UP: Duration = Duration::from_secs(5);
+
 /// When a server is there, according to the schedule.
 pub(super) struct Life {
     name: Name,
     from: Duration,
     to: Option<Duration>,
+    /// Nothing is done to it but to ask it to leave.
+    spared: bool,
+}
+
+impl Life {
+    fn begin(name: Name, from: Duration) -> Self {
+        Self {
+            name,
+            from,
+            to: None,
+            spared: false,
+        }
+    }
+}
+
+/// When something can leave with no fault of these in its way.
+pub(super) fn rests(members: &[Planned]) -> Vec<Duration> {
+    let pauses = members.windows(2).map(|pair| {
+        let undone = pair[0].at + pair[0].lasts;
+        (undone, pair[1].at - undone)
+    });
+    let rests = pauses.filter(|(_, pause)| *pause >= Duration::from_millis(REST.0));
+    rests.map(|(undone, _)| undone + LEAVE_AFTER).collect()
 }
 
 /// Each kind once, in random order, and again: a run of three minutes has every kind.
@@ -124,6 +154,7 @@ impl Lane {
         while at < self.until {
             let there: Vec<Name> = lives
                 .iter()
+                .filter(|life| !life.spared)
                 .filter(|life| life.from <= at && life.to.is_none_or(|to| at < to))
                 .map(|life| life.name)
                 .collect();
@@ -140,7 +171,7 @@ impl Lane {
         planned
     }
 
-    pub(super) fn servers(mut self) -> (Vec<Planned>, Vec<Life>) {
+    pub(super) fn servers(mut self, rests: Vec<Duration>) -> (Vec<Planned>, Vec<Life>) {
         #[derive(Clone, Copy)]
         enum Kind {
             Kill,
@@ -151,21 +182,34 @@ impl Lane {
         let mut deck = Deck::new(vec![Kill, Kill, Kill, Kill, End, End, End, End, Join]);
         let mut lives: Vec<Life> = Schedule::first_servers()
             .into_iter()
-            .map(|name| Life {
-                name,
-                from: Duration::ZERO,
-                to: None,
-            })
+            .map(|name| Life::begin(name, Duration::ZERO))
             .collect();
+        let mut rests = rests.into_iter().peekable();
         let mut next_place = SERVERS;
         let mut planned = Vec::new();
-        let mut at = self.between(500, 2_000);
-        while at < self.until {
-            let Some(kind) = deck.draw(&mut self.rng) else {
+        let mut next = self.between(500, 2_000);
+        loop {
+            let rest = rests.next_if(|rest| *rest <= next);
+            let at = rest.unwrap_or(next);
+            if at >= self.until {
+                break;
+            }
+            let kind = match rest {
+                Some(_) => Some(End),
+                None => deck.draw(&mut self.rng),
+            };
+            let Some(kind) = kind else {
                 break;
             };
             let there: Vec<usize> = (0..lives.len())
                 .filter(|life| lives[*life].to.is_none())
+                .collect();
+            // What a path of its own would be in the way of, and its beginning.
+            let is_free = |life: &Life| life.name.path().is_none() && life.from + GROWN_UP <= at;
+            let choices: Vec<usize> = there
+                .iter()
+                .copied()
+                .filter(|life| rest.is_none() || is_free(&lives[*life]))
                 .collect();
             let newcomers: Vec<Name>;
             let fault = match kind {
@@ -178,11 +222,12 @@ impl Lane {
                     Fault::Join(newcomers.clone())
                 }
                 Kill | End | Join => {
-                    let Some(chosen) = self.one_of(&there) else {
+                    let Some(chosen) = self.one_of(&choices) else {
                         break;
                     };
                     let name = lives[chosen].name;
                     lives[chosen].to = Some(at);
+                    lives[chosen].spared = rest.is_some();
                     // Those of the first places always have one, so that their paths are in use.
                     let succeeded = there.len() <= SERVERS || name.path().is_some();
                     let heir = succeeded.then(|| name.heir());
@@ -193,17 +238,15 @@ impl Lane {
                     }
                 }
             };
-            lives.extend(newcomers.into_iter().map(|name| Life {
-                name,
-                from: at,
-                to: None,
-            }));
+            lives.extend(newcomers.into_iter().map(|name| Life::begin(name, at)));
             planned.push(Planned {
                 at,
                 lasts: Duration::ZERO,
                 fault,
             });
-            at += self.between(300, 4_000);
+            if rest.is_none() {
+                next += self.between(300, 4_000);
+            }
         }
         (planned, lives)
     }

@@ -202,6 +202,7 @@ impl Schedule {
         let until = length.saturating_sub(QUIET);
         let mut rng = Rng::with_seed(seed);
         // Lanes draw from sources of their own, so that each can be changed without the others.
+        // Only who leaves in peace depends on when the members come to rest.
         let mut lane = || Lane {
             rng: rng.fork(),
             until,
@@ -210,7 +211,7 @@ impl Schedule {
         let clients = (0..CLIENT_PATHS).map(Path::Client).collect();
         let servers = (0..SERVER_PATHS).map(Path::Server).collect();
         let paths = [lane().paths(clients), lane().paths(servers)];
-        let (servers, lives) = lane().servers();
+        let (servers, lives) = lane().servers(lanes::rests(&members));
         let by_hand = lane().by_hand(&lives);
         Self {
             members,

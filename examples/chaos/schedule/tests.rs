@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::record::Whom;
 
 const THREE_MINUTES: Duration = Duration::from_secs(180);
 
@@ -102,6 +103,30 @@ fn a_minute_has_a_time_in_which_etcd_comes_to_rest() {
             pauses.any(|pause| pause >= REST),
             "seed {seed}: {planned:?}"
         );
+    }
+}
+
+#[test]
+fn a_minute_has_a_server_that_is_asked_to_leave_with_nothing_in_its_way() {
+    /// What undoing a fault may take, and leaving, of which a second is for draining.
+    const UNDOING: Duration = Duration::from_secs(4);
+    const LEAVING: Duration = Duration::from_secs(2);
+    for seed in 0..200 {
+        let schedule = Schedule::new(seed, Duration::from_secs(60));
+        let is_in_the_way = |planned: &Planned, name: Name, at: Duration| {
+            Whom::disturbed_by(&planned.fault).is_some_and(|whom| whom.has(name))
+                && planned.at <= at + LEAVING
+                && planned.at + planned.lasts + UNDOING >= at
+        };
+        let mut leaving = schedule.servers.iter().filter_map(|planned| {
+            let Fault::EndServer(name, _) = planned.fault else {
+                return None;
+            };
+            Some((name, planned.at))
+        });
+        let judged = leaving
+            .any(|(name, at)| !all(&schedule).any(|planned| is_in_the_way(planned, name, at)));
+        assert!(judged, "seed {seed}: {schedule:?}");
     }
 }
 

@@ -118,11 +118,16 @@ fn how_often_was_looked_is_counted_and_never_is_too_little_for_a_minute() {
     let stalls = [4.0, 8.0, 12.0, 16.0].map(|at| disturbed(Whom::Everybody, at, at + 1.0));
     assert_eq!(windows(&stalls), (0, 0));
 
-    let said = |seconds, directories, registrations| {
-        too_little(Duration::from_secs(seconds), directories, registrations).is_some()
+    let said = |seconds, [directories, registrations, leavings]: [usize; 3]| {
+        let looks = Looks {
+            directories,
+            registrations,
+            leavings,
+        };
+        too_little(Duration::from_secs(seconds), looks).is_some()
     };
-    assert!(said(60, 0, 9) && said(60, 9, 0));
-    assert!(!said(60, 1, 1));
+    assert!(said(60, [0, 9, 9]) && said(60, [9, 0, 9]) && said(60, [9, 9, 0]));
+    assert!(!said(60, [1, 1, 1]));
     // There may be no such time in a short run.
-    assert!(!said(59, 0, 0));
+    assert!(!said(59, [0, 0, 0]));
 }
