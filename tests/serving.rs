@@ -7,9 +7,9 @@ mod support;
 use std::time::Duration;
 
 use goo_etcd::testing::{Etcd, Proxy};
-use goo_etcd::{Instance, Registrar, Registration, RegistrationState};
+use goo_etcd::{Client, Config, Instance, Registrar, Registration, RegistrationState};
 use support::echo::EchoServer;
-use support::{TestResult, connect, eventually, stored};
+use support::{PATIENCE, TestResult, connect, eventually, soon, stored};
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tonic::transport::Endpoint;
@@ -154,5 +154,49 @@ async fn given_a_server_without_a_health_service_then_it_is_taken_as_ready() -> 
     let instance = Instance::new("greeter", server.address());
     let registration = Registrar::new(&client).register_while_ready(instance, ready)?;
     until_in(&etcd, &registration).await;
+    Ok(())
+}
+
+/// What asks the server is one of its connections, for whose end it waits.
+#[tokio::test]
+async fn given_etcd_is_away_or_the_client_closed_when_the_server_leaves_then_it_ends() -> TestResult
+{
+    for (is_closed, is_held) in [(false, true), (false, false), (true, true), (true, false)] {
+        let etcd = Etcd::start().await?;
+        let config = Config::builder()
+            .endpoints([etcd.endpoint()])
+            .dial_timeout(PATIENCE)
+            .request_timeout(Duration::from_secs(1))
+            .build()?;
+        let client = Client::new("impatient", config).await?;
+        let (reporter, service) = tonic_health::server::health_reporter();
+        reporter
+            .set_service_status("", ServingStatus::Serving)
+            .await;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?.to_string();
+        let registrar = Registrar::builder(&client)
+            .leave_grace(Duration::ZERO)
+            .build()?;
+        let ready = goo_etcd::serving(endpoint(&address), "");
+        let instance = Instance::new("greeter", &address);
+        let registration = registrar.register_while_ready(instance, ready)?;
+        let (signal, signalled) = tokio::sync::oneshot::channel::<()>();
+        let leaving = registration.leave_on(signalled);
+        let serving = Server::builder()
+            .add_service(service)
+            .serve_with_incoming_shutdown(TcpIncoming::from(listener), leaving);
+        let serving = tokio::spawn(serving);
+        until_in(&etcd, &registration).await;
+        // Without another handle, the last goes with what waits for the signal.
+        let _held = is_held.then_some((registration, registrar));
+        if is_closed {
+            client.close().await?;
+        } else {
+            etcd.kill().await?;
+        }
+        signal.send(()).map_err(|()| "it waits")?;
+        soon("the server ends", serving).await??;
+    }
     Ok(())
 }

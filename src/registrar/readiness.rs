@@ -5,9 +5,12 @@ use std::pin::pin;
 use futures::{Stream, StreamExt};
 use tokio::sync::watch;
 
-use super::state::{RegistrationState, Status};
+use super::state::Status;
 
-/// Passes on what `ready` says, until it ends, or the registration has, or nobody wants to know.
+/// Passes on what `ready` says, until it ends, or the registration is over, or nobody wants to know.
+///
+/// That it is withdrawn is enough, whether or not etcd can be told: a server that stops waits for its
+/// connections to end, and `ready` may hold one of them.
 pub(super) async fn follow(
     ready: impl Stream<Item = bool>,
     mut status: watch::Receiver<Status>,
@@ -15,9 +18,8 @@ pub(super) async fn follow(
 ) {
     let mut ready = pin!(ready);
     let ended = async {
-        let is_over = |status: &Status| status.state == RegistrationState::Deregistered;
         // An error says that the sender is gone, and with it the registration.
-        drop(status.wait_for(is_over).await);
+        drop(status.wait_for(|status| status.over).await);
     };
     let mut ended = pin!(ended);
     loop {

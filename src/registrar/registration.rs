@@ -239,10 +239,14 @@ impl Registration {
     /// Lets `ready` say when it is to be in etcd.
     pub(super) fn follow(&self, ready: impl Stream<Item = bool> + Send + 'static) {
         let inner = &self.inner;
-        let (part, key, token) = (Arc::clone(&inner.part), inner.key.clone(), inner.token);
+        // It keeps nothing alive: what it waits for is told by the part, or by that being gone.
+        let part = Arc::downgrade(&inner.part);
+        let (key, token) = (inner.key.clone(), inner.token);
         let status = inner.status.clone();
         tokio::spawn(readiness::follow(ready, status, move |ready| {
-            part.want(|reconciler| reconciler.set_ready(&key, token, ready))
+            part.upgrade().is_some_and(|part| {
+                part.want(|reconciler| reconciler.set_ready(&key, token, ready))
+            })
         }));
     }
 

@@ -138,6 +138,7 @@ impl Reconciler {
             state,
             written: None,
             error: None,
+            over: false,
         });
         let token = self.next_token;
         self.next_token += 1;
@@ -224,9 +225,13 @@ impl Reconciler {
         {
             entry.wanted = false;
             (entry.refused, entry.undone) = (None, None);
-            if self.closed.is_none() {
-                entry.report(|status| status.error = None);
-            }
+            let is_closed = self.closed.is_some();
+            entry.report(|status| {
+                status.over = true;
+                if !is_closed {
+                    status.error = None;
+                }
+            });
             self.retry_at = None;
         }
     }
@@ -586,7 +591,10 @@ impl Reconciler {
     pub(super) fn closed(&mut self, error: &Error, now: Now) {
         self.closed = Some(error.clone());
         for entry in self.entries.values() {
-            entry.report(|status| status.error = Some(error.clone()));
+            entry.report(|status| {
+                status.over = true;
+                status.error = Some(error.clone());
+            });
         }
         self.recovering(now, "nothing keeps it alive any more");
     }

@@ -52,6 +52,9 @@ pub(in crate::registrar) struct Status {
     pub(in crate::registrar) written: Option<u64>,
     /// What went wrong last; `None` once something worked.
     pub(in crate::registrar) error: Option<Error>,
+    /// It comes back no more, whatever its server says: it is withdrawn, maybe not gone yet, or the client
+    /// was closed.
+    pub(in crate::registrar) over: bool,
 }
 
 /// One registration of a key.

@@ -307,6 +307,22 @@ fn once_the_client_is_closed_everything_says_so() {
 }
 
 #[test]
+fn it_is_over_once_it_is_withdrawn_or_the_client_closed_and_not_only_once_it_is_gone() {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    let over = |ticket: &Ticket| ticket.status.borrow().over;
+    bench.reconciler.withdraw("a", a.token);
+    let delete = bench.action();
+    bench.fail(&delete);
+    assert_ne!(state(&a), RegistrationState::Deregistered);
+    assert!(over(&a) && !over(&b));
+    let name = "main".into();
+    bench.reconciler.closed(&Error::Closed { name }, bench.now);
+    assert!(over(&b));
+}
+
+#[test]
 fn a_put_whose_answer_was_lost_is_cleaned_up_when_withdrawn() {
     let mut bench = Bench::new();
     let (a, _b) = (bench.register("a"), bench.register("b"));
