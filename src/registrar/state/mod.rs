@@ -138,6 +138,7 @@ impl Reconciler {
             state,
             written: None,
             error: None,
+            held_back: !ready,
             over: false,
         });
         let token = self.next_token;
@@ -210,6 +211,7 @@ impl Reconciler {
         if entry.ready != ready {
             entry.ready = ready;
             (entry.refused, entry.undone) = (None, None);
+            entry.report(|status| status.held_back = !ready);
             if ready {
                 entry.report_state(RegistrationState::Registering);
             }
