@@ -44,6 +44,8 @@ pub(super) struct Entry {
     pub(super) refused: Option<Pause>,
     /// Somebody has undone it, and may do so over and over.
     pub(super) undone: Option<Pause>,
+    /// When something was last tried for it that is wanted still.
+    pub(super) tried_at: Option<Instant>,
     pub(super) status: watch::Sender<Status>,
 }
 
@@ -90,6 +92,18 @@ impl Entry {
             .flatten()
             .map(|pause| pause.retry_at)
             .max()
+    }
+
+    /// Whose turn it is of those that are due: the least. Deletions go first, for etcd takes them also when
+    /// it takes nothing else, being full. What was tried is behind what was not, or not for as long: it may be
+    /// the only one for which that is in vain.
+    pub(super) fn turn(&self) -> impl Ord + use<> {
+        (self.tried_at, self.belongs_in())
+    }
+
+    /// What is wanted of it has changed: what was in vain before may not be so now.
+    pub(super) fn begin_anew(&mut self) {
+        (self.refused, self.undone, self.tried_at) = (None, None, None);
     }
 
     /// etcd has refused it: rights may change.

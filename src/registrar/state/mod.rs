@@ -160,6 +160,7 @@ impl Reconciler {
             late: before.is_some_and(|before| before.late),
             refused: None,
             undone: None,
+            tried_at: None,
             status,
         };
         if let Some(before) = self.entries.insert(key, entry) {
@@ -210,7 +211,7 @@ impl Reconciler {
         }
         if entry.ready != ready {
             entry.ready = ready;
-            (entry.refused, entry.undone) = (None, None);
+            entry.begin_anew();
             entry.report(|status| status.held_back = !ready);
             if ready {
                 entry.report_state(RegistrationState::Registering);
@@ -226,7 +227,7 @@ impl Reconciler {
             && entry.token == token
         {
             entry.wanted = false;
-            (entry.refused, entry.undone) = (None, None);
+            entry.begin_anew();
             let is_closed = self.closed.is_some();
             entry.report(|status| {
                 status.over = true;
@@ -360,7 +361,9 @@ impl Reconciler {
         let is_due = |entry: &Entry| {
             entry.is_pending() && entry.not_before().is_none_or(|at| now.instant >= at)
         };
-        let (key, entry) = self.entries.iter_mut().find(|(_, entry)| is_due(entry))?;
+        let due = self.entries.iter_mut().filter(|(_, entry)| is_due(entry));
+        let (key, entry) = due.min_by_key(|(_, entry)| entry.turn())?;
+        entry.tried_at = Some(now.instant);
         let (key, ours) = (key.clone(), Vec::from(self.ours.clone()));
         if !entry.belongs_in() {
             let keys = entry.keys().collect();

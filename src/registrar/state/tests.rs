@@ -268,6 +268,41 @@ fn one_that_etcd_refuses_holds_up_no_other_and_keeps_its_error_to_itself() {
 }
 
 #[test]
+fn what_etcd_can_do_is_done_while_it_is_full_or_fails_for_one_of_them() {
+    let mut bench = Bench::new();
+    let (_a, z) = (bench.register("a"), bench.register("z"));
+    bench.settle(1);
+    let fail = |bench: &mut Bench, action: &Action| {
+        let status = Box::new(tonic::Status::resource_exhausted("database space exceeded"));
+        let operation = "put".into();
+        bench.finish(action, Outcome::Failed(Error::Rpc { operation, status }));
+        bench.pass(LONGEST_WAIT / 2);
+    };
+    let (c, d) = (bench.register("c"), bench.register("d"));
+    let c_first = bench.action();
+    assert_eq!(short(&c_first), "take c @1 #0");
+    fail(&mut bench, &c_first);
+    // Deletions before all else, and before what was already tried.
+    bench.reconciler.withdraw("z", z.token);
+    let delete = bench.action();
+    assert_eq!(short(&delete), "delete z");
+    // One that fails as well keeps its turn from no other, and has it again.
+    fail(&mut bench, &delete);
+    for expected in ["take d @1 #0", "take c @1 #0", "delete z"] {
+        let action = bench.action();
+        assert_eq!(short(&action), expected);
+        fail(&mut bench, &action);
+    }
+    assert_eq!(
+        bench.settle(1),
+        ["take d @1 #0", "take c @1 #0", "delete z"]
+    );
+    assert_eq!(state(&z), RegistrationState::Deregistered);
+    assert_eq!(state(&c), RegistrationState::Registered);
+    assert_eq!(state(&d), RegistrationState::Registered);
+}
+
+#[test]
 fn with_nothing_left_to_do_it_waits_and_does_not_spin() {
     let mut bench = Bench::new();
     let ticket = bench.register("a");
@@ -662,7 +697,7 @@ fn those_whose_keys_go_together_are_not_back_all_at_once_and_wait_only_once() {
         bench.pass(wait);
         let look = bench.action();
         bench.finish(&look, Outcome::LeaseGone);
-        assert_eq!(bench.settle(2), ["grant", "put a @2 #0", "put b @2 #0"]);
+        assert_eq!(bench.settle(2), ["grant", "put b @2 #0", "put a @2 #0"]);
     }
     waits.sort();
     assert!(waits[0] < RECOVER_WITHIN / 4 && waits[49] > RECOVER_WITHIN / 4 * 3);
