@@ -117,18 +117,23 @@ impl Reconciler {
             .map_or_else(String::new, |(key, _)| key.clone());
         let is_ours = |key: &String| pairs.iter().any(|(ours, _)| ours == key);
         // One that is being withdrawn is taken over as it stands, and from any other the keys that
-        // are ours now.
+        // are ours now. What may be at them is known of us from then on.
         let mut gone = Vec::new();
+        let (mut touched, mut late) = (false, false);
         for (of, entry) in &mut self.entries {
             if *of == key {
                 gone.extend(entry.keys().filter(|key| !is_ours(key)));
-            } else if !entry.wanted {
+            } else if entry.keys().any(|key| is_ours(&key)) {
                 entry.pairs.retain(|(key, _)| !is_ours(key));
                 entry.gone.retain(|key| !is_ours(key));
+            } else {
+                continue;
             }
+            touched |= entry.touched;
+            late |= entry.late;
         }
         let before = self.entries.get(&key);
-        let (generation, touched) = before.map_or((0, false), |b| (b.generation + 1, b.touched));
+        let generation = before.map_or(0, |before| before.generation + 1);
         let state = if ready {
             RegistrationState::Registering
         } else {
@@ -157,7 +162,7 @@ impl Reconciler {
             suspect: false,
             superseded: false,
             touched,
-            late: before.is_some_and(|before| before.late),
+            late,
             refused: None,
             undone: None,
             tried_at: None,
@@ -517,12 +522,16 @@ impl Reconciler {
                 let is_refusal = is_of_one(&error);
                 if let Some(entry) = entry {
                     entry.suspect |= entry.written.is_some() || entry.superseded;
-                    // Whoever has the key now.
-                    entry.late |= !is_refusal;
                 }
                 if is_refusal {
                     self.refused(&ensure.key, error, now);
                 } else {
+                    let is_put = |key: String| ensure.pairs.iter().any(|(put, _)| *put == key);
+                    let has_one = |entry: &&mut Entry| entry.keys().any(is_put);
+                    // Whoever has the keys now.
+                    for entry in self.entries.values_mut().filter(has_one) {
+                        entry.late = true;
+                    }
                     self.mutation_failed(error, now);
                 }
             }

@@ -473,6 +473,31 @@ fn a_key_that_an_instance_had_before_it_was_registered_anew_goes() {
 }
 
 #[test]
+fn what_may_be_at_a_key_that_another_instance_had_goes_with_the_one_that_has_it_now() {
+    for is_lost_before in [true, false] {
+        let mut bench = Bench::new();
+        bench.register("z");
+        bench.settle(1);
+        let first = bench.reconciler.register(pairs(["a", "x/1"]), false, true);
+        let lost = bench.action();
+        if is_lost_before {
+            bench.fail(&lost);
+        }
+        bench.reconciler.withdraw("a", first.unwrap().token);
+        let second = bench.reconciler.register(pairs(["b", "x/1"]), false, false);
+        if !is_lost_before {
+            bench.fail(&lost);
+        }
+        bench.pass(LONGEST_WAIT);
+        assert_eq!(bench.settle(1), ["delete a", "delete b x/1"]);
+        assert_eq!(state(&second.unwrap()), RegistrationState::Unready);
+        // The put may arrive only now, and while the watch is down.
+        bench.reconciler.heard("x/1", &Heard::Begun, bench.now);
+        assert_eq!(bench.settle(1), ["delete b x/1"]);
+    }
+}
+
+#[test]
 fn what_somebody_did_to_its_key_by_hand_is_looked_at_at_once() {
     for (by_hand, wait) in [
         (held(0, "a"), Duration::ZERO),
