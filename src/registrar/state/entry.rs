@@ -122,6 +122,12 @@ impl Entry {
         }
     }
 
+    /// It is being deleted, or is out: from now on it cannot be relied on to be in etcd.
+    pub(super) fn taken_out(&mut self) {
+        self.written = None;
+        self.superseded = false;
+    }
+
     /// All keys that may be in etcd.
     pub(super) fn keys(&self) -> impl Iterator<Item = String> {
         let keys = self.pairs.iter().map(|(key, _)| key);
@@ -137,6 +143,15 @@ impl Entry {
             let news = status.state != state;
             status.state = state;
             news
+        });
+    }
+
+    /// It is new, or as one that is.
+    pub(super) fn report_registering(&self) {
+        self.report(|status| {
+            status.state = RegistrationState::Registering;
+            status.written = None;
+            status.error = None;
         });
     }
 

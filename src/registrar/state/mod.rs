@@ -218,8 +218,11 @@ impl Reconciler {
             entry.ready = ready;
             entry.begin_anew();
             entry.report(|status| status.held_back = !ready);
-            if ready {
-                entry.report_state(RegistrationState::Registering);
+            if ready && (entry.written.is_some() || entry.superseded) {
+                // It was not taken out, and stands where it stood. What was noticed meanwhile was not told.
+                entry.suspect = true;
+            } else if ready && self.closed.is_none() {
+                entry.report_registering();
             }
             self.retry_at = None;
         }
@@ -350,6 +353,7 @@ impl Reconciler {
         let lease = self.lease.as_ref().map(Lease::id);
         if !self.entries.values().any(Entry::belongs_in) {
             if let Some(lease) = lease {
+                self.entries.values_mut().for_each(Entry::taken_out);
                 return Some(Action::Revoke { lease });
             }
             // With the lease, a late write has lost what it could be under.
@@ -372,6 +376,7 @@ impl Reconciler {
         let (key, ours) = (key.clone(), Vec::from(self.ours.clone()));
         if !entry.belongs_in() {
             let keys = entry.keys().collect();
+            entry.taken_out();
             return Some(Action::Delete { key, keys, ours });
         }
         entry.touched = true;
@@ -396,6 +401,7 @@ impl Reconciler {
                 return true;
             }
             if entry.wanted {
+                entry.taken_out();
                 entry.report_state(RegistrationState::Unready);
                 return true;
             }
@@ -512,7 +518,7 @@ impl Reconciler {
                     entry.refused = None;
                     entry.written = None;
                     entry.superseded = true;
-                    if entry.belongs_in() {
+                    if entry.wanted {
                         entry.report_superseded(by, &ensure.key, now);
                     }
                 }
@@ -544,8 +550,6 @@ impl Reconciler {
             Outcome::Done => {
                 if let Some(entry) = self.entries.get_mut(key) {
                     entry.touched = false;
-                    entry.written = None;
-                    entry.superseded = false;
                     // Back in, it is new: it takes the key as the later one.
                     entry.was_in = false;
                     entry.gone.clear();

@@ -612,6 +612,80 @@ fn one_that_is_not_ready_is_not_in_and_comes_and_goes_with_that() {
 }
 
 #[test]
+fn one_that_is_ready_again_before_it_was_taken_out_stands_where_it_stood() {
+    let blip = |bench: &mut Bench, ticket: &Ticket| {
+        bench.reconciler.set_ready("a", ticket.token, false);
+        bench.reconciler.set_ready("a", ticket.token, true);
+    };
+    let mut bench = Bench::new();
+    let (a, b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    blip(&mut bench, &a);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    // What was noticed meanwhile was not told: it is looked at.
+    assert_eq!(bench.settle(1), ["put a @1 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    bench.idle();
+    // Not once its deletion is under way, or that of all.
+    for (taken_out, then) in [
+        ("delete a", vec!["take a @1 #0"]),
+        ("revoke 1", vec!["grant", "put a @2 #0"]),
+    ] {
+        if taken_out == "revoke 1" {
+            bench.reconciler.withdraw("b", b.token);
+            bench.settle(1);
+        }
+        bench.reconciler.set_ready("a", a.token, false);
+        let take_out = bench.action();
+        assert_eq!(short(&take_out), taken_out);
+        bench.reconciler.set_ready("a", a.token, true);
+        assert_eq!(state(&a), RegistrationState::Registering);
+        assert_eq!(a.status.borrow().written, None);
+        bench.finish(&take_out, Outcome::Done);
+        assert_eq!(bench.settle(2), then);
+        assert_eq!(state(&a), RegistrationState::Registered);
+    }
+}
+
+#[test]
+fn one_that_is_superseded_and_ready_again_before_it_was_taken_out_says_so() {
+    let superseded =
+        |ticket: &Ticket| matches!(state(ticket), RegistrationState::Superseded { by: 9, .. });
+    for is_known_before in [true, false] {
+        let mut bench = Bench::new();
+        let (a, _b) = (bench.register("a"), bench.register("b"));
+        bench.settle(1);
+        bench.hears("a", 11, held(9, "theirs"));
+        let look = bench.action();
+        if is_known_before {
+            bench.finish(&look, Outcome::Superseded { by: 9 });
+        }
+        bench.reconciler.set_ready("a", a.token, false);
+        if !is_known_before {
+            bench.finish(&look, Outcome::Superseded { by: 9 });
+        }
+        bench.reconciler.set_ready("a", a.token, true);
+        assert!(superseded(&a));
+        let look = bench.action();
+        assert_eq!(short(&look), "put a @1 #0");
+        bench.finish(&look, Outcome::Superseded { by: 9 });
+        assert!(superseded(&a));
+        bench.idle();
+        // Out, it is on its way in once it is ready, also if it did not go by its deletion.
+        bench.reconciler.set_ready("a", a.token, false);
+        bench.pass(TTL / 3);
+        let renew = bench.action();
+        bench.finish(&renew, Outcome::LeaseGone);
+        bench.pass(LONGEST_WAIT);
+        assert_eq!(short(&bench.action()), "grant");
+        assert_eq!(state(&a), RegistrationState::Unready);
+        bench.reconciler.set_ready("a", a.token, true);
+        assert_eq!(state(&a), RegistrationState::Registering);
+        assert!(a.status.borrow().error.is_none());
+    }
+}
+
+#[test]
 fn a_put_that_arrives_after_its_key_was_deleted_is_deleted_as_well() {
     let mut bench = Bench::new();
     let (a, _b) = (bench.register("a"), bench.register("b"));
