@@ -448,6 +448,76 @@ async fn given_etcd_is_away_when_leaving_then_the_server_may_stop_all_the_same()
     Ok(())
 }
 
+/// With a request time-out that no test waits for: nothing ends because that is over.
+async fn connect_patiently(endpoint: String) -> TestResult<Client> {
+    let config = Config::builder()
+        .endpoints([endpoint])
+        .dial_timeout(PATIENCE)
+        .request_timeout(PATIENCE * 10)
+        .build()?;
+    Ok(Client::new("patient", config).await?)
+}
+
+#[tokio::test]
+async fn given_an_instance_that_is_not_ready_when_it_is_changed_then_that_returns_and_is_put_once_it_is()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect_patiently(etcd.endpoint()).await?;
+    let (tell, ready) = futures::channel::mpsc::unbounded();
+    let registrar = registrar(&client, LONG_TTL);
+    let registered = registrar.register_while_ready(instance("a"), ready)?;
+    let change = |to: &'static str| registered.update(|instance| instance.zone = Some(to.into()));
+    let zone = async || {
+        let value = stored(&etcd, registered.key()).await.unwrap();
+        value.and_then(|value| {
+            ["east", "west"]
+                .into_iter()
+                .find(|zone| value.contains(zone))
+        })
+    };
+    for to in ["east", "west"] {
+        soon("it is changed", change(to)).await?;
+        assert_eq!(zone().await, None);
+        tell.unbounded_send(true)?;
+        eventually("it is in", async || zone().await == Some(to)).await;
+        tell.unbounded_send(false)?;
+        eventually("it is out", async || {
+            registered.state() == RegistrationState::Unready
+        })
+        .await;
+    }
+    // Nothing is to come any more once the client is closed.
+    let other = registrar.register(instance("b")).await?;
+    client.close().await?;
+    let is_closed = |result| matches!(result, Err(Error::Closed { .. }));
+    assert!(is_closed(other.deregister().await));
+    assert!(is_closed(soon("it is changed", change("north")).await));
+    Ok(())
+}
+
+#[tokio::test]
+async fn given_an_instance_that_leaves_when_it_is_not_ready_before_it_is_marked_then_it_leaves_all_the_same()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let proxy = Proxy::start(etcd.endpoint()).await?;
+    let client = connect_patiently(proxy.endpoint()).await?;
+    let (tell, ready) = futures::channel::mpsc::unbounded();
+    let registered = registrar(&client, LONG_TTL).register_while_ready(instance("a"), ready)?;
+    tell.unbounded_send(true)?;
+    eventually("it is in", async || is_back(&etcd, &registered).await).await;
+    proxy.delay(Duration::from_millis(300));
+    let leaving = registered.clone();
+    let leaving = tokio::spawn(async move { leaving.drain(Duration::ZERO).await });
+    eventually("it is to be marked", async || {
+        registered.instance().draining
+    })
+    .await;
+    tell.unbounded_send(false)?;
+    soon("it has left", leaving).await??;
+    assert_eq!(stored(&etcd, registered.key()).await?, None);
+    Ok(())
+}
+
 async fn connect_impatiently(etcd: &Etcd) -> TestResult<Client> {
     let config = Config::builder()
         .endpoints([etcd.endpoint()])

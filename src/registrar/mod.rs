@@ -203,8 +203,8 @@ impl Registrar {
     /// Registers an instance when `ready` says `true`, withdraws it when it says `false`, and so on.
     /// Returns at once; until then it is [`Unready`](RegistrationState::Unready).
     ///
-    /// When `ready` ends, the last that it said holds. The stream is dropped when the registration
-    /// has ended.
+    /// When `ready` ends, the last that it said holds. The stream is dropped when the instance is
+    /// withdrawn, also while etcd cannot be reached, and when the client was closed.
     ///
     /// ```no_run
     /// # async fn example(

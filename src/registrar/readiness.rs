@@ -5,9 +5,12 @@ use std::pin::pin;
 use futures::{Stream, StreamExt};
 use tokio::sync::watch;
 
-use super::state::{RegistrationState, Status};
+use super::state::Status;
 
-/// Passes on what `ready` says, until it ends, or the registration has, or nobody wants to know.
+/// Passes on what `ready` says, until it ends, or the registration is over, or nobody wants to know.
+///
+/// That it is withdrawn is enough, whether or not etcd can be told: a server that stops waits for its
+/// connections to end, and `ready` may hold one of them.
 pub(super) async fn follow(
     ready: impl Stream<Item = bool>,
     mut status: watch::Receiver<Status>,
@@ -15,9 +18,8 @@ pub(super) async fn follow(
 ) {
     let mut ready = pin!(ready);
     let ended = async {
-        let is_over = |status: &Status| status.state == RegistrationState::Deregistered;
         // An error says that the sender is gone, and with it the registration.
-        drop(status.wait_for(is_over).await);
+        drop(status.wait_for(|status| status.over).await);
     };
     let mut ended = pin!(ended);
     loop {
@@ -37,8 +39,9 @@ pub(super) async fn follow(
 ///
 /// The `service` is the name that the server was asked to report about; empty: the server as a whole.
 ///
-/// It asks for as long as it is polled. When the connection is lost it asks anew, at once and then up to a
-/// second apart, and says `false` when the server cannot be asked. A server without a health service is
+/// It asks for as long as it is polled. When the connection is lost it asks anew, at once if it had held for
+/// 10 s, and else up to a second apart. It says `false` when the server cannot be asked, or ends what was
+/// asked a second time without an answer. A server without a health service is
 /// taken as ready, and not asked again, as gRFC A17 has it. How a server is found out that accepts and is
 /// silent is `endpoint`'s to say (`http2_keep_alive_interval`).
 ///
@@ -65,7 +68,10 @@ pub fn serving(
 
 #[cfg(feature = "health")]
 mod health {
+    use std::time::Duration;
+
     use futures::StreamExt;
+    use tokio::time::Instant;
     use tonic::transport::Endpoint;
     use tonic::{Code, Status, Streaming};
     use tonic_health::pb::health_check_response::ServingStatus;
@@ -74,10 +80,16 @@ mod health {
 
     use crate::backoff::Backoff;
 
+    /// How long a watch must have held for its end to be no reason to wait before the next.
+    const QUIET: Duration = Duration::from_secs(10);
+
     pub(super) struct Asking {
         endpoint: Endpoint,
         service: String,
-        answers: Option<Streaming<HealthCheckResponse>>,
+        /// With when they began.
+        answers: Option<(Instant, Streaming<HealthCheckResponse>)>,
+        /// How many watches have ended since the last answer.
+        ended: u32,
         pauses: Backoff,
     }
 
@@ -87,6 +99,7 @@ mod health {
                 endpoint,
                 service,
                 answers: None,
+                ended: 0,
                 pauses: Backoff::for_etcd(),
             }
         }
@@ -94,21 +107,32 @@ mod health {
         /// What it says next, and how to go on after that.
         pub(super) async fn next(mut self) -> Option<(bool, Option<Self>)> {
             loop {
-                if let Some(answers) = &mut self.answers {
+                if let Some((begun, answers)) = &mut self.answers {
                     match answers.next().await {
                         Some(Ok(answer)) => {
-                            self.pauses.reset();
+                            self.ended = 0;
                             let serves = answer.status() == ServingStatus::Serving;
                             return Some((serves, Some(self)));
                         }
                         Some(Err(status)) if has_none(&status) => return Some((true, None)),
-                        Some(Err(_)) | None => self.answers = None,
+                        Some(Err(_)) | None => {
+                            if begun.elapsed() >= QUIET {
+                                self.pauses.reset();
+                            } else {
+                                tokio::time::sleep(self.pauses.next()).await;
+                            }
+                            self.answers = None;
+                            self.ended = self.ended.saturating_add(1);
+                            if self.ended > 1 {
+                                return Some((false, Some(self)));
+                            }
+                        }
                     }
                 }
                 let service = self.service.clone();
                 let mut client = HealthClient::new(self.endpoint.connect_lazy());
                 match client.watch(HealthCheckRequest { service }).await {
-                    Ok(answers) => self.answers = Some(answers.into_inner()),
+                    Ok(answers) => self.answers = Some((Instant::now(), answers.into_inner())),
                     Err(status) if has_none(&status) => return Some((true, None)),
                     Err(error) => {
                         tracing::debug!(%error, "a server's health cannot be asked");

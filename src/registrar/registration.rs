@@ -118,7 +118,8 @@ impl Registration {
         ))
     }
 
-    /// Changes the instance, and waits until etcd has the change.
+    /// Changes the instance, and waits until etcd has the change. While the instance is held back, for
+    /// its server is not ready, there is nothing to wait for: it comes into etcd changed.
     ///
     /// Dropping the future does not take the change back.
     ///
@@ -163,7 +164,8 @@ impl Registration {
 
     /// Leaves gracefully: marks the instance as draining, so that clients stop choosing it, waits
     /// for `grace`, and deregisters. Where a format has no place for the mark, it deregisters first and
-    /// waits then, for clients to notice that.
+    /// waits then, for clients to notice that. When it is out already, for its server is not ready, there is
+    /// nobody to wait for.
     ///
     /// The mark is for clients of this crate. Of the frameworks' own, dubbo-go's look at it; the others
     /// turn away when the key is gone, so that a server that they call should go on serving for a
@@ -239,16 +241,23 @@ impl Registration {
     /// Lets `ready` say when it is to be in etcd.
     pub(super) fn follow(&self, ready: impl Stream<Item = bool> + Send + 'static) {
         let inner = &self.inner;
-        let (part, key, token) = (Arc::clone(&inner.part), inner.key.clone(), inner.token);
+        // It keeps nothing alive: what it waits for is told by the part, or by that being gone.
+        let part = Arc::downgrade(&inner.part);
+        let (key, token) = (inner.key.clone(), inner.token);
         let status = inner.status.clone();
         tokio::spawn(readiness::follow(ready, status, move |ready| {
-            part.want(|reconciler| reconciler.set_ready(&key, token, ready))
+            part.upgrade().is_some_and(|part| {
+                part.want(|reconciler| reconciler.set_ready(&key, token, ready))
+            })
         }));
     }
 
     pub(super) async fn wait_written(&self, generation: u64) -> Result<()> {
-        let written = |status: &Status| status.written.is_some_and(|up_to| up_to >= generation);
-        self.wait(written, "registration").await
+        let settled = |status: &Status| {
+            status.written.is_some_and(|up_to| up_to >= generation)
+                || (status.held_back && !status.over)
+        };
+        self.wait(settled, "registration").await
     }
 
     /// Waits for a status, for at most the client's request time-out; less if etcd refuses what it takes

@@ -44,6 +44,8 @@ pub(super) struct Entry {
     pub(super) refused: Option<Pause>,
     /// Somebody has undone it, and may do so over and over.
     pub(super) undone: Option<Pause>,
+    /// When something was last tried for it that is wanted still.
+    pub(super) tried_at: Option<Instant>,
     pub(super) status: watch::Sender<Status>,
 }
 
@@ -92,6 +94,18 @@ impl Entry {
             .max()
     }
 
+    /// Whose turn it is of those that are due: the least. Deletions go first, for etcd takes them also when
+    /// it takes nothing else, being full. What was tried is behind what was not, or not for as long: it may be
+    /// the only one for which that is in vain.
+    pub(super) fn turn(&self) -> impl Ord + use<> {
+        (self.tried_at, self.belongs_in())
+    }
+
+    /// What is wanted of it has changed: what was in vain before may not be so now.
+    pub(super) fn begin_anew(&mut self) {
+        (self.refused, self.undone, self.tried_at) = (None, None, None);
+    }
+
     /// etcd has refused it: rights may change.
     pub(super) fn pause_refused(&mut self, now: Instant) {
         let pause = self.refused.get_or_insert_with(|| Pause::ending(now));
@@ -106,6 +120,12 @@ impl Entry {
             Some(pause) if now < pause.retry_at + QUIET => pause.prolong(now),
             undone => *undone = Some(Pause::ending(now)),
         }
+    }
+
+    /// It is being deleted, or is out: from now on it cannot be relied on to be in etcd.
+    pub(super) fn taken_out(&mut self) {
+        self.written = None;
+        self.superseded = false;
     }
 
     /// All keys that may be in etcd.
@@ -123,6 +143,15 @@ impl Entry {
             let news = status.state != state;
             status.state = state;
             news
+        });
+    }
+
+    /// It is new, or as one that is.
+    pub(super) fn report_registering(&self) {
+        self.report(|status| {
+            status.state = RegistrationState::Registering;
+            status.written = None;
+            status.error = None;
         });
     }
 

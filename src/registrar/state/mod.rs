@@ -117,18 +117,23 @@ impl Reconciler {
             .map_or_else(String::new, |(key, _)| key.clone());
         let is_ours = |key: &String| pairs.iter().any(|(ours, _)| ours == key);
         // One that is being withdrawn is taken over as it stands, and from any other the keys that
-        // are ours now.
+        // are ours now. What may be at them is known of us from then on.
         let mut gone = Vec::new();
+        let (mut touched, mut late) = (false, false);
         for (of, entry) in &mut self.entries {
             if *of == key {
                 gone.extend(entry.keys().filter(|key| !is_ours(key)));
-            } else if !entry.wanted {
+            } else if entry.keys().any(|key| is_ours(&key)) {
                 entry.pairs.retain(|(key, _)| !is_ours(key));
                 entry.gone.retain(|key| !is_ours(key));
+            } else {
+                continue;
             }
+            touched |= entry.touched;
+            late |= entry.late;
         }
         let before = self.entries.get(&key);
-        let (generation, touched) = before.map_or((0, false), |b| (b.generation + 1, b.touched));
+        let generation = before.map_or(0, |before| before.generation + 1);
         let state = if ready {
             RegistrationState::Registering
         } else {
@@ -138,6 +143,8 @@ impl Reconciler {
             state,
             written: None,
             error: None,
+            held_back: !ready,
+            over: false,
         });
         let token = self.next_token;
         self.next_token += 1;
@@ -155,9 +162,10 @@ impl Reconciler {
             suspect: false,
             superseded: false,
             touched,
-            late: before.is_some_and(|before| before.late),
+            late,
             refused: None,
             undone: None,
+            tried_at: None,
             status,
         };
         if let Some(before) = self.entries.insert(key, entry) {
@@ -208,9 +216,13 @@ impl Reconciler {
         }
         if entry.ready != ready {
             entry.ready = ready;
-            (entry.refused, entry.undone) = (None, None);
-            if ready {
-                entry.report_state(RegistrationState::Registering);
+            entry.begin_anew();
+            entry.report(|status| status.held_back = !ready);
+            if ready && (entry.written.is_some() || entry.superseded) {
+                // It was not taken out, and stands where it stood. What was noticed meanwhile was not told.
+                entry.suspect = true;
+            } else if ready && self.closed.is_none() {
+                entry.report_registering();
             }
             self.retry_at = None;
         }
@@ -223,10 +235,14 @@ impl Reconciler {
             && entry.token == token
         {
             entry.wanted = false;
-            (entry.refused, entry.undone) = (None, None);
-            if self.closed.is_none() {
-                entry.report(|status| status.error = None);
-            }
+            entry.begin_anew();
+            let is_closed = self.closed.is_some();
+            entry.report(|status| {
+                status.over = true;
+                if !is_closed {
+                    status.error = None;
+                }
+            });
             self.retry_at = None;
         }
     }
@@ -337,6 +353,7 @@ impl Reconciler {
         let lease = self.lease.as_ref().map(Lease::id);
         if !self.entries.values().any(Entry::belongs_in) {
             if let Some(lease) = lease {
+                self.entries.values_mut().for_each(Entry::taken_out);
                 return Some(Action::Revoke { lease });
             }
             // With the lease, a late write has lost what it could be under.
@@ -353,10 +370,13 @@ impl Reconciler {
         let is_due = |entry: &Entry| {
             entry.is_pending() && entry.not_before().is_none_or(|at| now.instant >= at)
         };
-        let (key, entry) = self.entries.iter_mut().find(|(_, entry)| is_due(entry))?;
+        let due = self.entries.iter_mut().filter(|(_, entry)| is_due(entry));
+        let (key, entry) = due.min_by_key(|(_, entry)| entry.turn())?;
+        entry.tried_at = Some(now.instant);
         let (key, ours) = (key.clone(), Vec::from(self.ours.clone()));
         if !entry.belongs_in() {
             let keys = entry.keys().collect();
+            entry.taken_out();
             return Some(Action::Delete { key, keys, ours });
         }
         entry.touched = true;
@@ -381,6 +401,7 @@ impl Reconciler {
                 return true;
             }
             if entry.wanted {
+                entry.taken_out();
                 entry.report_state(RegistrationState::Unready);
                 return true;
             }
@@ -497,7 +518,7 @@ impl Reconciler {
                     entry.refused = None;
                     entry.written = None;
                     entry.superseded = true;
-                    if entry.belongs_in() {
+                    if entry.wanted {
                         entry.report_superseded(by, &ensure.key, now);
                     }
                 }
@@ -507,12 +528,16 @@ impl Reconciler {
                 let is_refusal = is_of_one(&error);
                 if let Some(entry) = entry {
                     entry.suspect |= entry.written.is_some() || entry.superseded;
-                    // Whoever has the key now.
-                    entry.late |= !is_refusal;
                 }
                 if is_refusal {
                     self.refused(&ensure.key, error, now);
                 } else {
+                    let is_put = |key: String| ensure.pairs.iter().any(|(put, _)| *put == key);
+                    let has_one = |entry: &&mut Entry| entry.keys().any(is_put);
+                    // Whoever has the keys now.
+                    for entry in self.entries.values_mut().filter(has_one) {
+                        entry.late = true;
+                    }
                     self.mutation_failed(error, now);
                 }
             }
@@ -525,8 +550,6 @@ impl Reconciler {
             Outcome::Done => {
                 if let Some(entry) = self.entries.get_mut(key) {
                     entry.touched = false;
-                    entry.written = None;
-                    entry.superseded = false;
                     // Back in, it is new: it takes the key as the later one.
                     entry.was_in = false;
                     entry.gone.clear();
@@ -586,7 +609,10 @@ impl Reconciler {
     pub(super) fn closed(&mut self, error: &Error, now: Now) {
         self.closed = Some(error.clone());
         for entry in self.entries.values() {
-            entry.report(|status| status.error = Some(error.clone()));
+            entry.report(|status| {
+                status.over = true;
+                status.error = Some(error.clone());
+            });
         }
         self.recovering(now, "nothing keeps it alive any more");
     }

@@ -13,10 +13,13 @@ const TTL: Duration = Duration::from_secs(9);
 /// The leases of another registrar are above this.
 const FOREIGN: i64 = 1_000;
 
+/// How many keys there are.
+const KEYS: u8 = 4;
+
 #[derive(Debug, Clone)]
 enum Happening {
-    /// The handles: register, change, withdraw, ready or not. By the instance.
-    Register(u8),
+    /// The handles: register, ready or not, change, withdraw, ready or not. By the instance.
+    Register(u8, bool),
     Update(u8, u8),
     Withdraw(u8),
     Ready(u8, bool),
@@ -30,7 +33,7 @@ enum Happening {
     Hear(u8),
     /// The watches are lost, with what they had to tell, and begin again.
     Gap,
-    /// By hand.
+    /// By hand. From here on by the key.
     Overwrite(u8),
     Delete(u8),
     /// Another process registers it, or leaves.
@@ -51,22 +54,22 @@ enum Fate {
 
 fn happening() -> impl Strategy<Value = Happening> {
     use Happening::*;
-    let id = 0u8..3;
+    let (id, key) = (0u8..3, 0u8..KEYS);
     let fate = prop_oneof![Just(Fate::Done), Just(Fate::Never), Just(Fate::Late)];
     prop_oneof![
-        4 => id.clone().prop_map(Register),
+        4 => (id.clone(), any::<bool>()).prop_map(|(id, ready)| Register(id, ready)),
         2 => (id.clone(), any::<u8>()).prop_map(|(id, value)| Update(id, value)),
         2 => id.clone().prop_map(Withdraw),
-        1 => (id.clone(), any::<bool>()).prop_map(|(id, ready)| Ready(id, ready)),
+        2 => (id, any::<bool>()).prop_map(|(id, ready)| Ready(id, ready)),
         8 => (1u8..5).prop_map(Work),
         5 => fate.prop_map(Lost),
         3 => Just(Late),
         6 => (1u8..6).prop_map(Hear),
         2 => Just(Gap),
-        1 => id.clone().prop_map(Overwrite),
-        1 => id.clone().prop_map(Delete),
-        1 => id.clone().prop_map(Foreign),
-        1 => id.prop_map(ForeignGone),
+        1 => key.clone().prop_map(Overwrite),
+        1 => key.clone().prop_map(Delete),
+        1 => key.clone().prop_map(Foreign),
+        1 => key.prop_map(ForeignGone),
         1 => Just(LeaseEnds),
         1 => Just(Wipe),
         4 => (1u16..5_000).prop_map(Time),
@@ -95,8 +98,19 @@ struct Bench {
     watched: BTreeSet<String>,
 }
 
-fn name(id: u8) -> String {
-    format!("k{id}")
+fn name(key: u8) -> String {
+    format!("k{key}")
+}
+
+/// The first is the instance's own. The last key is that of two instances, one after the other.
+fn keys(id: u8) -> Vec<String> {
+    let shared = (id < 2).then_some(KEYS - 1);
+    [id].into_iter().chain(shared).map(name).collect()
+}
+
+fn pairs(id: u8, value: &[u8]) -> Pairs {
+    let pair = |key| (key, value.to_vec());
+    keys(id).into_iter().map(pair).collect()
 }
 
 impl Bench {
@@ -318,18 +332,20 @@ impl Bench {
 
     fn happens(&mut self, happening: Happening) {
         match happening {
-            Happening::Register(id) => {
+            Happening::Register(id, ready) => {
                 let value = vec![id];
-                let pairs = vec![(name(id), value.clone())];
-                if let Ok(ticket) = self.reconciler.register(pairs, false, true) {
+                let registered = self.reconciler.register(pairs(id, &value), false, ready);
+                let is_free = keys(id).iter().all(|key| !self.is_desired(key));
+                assert_eq!(registered.is_ok(), is_free);
+                if let Ok(ticket) = registered {
                     self.tickets.insert(id, ticket);
-                    self.desired.insert(id, (value, true));
+                    self.desired.insert(id, (value, ready));
                 }
             }
             Happening::Update(id, to) => {
                 if let Some((value, _)) = self.desired.get_mut(&id) {
                     *value = vec![id, to];
-                    let pairs = vec![(name(id), value.clone())];
+                    let pairs = pairs(id, value);
                     let token = self.tickets[&id].token;
                     assert!(
                         self.reconciler
@@ -360,20 +376,20 @@ impl Bench {
                 self.watched.clear();
                 self.watch();
             }
-            Happening::Overwrite(id) => {
+            Happening::Overwrite(key) => {
                 self.revision += 1;
-                self.put(&name(id), 0, b"by hand".to_vec());
+                self.put(&name(key), 0, b"by hand".to_vec());
             }
-            Happening::Delete(id) => {
+            Happening::Delete(key) => {
                 self.revision += 1;
-                self.delete(&name(id));
+                self.delete(&name(key));
             }
-            Happening::Foreign(id) => {
+            Happening::Foreign(key) => {
                 self.revision += 1;
-                self.leases.insert(FOREIGN + i64::from(id));
-                self.put(&name(id), FOREIGN + i64::from(id), b"theirs".to_vec());
+                self.leases.insert(FOREIGN + i64::from(key));
+                self.put(&name(key), FOREIGN + i64::from(key), b"theirs".to_vec());
             }
-            Happening::ForeignGone(id) => self.end_lease(FOREIGN + i64::from(id)),
+            Happening::ForeignGone(key) => self.end_lease(FOREIGN + i64::from(key)),
             Happening::LeaseEnds => {
                 if let Some(lease) = self.leases.iter().rfind(|lease| **lease < FOREIGN).copied() {
                     self.end_lease(lease);
@@ -402,28 +418,36 @@ impl Bench {
         }
     }
 
+    fn is_desired(&self, key: &String) -> bool {
+        self.desired.keys().any(|id| keys(*id).contains(key))
+    }
+
     fn check(&self) -> std::result::Result<(), TestCaseError> {
         for id in 0..3 {
-            let held = self.keys.get(&name(id));
-            let is_foreign = held.is_some_and(|held| held.lease >= FOREIGN);
+            let held: Vec<_> = keys(id).iter().map(|key| self.keys.get(key)).collect();
+            let is_foreign = |held: &&Held| held.lease >= FOREIGN;
             let state = self
                 .tickets
                 .get(&id)
                 .map(|t| t.status.borrow().state.clone());
             match self.desired.get(&id) {
-                Some((_, true)) if is_foreign => {
+                Some((_, true)) if held.iter().flatten().any(is_foreign) => {
                     let superseded = matches!(state, Some(RegistrationState::Superseded { .. }));
                     prop_assert!(superseded, "{id}: {state:?}");
                 }
                 Some((value, true)) => {
-                    let fine = held.is_some_and(|held| {
-                        held.value == *value && self.leases.contains(&held.lease)
-                    });
+                    let fine =
+                        |held: &Held| held.value == *value && self.leases.contains(&held.lease);
+                    let fine = held.iter().all(|held| held.is_some_and(fine));
                     prop_assert!(fine, "{id}: {held:?} and not {value:?}, {state:?}");
                     prop_assert_eq!(state, Some(RegistrationState::Registered));
                 }
                 wanted => {
-                    let ours = held.filter(|held| held.lease != 0 && !is_foreign);
+                    // Else it is another instance's by now.
+                    let is_its = |key: &String| wanted.is_some() || !self.is_desired(key);
+                    let held = keys(id).into_iter().filter(is_its);
+                    let mut held = held.filter_map(|key| self.keys.get(&key));
+                    let ours = held.find(|held| held.lease != 0 && !is_foreign(held));
                     prop_assert!(ours.is_none(), "{id} is still there: {ours:?}");
                     let fine = match state {
                         Some(RegistrationState::Unready) => wanted.is_some(),
@@ -452,8 +476,8 @@ proptest! {
         bench.calm();
         bench.check()?;
         // And when the others go, all are back.
-        for id in 0..3 {
-            bench.end_lease(FOREIGN + id);
+        for key in 0..KEYS {
+            bench.end_lease(FOREIGN + i64::from(key));
         }
         bench.calm();
         bench.check()?;

@@ -52,6 +52,11 @@ pub(in crate::registrar) struct Status {
     pub(in crate::registrar) written: Option<u64>,
     /// What went wrong last; `None` once something worked.
     pub(in crate::registrar) error: Option<Error>,
+    /// Its server does not say that it is ready: what is wanted is put when it does.
+    pub(in crate::registrar) held_back: bool,
+    /// It comes back no more, whatever its server says: it is withdrawn, maybe not gone yet, or the client
+    /// was closed.
+    pub(in crate::registrar) over: bool,
 }
 
 /// One registration of a key.

@@ -268,6 +268,41 @@ fn one_that_etcd_refuses_holds_up_no_other_and_keeps_its_error_to_itself() {
 }
 
 #[test]
+fn what_etcd_can_do_is_done_while_it_is_full_or_fails_for_one_of_them() {
+    let mut bench = Bench::new();
+    let (_a, z) = (bench.register("a"), bench.register("z"));
+    bench.settle(1);
+    let fail = |bench: &mut Bench, action: &Action| {
+        let status = Box::new(tonic::Status::resource_exhausted("database space exceeded"));
+        let operation = "put".into();
+        bench.finish(action, Outcome::Failed(Error::Rpc { operation, status }));
+        bench.pass(LONGEST_WAIT / 2);
+    };
+    let (c, d) = (bench.register("c"), bench.register("d"));
+    let c_first = bench.action();
+    assert_eq!(short(&c_first), "take c @1 #0");
+    fail(&mut bench, &c_first);
+    // Deletions before all else, and before what was already tried.
+    bench.reconciler.withdraw("z", z.token);
+    let delete = bench.action();
+    assert_eq!(short(&delete), "delete z");
+    // One that fails as well keeps its turn from no other, and has it again.
+    fail(&mut bench, &delete);
+    for expected in ["take d @1 #0", "take c @1 #0", "delete z"] {
+        let action = bench.action();
+        assert_eq!(short(&action), expected);
+        fail(&mut bench, &action);
+    }
+    assert_eq!(
+        bench.settle(1),
+        ["take d @1 #0", "take c @1 #0", "delete z"]
+    );
+    assert_eq!(state(&z), RegistrationState::Deregistered);
+    assert_eq!(state(&c), RegistrationState::Registered);
+    assert_eq!(state(&d), RegistrationState::Registered);
+}
+
+#[test]
 fn with_nothing_left_to_do_it_waits_and_does_not_spin() {
     let mut bench = Bench::new();
     let ticket = bench.register("a");
@@ -304,6 +339,22 @@ fn once_the_client_is_closed_everything_says_so() {
         .register(vec![("b".into(), vec![])], false, true);
     assert!(again.is_err_and(|error| closed(&error)));
     assert_eq!(bench.idle(), None);
+}
+
+#[test]
+fn it_is_over_once_it_is_withdrawn_or_the_client_closed_and_not_only_once_it_is_gone() {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    let over = |ticket: &Ticket| ticket.status.borrow().over;
+    bench.reconciler.withdraw("a", a.token);
+    let delete = bench.action();
+    bench.fail(&delete);
+    assert_ne!(state(&a), RegistrationState::Deregistered);
+    assert!(over(&a) && !over(&b));
+    let name = "main".into();
+    bench.reconciler.closed(&Error::Closed { name }, bench.now);
+    assert!(over(&b));
 }
 
 #[test]
@@ -422,6 +473,31 @@ fn a_key_that_an_instance_had_before_it_was_registered_anew_goes() {
 }
 
 #[test]
+fn what_may_be_at_a_key_that_another_instance_had_goes_with_the_one_that_has_it_now() {
+    for is_lost_before in [true, false] {
+        let mut bench = Bench::new();
+        bench.register("z");
+        bench.settle(1);
+        let first = bench.reconciler.register(pairs(["a", "x/1"]), false, true);
+        let lost = bench.action();
+        if is_lost_before {
+            bench.fail(&lost);
+        }
+        bench.reconciler.withdraw("a", first.unwrap().token);
+        let second = bench.reconciler.register(pairs(["b", "x/1"]), false, false);
+        if !is_lost_before {
+            bench.fail(&lost);
+        }
+        bench.pass(LONGEST_WAIT);
+        assert_eq!(bench.settle(1), ["delete a", "delete b x/1"]);
+        assert_eq!(state(&second.unwrap()), RegistrationState::Unready);
+        // The put may arrive only now, and while the watch is down.
+        bench.reconciler.heard("x/1", &Heard::Begun, bench.now);
+        assert_eq!(bench.settle(1), ["delete b x/1"]);
+    }
+}
+
+#[test]
 fn what_somebody_did_to_its_key_by_hand_is_looked_at_at_once() {
     for (by_hand, wait) in [
         (held(0, "a"), Duration::ZERO),
@@ -536,6 +612,80 @@ fn one_that_is_not_ready_is_not_in_and_comes_and_goes_with_that() {
 }
 
 #[test]
+fn one_that_is_ready_again_before_it_was_taken_out_stands_where_it_stood() {
+    let blip = |bench: &mut Bench, ticket: &Ticket| {
+        bench.reconciler.set_ready("a", ticket.token, false);
+        bench.reconciler.set_ready("a", ticket.token, true);
+    };
+    let mut bench = Bench::new();
+    let (a, b) = (bench.register("a"), bench.register("b"));
+    bench.settle(1);
+    blip(&mut bench, &a);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    // What was noticed meanwhile was not told: it is looked at.
+    assert_eq!(bench.settle(1), ["put a @1 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    bench.idle();
+    // Not once its deletion is under way, or that of all.
+    for (taken_out, then) in [
+        ("delete a", vec!["take a @1 #0"]),
+        ("revoke 1", vec!["grant", "put a @2 #0"]),
+    ] {
+        if taken_out == "revoke 1" {
+            bench.reconciler.withdraw("b", b.token);
+            bench.settle(1);
+        }
+        bench.reconciler.set_ready("a", a.token, false);
+        let take_out = bench.action();
+        assert_eq!(short(&take_out), taken_out);
+        bench.reconciler.set_ready("a", a.token, true);
+        assert_eq!(state(&a), RegistrationState::Registering);
+        assert_eq!(a.status.borrow().written, None);
+        bench.finish(&take_out, Outcome::Done);
+        assert_eq!(bench.settle(2), then);
+        assert_eq!(state(&a), RegistrationState::Registered);
+    }
+}
+
+#[test]
+fn one_that_is_superseded_and_ready_again_before_it_was_taken_out_says_so() {
+    let superseded =
+        |ticket: &Ticket| matches!(state(ticket), RegistrationState::Superseded { by: 9, .. });
+    for is_known_before in [true, false] {
+        let mut bench = Bench::new();
+        let (a, _b) = (bench.register("a"), bench.register("b"));
+        bench.settle(1);
+        bench.hears("a", 11, held(9, "theirs"));
+        let look = bench.action();
+        if is_known_before {
+            bench.finish(&look, Outcome::Superseded { by: 9 });
+        }
+        bench.reconciler.set_ready("a", a.token, false);
+        if !is_known_before {
+            bench.finish(&look, Outcome::Superseded { by: 9 });
+        }
+        bench.reconciler.set_ready("a", a.token, true);
+        assert!(superseded(&a));
+        let look = bench.action();
+        assert_eq!(short(&look), "put a @1 #0");
+        bench.finish(&look, Outcome::Superseded { by: 9 });
+        assert!(superseded(&a));
+        bench.idle();
+        // Out, it is on its way in once it is ready, also if it did not go by its deletion.
+        bench.reconciler.set_ready("a", a.token, false);
+        bench.pass(TTL / 3);
+        let renew = bench.action();
+        bench.finish(&renew, Outcome::LeaseGone);
+        bench.pass(LONGEST_WAIT);
+        assert_eq!(short(&bench.action()), "grant");
+        assert_eq!(state(&a), RegistrationState::Unready);
+        bench.reconciler.set_ready("a", a.token, true);
+        assert_eq!(state(&a), RegistrationState::Registering);
+        assert!(a.status.borrow().error.is_none());
+    }
+}
+
+#[test]
 fn a_put_that_arrives_after_its_key_was_deleted_is_deleted_as_well() {
     let mut bench = Bench::new();
     let (a, _b) = (bench.register("a"), bench.register("b"));
@@ -646,7 +796,7 @@ fn those_whose_keys_go_together_are_not_back_all_at_once_and_wait_only_once() {
         bench.pass(wait);
         let look = bench.action();
         bench.finish(&look, Outcome::LeaseGone);
-        assert_eq!(bench.settle(2), ["grant", "put a @2 #0", "put b @2 #0"]);
+        assert_eq!(bench.settle(2), ["grant", "put b @2 #0", "put a @2 #0"]);
     }
     waits.sort();
     assert!(waits[0] < RECOVER_WITHIN / 4 && waits[49] > RECOVER_WITHIN / 4 * 3);
