@@ -112,7 +112,8 @@ pub use registrar::{Registrar, RegistrarBuilder, Registration, RegistrationState
 /// The client beneath; [`Client::client`] gives one of its own.
 pub use etcd_client;
 
-/// What the README shows compiles.
+/// What the README and the guide for those who come from Go show compiles.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
+#[doc = include_str!("../FROM_GO.md")]
 struct ReadmeDoctests;
