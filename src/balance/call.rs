@@ -1,6 +1,7 @@
 //! One call: wait for an endpoint, pick one, send, and send again what reached none.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -11,7 +12,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::body::{InFlight, ResponseBody, is_failure, status_of_head};
-use super::connection::{Fate, SendError, Sender};
+use super::connection::{Fate, Reserved, SendError};
 use super::deadline::{self, GRPC_TIMEOUT};
 use super::endpoint::{Endpoint, Ready};
 use super::failure;
@@ -79,12 +80,13 @@ impl Calls {
     ) -> Result<Response<Body>, Status> {
         let begun = Instant::now();
         let (head, body) = self.prepare(request, begun);
+        let seeks = AtomicBool::new(false);
         let Some((at, limit)) = head.deadline else {
-            return self.attempts(head, body, tried).await;
+            return self.attempts(head, body, tried, &seeks).await;
         };
-        match timeout_at(at, self.attempts(head, body, tried)).await {
+        match timeout_at(at, self.attempts(head, body, tried, &seeks)).await {
             Ok(result) => result,
-            Err(_) if self.view.picker.load().is_empty() => {
+            Err(_) if seeks.load(Ordering::Relaxed) => {
                 Err(failure::deadline_exceeded(limit, &self.view.explain()))
             }
             Err(_) => Err(failure::deadline_exceeded(limit, "without an answer")),
@@ -121,6 +123,7 @@ impl Calls {
         mut head: Head,
         mut body: Body,
         tried: Option<&Tried>,
+        seeks: &AtomicBool,
     ) -> Result<Response<Body>, Status> {
         let permit = self.permit(&head).await?;
         let replay = std::future::poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
@@ -133,7 +136,8 @@ impl Calls {
         let mut seeking = head.begun;
         let mut avoid: Option<Arc<Endpoint>> = None;
         loop {
-            let (endpoint, sender) = self.acquire(seeking, avoid.as_ref(), tried).await?;
+            let acquired = self.acquire(seeking, avoid.as_ref(), tried, seeks);
+            let (endpoint, stream) = acquired.await?;
             if let Some(tried) = tried {
                 tried.add(&endpoint.target.address);
             }
@@ -144,7 +148,7 @@ impl Calls {
             let request = self.request(&mut head, &endpoint);
             let deadline = head.deadline.map(|(at, _)| at);
             let mut in_flight = InFlight::begin(endpoint, deadline, Instant::now());
-            let status = match sender.send(request, body).await {
+            let status = match stream.send(request, body).await {
                 Ok(response) => {
                     let over = status_of_head(&response);
                     if over.as_ref().is_some_and(|status| head.is_late(status))
@@ -256,30 +260,44 @@ impl Calls {
         }
     }
 
-    /// An endpoint that is ready and a connection to it, waiting for one if need be.
+    /// An endpoint that is ready and a stream to it, waiting for one if need be. `seeks` says whether it
+    /// waits.
     async fn acquire(
         &self,
         since: Instant,
         avoid: Option<&Arc<Endpoint>>,
         tried: Option<&Tried>,
-    ) -> Result<(Arc<Endpoint>, Sender), Status> {
+        seeks: &AtomicBool,
+    ) -> Result<(Arc<Endpoint>, Reserved), Status> {
         let unavailable = |how: &str| Status::unavailable(format!("{}{how}", self.view.explain()));
         if let Some(picked) = self.pick(avoid, tried) {
             return Ok(picked);
         }
-        if !self.wait_for_ready {
-            return Err(unavailable(""));
-        }
         let at = since + self.ready_timeout;
+        seeks.store(true, Ordering::Relaxed);
         loop {
-            let ready = self.view.ready.notified();
-            tokio::pin!(ready);
+            let (ready, freed) = (self.view.ready.notified(), self.view.freed.notified());
+            tokio::pin!(ready, freed);
             // Registered before looking, so that nothing is missed in between.
             ready.as_mut().enable();
+            freed.as_mut().enable();
             if let Some(picked) = self.pick(avoid, tried) {
+                seeks.store(false, Ordering::Relaxed);
+                // There may be room for the next as well.
+                self.view.freed.notify_one();
                 return Ok(picked);
             }
-            if timeout_at(at, ready).await.is_err() {
+            // One that has no room is ready.
+            if !self.wait_for_ready && !self.view.is_full() {
+                return Err(unavailable(""));
+            }
+            let changed = async {
+                tokio::select! {
+                    () = ready => {}
+                    () = freed => {}
+                }
+            };
+            if timeout_at(at, changed).await.is_err() {
                 let waited = format!(" (waited {:?})", self.ready_timeout);
                 return Err(unavailable(&waited));
             }
@@ -290,14 +308,19 @@ impl Calls {
         &self,
         avoid: Option<&Arc<Endpoint>>,
         tried: Option<&Tried>,
-    ) -> Option<(Arc<Endpoint>, Sender)> {
+    ) -> Option<(Arc<Endpoint>, Reserved)> {
         let picker = self.view.picker.load();
         let avoided = |ready: &Ready| {
             avoid.is_some_and(|avoid| Arc::ptr_eq(avoid, &ready.endpoint))
                 || tried.is_some_and(|tried| tried.contains(&ready.endpoint.target.address))
         };
-        let ready = picker.pick(Instant::now(), avoided)?;
-        Some((Arc::clone(&ready.endpoint), ready.sender()?))
+        loop {
+            let ready = picker.pick(Instant::now(), avoided)?;
+            // Otherwise another call has taken the last stream in between, or the connection has closed.
+            if let Some(stream) = ready.reserve() {
+                return Some((Arc::clone(&ready.endpoint), stream));
+            }
+        }
     }
 
     fn request(&self, head: &mut Head, endpoint: &Endpoint) -> Request<()> {

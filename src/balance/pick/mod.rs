@@ -36,7 +36,8 @@ pub(crate) trait Candidate {
     fn load(&self) -> &Load;
     /// Above 0.
     fn weight(&self) -> u32;
-    /// Whether a call can be sent now: a connection may have closed since the picker was made.
+    /// Whether a call can be sent now: a connection may have closed since the picker was made, or have as
+    /// many calls on it as its server allows.
     fn is_usable(&self) -> bool;
 }
 
@@ -76,6 +77,10 @@ impl<C: Candidate> Picker<C> {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.candidates.is_empty()
+    }
+
+    pub(crate) fn candidates(&self) -> &[C] {
+        &self.candidates
     }
 
     /// The endpoint for a call that begins `now`, if any can be used. One for which `avoid` holds
