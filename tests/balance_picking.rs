@@ -254,6 +254,35 @@ async fn given_one_of_three_that_fails_fast_when_called_then_it_does_not_look_fa
     }
 }
 
+#[tokio::test]
+async fn given_a_server_that_hangs_from_the_beginning_when_callers_give_up_then_it_is_left_alone() {
+    let delayed = |delay| {
+        EchoServer::with(Options {
+            delay,
+            ..Options::default()
+        })
+    };
+    let hangs = delayed(10 * support::PATIENCE);
+    let answers = delayed(Duration::from_millis(5));
+    let channel = fixed([hangs.address(), answers.address()], |builder| builder);
+    until_ready(&channel, 2).await;
+    const CALLS: usize = 40;
+    let mut in_vain = 0;
+    for _ in 0..CALLS {
+        // A time-out of the caller's own, of which the channel knows nothing.
+        let limit = Duration::from_millis(200);
+        match tokio::time::timeout(limit, call(&channel)).await {
+            Ok(answer) => assert_eq!(answer.unwrap(), answers.address()),
+            Err(_) => in_vain += 1,
+        }
+    }
+    let latency = status_of(&channel, hangs.address()).unwrap().latency;
+    assert!(latency.is_some() == (in_vain > 0), "{latency:?}");
+    // At random it would get half; once is enough to know it, and stalls of the machine make the other look
+    // like it for a while.
+    assert!(in_vain <= CALLS / 8, "{in_vain} of {CALLS}");
+}
+
 /// 50 to 1, as 100 ms to 2 ms, but long enough that waiting takes the time and not an unoptimized
 /// build on a busy machine.
 const SLOW: Duration = Duration::from_millis(1_000);
