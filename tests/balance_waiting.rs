@@ -320,6 +320,30 @@ async fn given_a_server_that_refuses_a_stream_late_when_another_is_ready_then_it
 }
 
 #[tokio::test]
+async fn given_two_servers_that_refuse_a_stream_late_when_a_third_is_ready_then_it_is_called() {
+    let ready_timeout = Duration::from_millis(300);
+    let refuses = || {
+        RawServer::start(move |_, mut respond| async move {
+            tokio::time::sleep(3 * ready_timeout).await;
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+        })
+    };
+    let refuse = [refuses().await, refuses().await];
+    let answers = EchoServer::start();
+    let addresses = [refuse[0].address(), refuse[1].address(), answers.address()];
+    let channel = fixed(addresses, |builder| {
+        builder
+            .ready_timeout(ready_timeout)
+            .policy(Policy::RoundRobin)
+    });
+    until_ready(&channel, 3).await;
+    // One begins with each.
+    for _ in 0..3 {
+        assert_eq!(call(&channel).await.unwrap(), answers.address());
+    }
+}
+
+#[tokio::test]
 async fn given_servers_that_refuse_every_stream_when_called_then_it_fails_in_ready_timeout() {
     let asked = std::sync::Arc::<std::sync::atomic::AtomicUsize>::default();
     let counter = std::sync::Arc::clone(&asked);

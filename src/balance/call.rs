@@ -131,8 +131,8 @@ impl Calls {
         let mut attempts = 0;
         let mut unsent = 0;
         let mut failed = None;
-        // When the call began to look for a server. It may have been with one for long before that
-        // one refused it, or failed.
+        // When the call began to look for a server; the time that servers had it until they refused it does not
+        // count.
         let mut seeking = head.begun;
         let mut avoid: Option<Arc<Endpoint>> = None;
         loop {
@@ -147,7 +147,8 @@ impl Calls {
             };
             let request = self.request(&mut head, &endpoint);
             let deadline = head.deadline.map(|(at, _)| at);
-            let mut in_flight = InFlight::begin(endpoint, deadline, Instant::now());
+            let sent = Instant::now();
+            let mut in_flight = InFlight::begin(endpoint, deadline, sent);
             let status = match stream.send(request, body).await {
                 Ok(response) => {
                     let over = status_of_head(&response);
@@ -186,9 +187,7 @@ impl Calls {
                     avoid = Some(Arc::clone(in_flight.endpoint()));
                     in_flight.unsent();
                     unsent += 1;
-                    if unsent == 1 {
-                        seeking = Instant::now();
-                    }
+                    seeking += sent.elapsed();
                     // The first is free, whatever the time-out.
                     let late = unsent > 1 && seeking.elapsed() > self.ready_timeout;
                     if late || !replay.is_repeatable() {
