@@ -141,6 +141,10 @@ impl Endpoint {
         self.kept.store(kept, Ordering::Relaxed);
     }
 
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
     /// It as something to pick, if it can be picked now.
     pub(super) fn ready(self: &Arc<Self>) -> Option<Ready> {
         let weight = self.weight.load(Ordering::Relaxed);
@@ -192,7 +196,7 @@ impl Endpoint {
             latency: self.load.latency(Instant::now()),
             weight,
             last_error: slots.iter().find_map(|slot| slot.last_error.clone()),
-            kept: self.kept.load(Ordering::Relaxed),
+            kept: self.is_kept(),
         }
     }
 

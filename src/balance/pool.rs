@@ -150,6 +150,10 @@ impl Member {
     fn is_connected(&self) -> bool {
         self.current.endpoint.is_connected()
     }
+
+    fn is_at(&self, address: &str) -> bool {
+        *self.current.endpoint.target.address == *address
+    }
 }
 
 /// The endpoint that replaces the current one as soon as it is connected.
@@ -228,12 +232,16 @@ impl Pool {
                 if !self.members.contains_key(&key) {
                     let left = leaving.remove(instance.address.as_str());
                     let member = left.map(|(_, member)| member).or_else(|| {
-                        let kept = self.guard.take(|of, (member, _)| {
-                            *of == key
-                                || *member.current.endpoint.target.address == *instance.address
-                        });
-                        kept.map(|(member, _)| member)
+                        let at = &*instance.address;
+                        let held = self.guard.take(|_, (member, _)| member.is_at(at));
+                        held.map(|(member, _)| member)
                     });
+                    // Where it was before it is not any more, unless that is in use: nothing says so of those
+                    // that vanished with most of the others.
+                    let moved = self
+                        .guard
+                        .take(|of, (member, _)| *of == key && !member.current.endpoint.is_kept());
+                    gone.extend(moved.map(|(member, _)| member));
                     if let Some(member) = member {
                         member.current.endpoint.set_kept(false);
                         self.members.insert(key.clone(), member);
