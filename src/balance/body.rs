@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
 use super::connection::Incoming;
+use super::deadline;
 use super::endpoint::Endpoint;
 use super::failure;
 
@@ -96,6 +97,9 @@ pub(super) fn is_failure(code: Code) -> bool {
     )
 }
 
+/// When a call's time may be over.
+const DURING: &str = "during the response";
+
 /// The response's body: ends in DEADLINE_EXCEEDED when the call's time is over, and keeps the call
 /// in flight until it ends or is dropped.
 pub(super) struct ResponseBody {
@@ -141,6 +145,13 @@ impl ResponseBody {
             None => "",
         };
         let status = failure::status_of(address, error, ending.as_deref());
+        if let Some((sleep, limit)) = &self.deadline
+            && deadline::is_late(&status, sleep.deadline())
+        {
+            let late = failure::deadline_exceeded(*limit, DURING);
+            self.ended(false);
+            return late;
+        }
         self.ended(true);
         status
     }
@@ -189,7 +200,7 @@ impl Body for ResponseBody {
         if let Some((sleep, limit)) = &this.deadline
             && sleep.deadline() <= Instant::now()
         {
-            let status = failure::deadline_exceeded(*limit, "during the response");
+            let status = failure::deadline_exceeded(*limit, DURING);
             this.ended(false);
             return Poll::Ready(Some(Err(status)));
         }
@@ -212,7 +223,7 @@ impl Body for ResponseBody {
                     return Poll::Pending;
                 };
                 ready!(sleep.as_mut().poll(cx));
-                let status = failure::deadline_exceeded(*limit, "during the response");
+                let status = failure::deadline_exceeded(*limit, DURING);
                 this.ended(false);
                 Poll::Ready(Some(Err(status)))
             }

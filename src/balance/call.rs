@@ -26,10 +26,6 @@ use super::tried::Tried;
 const UNSENT_WAIT: Duration = Duration::from_millis(10);
 const UNSENT_FREE: u32 = 3;
 
-/// How far a call's end on the server may be from that here, on the same clock: both have timers that tick in
-/// milliseconds, and the header is rounded to less than one for calls of up to 100 s.
-const DEADLINES_APART: Duration = Duration::from_millis(3);
-
 /// Headers of HTTP/1 that HTTP/2 does not allow (RFC 9113, section 8.2.2). A gateway that copies
 /// what it got into metadata should not fail for them.
 const CONNECTION_SPECIFIC: [&str; 5] = [
@@ -64,10 +60,12 @@ struct Head {
 }
 
 impl Head {
-    /// Whether a server has noticed before this side that the time was over: tonic's says CANCELLED then.
-    fn is_late(&self, status: &Status) -> bool {
-        let soon = Instant::now() + DEADLINES_APART;
-        status.code() == Code::Cancelled && self.deadline.is_some_and(|(at, _)| soon >= at)
+    /// The status of a call that its server has ended because its time was over.
+    fn late(&self, status: &Status) -> Option<Status> {
+        let (_, limit) = self
+            .deadline
+            .filter(|(at, _)| deadline::is_late(status, *at))?;
+        Some(failure::deadline_exceeded(limit, "without an answer"))
     }
 }
 
@@ -152,11 +150,9 @@ impl Calls {
             let status = match stream.send(request, body).await {
                 Ok(response) => {
                     let over = status_of_head(&response);
-                    if over.as_ref().is_some_and(|status| head.is_late(status))
-                        && let Some((_, limit)) = head.deadline
-                    {
+                    if let Some(late) = over.as_ref().and_then(|status| head.late(status)) {
                         in_flight.observe(true);
-                        return Err(failure::deadline_exceeded(limit, "without an answer"));
+                        return Err(late);
                     }
                     in_flight.observe(over.as_ref().is_some_and(|s| is_failure(s.code())));
                     match over {
@@ -206,6 +202,9 @@ impl Calls {
                     }
                     let status = status_of_error(in_flight.endpoint(), &error);
                     in_flight.observe(true);
+                    if let Some(late) = head.late(&status) {
+                        return Err(late);
+                    }
                     if !self.retries(status.code(), attempts + 1, &replay) {
                         return Err(status);
                     }
