@@ -17,6 +17,7 @@ use super::connection::Incoming;
 use super::deadline;
 use super::endpoint::Endpoint;
 use super::failure;
+use super::replay::OwnFailure;
 
 /// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.
 #[derive(Debug)]
@@ -59,8 +60,8 @@ impl InFlight {
             .observe(Duration::ZERO, true, Instant::now());
     }
 
-    /// It was not sent after all.
-    pub(super) fn unsent(mut self) {
+    /// It was not sent after all, or failed by itself: nothing is to be learned from it.
+    pub(super) fn says_nothing(mut self) {
         self.observed = true;
     }
 }
@@ -108,24 +109,32 @@ pub(super) struct ResponseBody {
     /// The head has said how it ended: there is nothing to come.
     is_over: bool,
     call: Option<(InFlight, Option<OwnedSemaphorePermit>)>,
+    own_failure: Option<OwnFailure>,
+}
+
+/// A call whose response has begun.
+pub(super) struct AnsweredCall {
+    /// The head has said how it ended.
+    pub(super) is_over: bool,
+    pub(super) deadline: Option<(Instant, Duration)>,
+    pub(super) in_flight: InFlight,
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+    /// What may go wrong with the request's body.
+    pub(super) own_failure: Option<OwnFailure>,
 }
 
 impl ResponseBody {
-    pub(super) fn new(
-        incoming: Incoming,
-        is_over: bool,
-        deadline: Option<(Instant, Duration)>,
-        in_flight: InFlight,
-        permit: Option<OwnedSemaphorePermit>,
-    ) -> Self {
+    pub(super) fn new(incoming: Incoming, call: AnsweredCall) -> Self {
         Self {
             // Nothing will be waited for, so no timer either.
-            deadline: deadline
+            deadline: call
+                .deadline
                 .filter(|_| !incoming.stream.is_end_stream())
                 .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
             incoming,
-            is_over,
-            call: Some((in_flight, permit)),
+            is_over: call.is_over,
+            call: Some((call.in_flight, call.permit)),
+            own_failure: call.own_failure,
         }
     }
 
@@ -139,6 +148,11 @@ impl ResponseBody {
     }
 
     fn failed(&mut self, error: &h2::Error) -> Status {
+        if let Some(own) = self.own_failure.as_ref().and_then(OwnFailure::get) {
+            // The caller's to know, and no fault of the endpoint.
+            self.ended(false);
+            return own;
+        }
         let ending = self.incoming.ending();
         let address = match &self.call {
             Some((in_flight, _)) => &*in_flight.endpoint.target.address,

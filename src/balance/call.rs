@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::body::{InFlight, ResponseBody, is_failure, status_of_head};
+use super::body::{AnsweredCall, InFlight, ResponseBody, is_failure, status_of_head};
 use super::connection::{Fate, Reserved, SendError};
 use super::deadline::{self, GRPC_TIMEOUT};
 use super::endpoint::{Endpoint, Ready};
@@ -161,18 +161,21 @@ impl Calls {
                         }
                         over => {
                             replay.release();
-                            let (over, deadline) = (over.is_some(), head.deadline);
-                            return Ok(response.map(|incoming| {
-                                let body =
-                                    ResponseBody::new(incoming, over, deadline, in_flight, permit);
-                                Body::new(body)
-                            }));
+                            let call = AnsweredCall {
+                                is_over: over.is_some(),
+                                deadline: head.deadline,
+                                in_flight,
+                                permit,
+                                own_failure: replay.own_failure(),
+                            };
+                            return Ok(response
+                                .map(|incoming| Body::new(ResponseBody::new(incoming, call))));
                         }
                     }
                 }
                 Err(error) if error.fate == Fate::Rejected => {
                     // The request's own fault.
-                    in_flight.unsent();
+                    in_flight.says_nothing();
                     return Err(Status::internal(format!(
                         "the request cannot be sent: {}",
                         error.error
@@ -181,7 +184,7 @@ impl Calls {
                 Err(error) if error.fate == Fate::Unsent => {
                     let status = status_of_error(in_flight.endpoint(), &error);
                     avoid = Some(Arc::clone(in_flight.endpoint()));
-                    in_flight.unsent();
+                    in_flight.says_nothing();
                     unsent += 1;
                     seeking += sent.elapsed();
                     // The first is free, whatever the time-out.
@@ -196,8 +199,9 @@ impl Calls {
                     continue;
                 }
                 Err(error) => {
-                    if let Some(own) = replay.failure() {
+                    if let Some(own) = replay.own_failure().and_then(|own| own.get()) {
                         // The caller's to know, and no fault of the endpoint.
+                        in_flight.says_nothing();
                         return Err(own);
                     }
                     let status = status_of_error(in_flight.endpoint(), &error);
