@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures::channel::mpsc;
 use futures::future::join_all;
+use futures::{StreamExt, stream};
 use goo_etcd::BalancedChannel;
 use goo_etcd::balance::Policy;
 use helloworld::echo::echo_client::EchoClient;
@@ -18,7 +19,7 @@ use support::balanced::{
 use support::echo::{EchoServer, Options};
 use support::eventually;
 use tokio::time::timeout;
-use tonic::{Code, Streaming};
+use tonic::{Code, Request, Streaming};
 
 const LIMIT: u32 = 2;
 
@@ -157,6 +158,48 @@ async fn given_a_full_only_endpoint_when_a_call_has_no_deadline_then_it_fails_in
             talk.say().await;
         }
     }
+}
+
+#[tokio::test]
+async fn given_responses_that_have_ended_when_they_are_held_on_to_then_they_take_no_room() {
+    let server = few(Options::default());
+    let channel = fixed([server.address()], |builder| builder);
+    until_ready(&channel, 1).await;
+    let mut client = EchoClient::new(channel.clone());
+    let mut held = Vec::new();
+    for _ in 0..LIMIT {
+        let mut request = Request::new(stream::pending());
+        request.set_timeout(Duration::from_millis(100));
+        let mut replies = client.bidi(request).await.unwrap().into_inner();
+        let error = replies.message().await.unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
+        held.push(replies);
+    }
+    for _ in 0..LIMIT {
+        // Ends at the first that it is sent, and is sent no end.
+        let fails = EchoRequest {
+            fail_with: Code::Aborted as u32,
+            ..hello()
+        };
+        let requests = stream::iter([fails]).chain(stream::pending());
+        let mut replies = client.bidi(requests).await.unwrap().into_inner();
+        let error = replies.message().await.unwrap_err();
+        assert_eq!(error.code(), Code::Aborted, "{error:?}");
+        held.push(replies);
+    }
+    for _ in 0..LIMIT {
+        let mut broken = Talk::begin(&channel).await.replies;
+        // Its requests end, and with them its replies.
+        assert!(broken.message().await.unwrap().is_none());
+        held.push(broken);
+    }
+    call(&channel).await.unwrap();
+    eventually("the server has let go of them", async || {
+        server.counts().active() == 0
+    })
+    .await;
+    assert_eq!(server.counts().accepted(), 1, "the connection was lost");
+    drop(held);
 }
 
 #[tokio::test]

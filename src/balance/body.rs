@@ -129,7 +129,7 @@ impl ResponseBody {
             // Nothing will be waited for, so no timer either.
             deadline: call
                 .deadline
-                .filter(|_| !incoming.stream.is_end_stream())
+                .filter(|_| !incoming.is_at_end())
                 .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
             incoming,
             is_over: call.is_over,
@@ -174,7 +174,9 @@ impl ResponseBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        let stream = &mut self.incoming.stream;
+        let Some(stream) = &mut self.incoming.stream else {
+            return Poll::Ready(None);
+        };
         match ready!(stream.poll_data(cx)) {
             Some(Ok(data)) => {
                 // What was taken makes room for more.
@@ -245,7 +247,7 @@ impl Body for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.call.is_none() || self.incoming.stream.is_end_stream()
+        self.incoming.is_at_end()
     }
 }
 

@@ -258,7 +258,7 @@ impl Reserved {
         drop(h2);
         match response.await {
             Ok(response) => Ok(response.map(|stream| Incoming {
-                stream,
+                stream: Some(stream),
                 upload,
                 call: Some(open),
             })),
@@ -392,21 +392,27 @@ async fn pump(stream: SendStream<Bytes>, mut body: AttemptBody) {
 /// The body of a response, as it comes from the wire.
 #[derive(Debug)]
 pub(super) struct Incoming {
-    pub(super) stream: RecvStream,
+    /// `None` once it is over.
+    pub(super) stream: Option<RecvStream>,
     upload: Option<Upload>,
     /// Let go of last, as in [`Reserved`].
     call: Option<OpenCall>,
 }
 
 impl Incoming {
-    /// The response is over: what is still being sent is not wanted any more.
+    /// Nothing is to be read any more.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.stream.as_ref().is_none_or(RecvStream::is_end_stream)
+    }
+
+    /// The response is over: what is still being sent is not wanted any more, and neither is what may be to
+    /// come. A reader may hold on to it for long, and takes up no stream.
     pub(super) fn finish(&mut self) {
+        let received = self.is_at_end();
         let sent = self.upload.take().is_none_or(|upload| upload.is_over());
-        if sent
-            && self.stream.is_end_stream()
-            && let Some(mut call) = self.call.take()
-        {
-            call.closed = true;
+        self.stream = None;
+        if let Some(mut call) = self.call.take() {
+            call.closed = received && sent;
         }
     }
 
