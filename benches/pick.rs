@@ -15,7 +15,7 @@ mod pick;
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use divan::{AllocProfiler, Bencher};
@@ -36,8 +36,14 @@ fn main() {
 /// their own.
 struct Endpoint {
     endpoint: Arc<Shared>,
-    connections: Box<[Arc<AtomicBool>]>,
+    connections: Box<[Arc<Connection>]>,
     weight: u32,
+}
+
+struct Connection {
+    is_open: AtomicBool,
+    calls: AtomicUsize,
+    limit: AtomicUsize,
 }
 
 struct Shared {
@@ -56,9 +62,10 @@ impl Candidate for Endpoint {
     }
 
     fn is_usable(&self) -> bool {
-        self.connections
-            .iter()
-            .any(|is_open| is_open.load(Ordering::Relaxed))
+        self.connections.iter().any(|connection| {
+            connection.is_open.load(Ordering::Acquire)
+                && connection.calls.load(Ordering::SeqCst) < connection.limit.load(Ordering::SeqCst)
+        })
     }
 }
 
@@ -70,7 +77,11 @@ fn picker(policy: Policy, count: usize) -> Picker<Endpoint> {
                 _address: [0; 128],
                 load: Load::new(now),
             }),
-            connections: Box::new([Arc::new(AtomicBool::new(true))]),
+            connections: Box::new([Arc::new(Connection {
+                is_open: AtomicBool::new(true),
+                calls: AtomicUsize::new(0),
+                limit: AtomicUsize::new(100),
+            })]),
             // One has a hundred times the share of the others.
             weight: if index == 0 { 10_000 } else { 100 + index % 7 },
         };

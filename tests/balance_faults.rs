@@ -6,6 +6,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use futures::channel::mpsc;
+use goo_etcd::BalancedChannel;
 use goo_etcd::balance::{EndpointState, RetryPolicy};
 use helloworld::echo::echo_client::EchoClient;
 use helloworld::echo::{EchoReply, EchoRequest};
@@ -441,6 +442,41 @@ async fn given_an_idle_channel_when_the_set_changes_then_the_first_call_finds_it
     assert_eq!(call(&channel).await.unwrap(), new.address());
     assert_eq!(new.counts().accepted(), 1);
     assert_eq!(old.counts().calls(), 0);
+}
+
+#[tokio::test]
+async fn given_an_instance_that_vanished_when_it_comes_back_elsewhere_then_its_old_address_is_not_called()
+ {
+    let old = EchoServer::start();
+    let others = [EchoServer::start(), EchoServer::start()];
+    let elsewhere = refusing();
+    let moving = |address: &str| instance(address).id("moving");
+    let staying = || others.iter().map(|other| instance(other.address()));
+    let (sets, source) = Sets::new();
+    let channel = BalancedChannel::builder(source)
+        .mass_deletion_guard(support::PATIENCE)
+        .mass_deletion_window(10 * support::PATIENCE)
+        .build()
+        .unwrap();
+    sets.send(staying().chain([moving(old.address())]));
+    until_ready(&channel, 3).await;
+    // Alone, so that it is taken at its word.
+    sets.send(staying());
+    until_ready(&channel, 2).await;
+    sets.send(staying().chain([moving(&elsewhere)]));
+    eventually("it is known where it is now", async || {
+        status_of(&channel, &elsewhere).is_some()
+    })
+    .await;
+    assert!(status_of(&channel, old.address()).is_none());
+    for _ in 0..100 {
+        call(&channel).await.unwrap();
+    }
+    assert_eq!(old.counts().calls(), 0);
+    eventually("its old connection is closed", async || {
+        old.counts().connections() == 0
+    })
+    .await;
 }
 
 #[tokio::test]

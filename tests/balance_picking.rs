@@ -53,6 +53,24 @@ async fn given_weights_99_and_1_when_1_000_calls_go_round_then_they_are_990_and_
 }
 
 #[tokio::test]
+async fn given_weights_100_and_50_when_called_one_at_a_time_then_least_request_gives_2_to_1() {
+    let servers = [EchoServer::start(), EchoServer::start()];
+    let weighted = [
+        instance(servers[0].address()).weight(100),
+        instance(servers[1].address()).weight(50),
+    ];
+    let channel = BalancedChannel::builder(Source::fixed(weighted))
+        .policy(Policy::LeastRequest)
+        .build()
+        .unwrap();
+    until_ready(&channel, 2).await;
+    let shares = shares(&channel, 600).await;
+    let heavy = shares[servers[0].address()];
+    // Eight standard deviations of what 600 draws give.
+    assert!((308..=492).contains(&heavy), "{heavy} of 600");
+}
+
+#[tokio::test]
 async fn given_equal_weights_when_calls_go_round_then_each_is_called_in_turn() {
     let servers = three();
     let channel = fixed(servers.iter().map(EchoServer::address), |builder| {
@@ -212,23 +230,57 @@ async fn given_one_of_three_that_fails_fast_when_called_then_it_does_not_look_fa
         healthy[0].address(),
         healthy[1].address(),
     ];
-    let channel = fixed(addresses, |builder| builder);
-    until_ready(&channel, 3).await;
     const TRIERS: usize = 8;
-    let begun = Instant::now();
-    let load = Load::start(&channel, TRIERS);
-    load.goes_on_for(1_000).await;
-    let report = load.finish().await;
-    let failed = failed.load(Ordering::SeqCst);
-    // At random it would get a third, and more if it looked as fast as it is. Each task may try it once
-    // before its first failure is known, and once a second after.
-    println!("{failed} of {} calls went to it", report.calls());
-    let tries = (begun.elapsed().as_secs() + 2) * TRIERS as u64;
-    assert!(
-        failed <= tries,
-        "{failed} of {}, more than {tries}",
-        report.calls()
-    );
+    for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+        let channel = fixed(addresses, |builder| builder.policy(policy));
+        until_ready(&channel, 3).await;
+        let begun = Instant::now();
+        let load = Load::start(&channel, TRIERS);
+        load.goes_on_for(1_000).await;
+        let report = load.finish().await;
+        let failed = failed.swap(0, Ordering::SeqCst);
+        // At random it would get a third, and more if it looked as fast as it is. Each task may try it once
+        // before its first failure is known, and once a second after.
+        println!(
+            "{policy:?}: {failed} of {} calls went to it",
+            report.calls()
+        );
+        let tries = (begun.elapsed().as_secs() + 2) * TRIERS as u64;
+        assert!(
+            failed <= tries,
+            "{policy:?}: {failed} of {}, more than {tries}",
+            report.calls()
+        );
+    }
+}
+
+#[tokio::test]
+async fn given_a_server_that_hangs_from_the_beginning_when_callers_give_up_then_it_is_left_alone() {
+    let delayed = |delay| {
+        EchoServer::with(Options {
+            delay,
+            ..Options::default()
+        })
+    };
+    let hangs = delayed(10 * support::PATIENCE);
+    let answers = delayed(Duration::from_millis(5));
+    let channel = fixed([hangs.address(), answers.address()], |builder| builder);
+    until_ready(&channel, 2).await;
+    const CALLS: usize = 40;
+    let mut in_vain = 0;
+    for _ in 0..CALLS {
+        // A time-out of the caller's own, of which the channel knows nothing.
+        let limit = Duration::from_millis(200);
+        match tokio::time::timeout(limit, call(&channel)).await {
+            Ok(answer) => assert_eq!(answer.unwrap(), answers.address()),
+            Err(_) => in_vain += 1,
+        }
+    }
+    let latency = status_of(&channel, hangs.address()).unwrap().latency;
+    assert!(latency.is_some() == (in_vain > 0), "{latency:?}");
+    // At random it would get half; once is enough to know it, and stalls of the machine make the other look
+    // like it for a while.
+    assert!(in_vain <= CALLS / 8, "{in_vain} of {CALLS}");
 }
 
 /// 50 to 1, as 100 ms to 2 ms, but long enough that waiting takes the time and not an unoptimized

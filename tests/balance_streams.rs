@@ -15,7 +15,7 @@ use helloworld::echo::{EchoReply, EchoRequest};
 use helloworld::greeter::HelloRequest;
 use helloworld::greeter::greeter_client::GreeterClient;
 use support::PATIENCE;
-use support::balanced::{fixed, hello, in_flight, until_ready};
+use support::balanced::{fixed, hello, in_flight, status_of, until_ready};
 use support::echo::EchoServer;
 use support::raw::RawServer;
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -281,7 +281,20 @@ async fn given_messages_past_a_limit_when_called_then_as_with_tonics_channel() {
     });
     let error = sends.client_stream(later).await.unwrap_err();
     assert_eq!(error.code(), Code::OutOfRange, "{error:?}");
+    // Also when the answer has begun.
+    let (requests, receiver) = mpsc::unbounded();
+    requests.unbounded_send(of_size(1)).unwrap();
+    let mut replies = sends.bidi(receiver).await.unwrap().into_inner();
+    replies.message().await.unwrap().unwrap();
+    requests.unbounded_send(of_size(1_001)).unwrap();
+    let error = replies.message().await.unwrap_err();
+    assert_eq!(error.code(), Code::OutOfRange, "{error:?}");
+    assert!(error.message().contains("the limit is: 1000"), "{error:?}");
+    drop(replies);
     assert_eq!(in_flight(&channel), 0);
+    // None of it was the server's fault, which would count as a second.
+    let latency = status_of(&channel, server.address()).unwrap().latency;
+    assert!(latency.unwrap() < Duration::from_millis(500), "{latency:?}");
 }
 
 #[tokio::test]

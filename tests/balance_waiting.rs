@@ -190,6 +190,45 @@ async fn given_a_slow_server_when_the_time_is_over_then_deadline_exceeded() {
 }
 
 #[tokio::test]
+async fn given_a_server_that_resets_a_stream_whose_time_is_over_when_called_then_deadline_exceeded()
+{
+    // As one does whose clock is ahead by a little.
+    let server = RawServer::start(|request, mut respond| async move {
+        let limit = request.headers()["grpc-timeout"].to_str().unwrap();
+        let limit = Duration::from_nanos(limit.trim_end_matches('n').parse().unwrap());
+        let over = tokio::time::Instant::now() + limit - Duration::from_millis(2);
+        if request.headers().contains_key("x-head") {
+            let head = http::Response::builder().header("content-type", "application/grpc");
+            let head = head.body(()).unwrap();
+            let mut body = respond.send_response(head, false).unwrap();
+            tokio::time::sleep_until(over).await;
+            body.send_reset(h2::Reason::CANCEL);
+        } else {
+            tokio::time::sleep_until(over).await;
+            respond.send_reset(h2::Reason::CANCEL);
+        }
+    })
+    .await;
+    let channel = fixed([server.address()], |builder| builder);
+    until_ready(&channel, 1).await;
+    let mut client = EchoClient::new(channel);
+    for with_head in [false, true] {
+        // Again and again: which of the two notices first is chance.
+        for _ in 0..30 {
+            let mut request = Request::new(hello());
+            request.set_timeout(Duration::from_millis(50));
+            if with_head {
+                request
+                    .metadata_mut()
+                    .insert("x-head", "yes".parse().unwrap());
+            }
+            let error = client.unary(request).await.unwrap_err();
+            assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn given_a_call_that_waited_when_it_is_sent_then_the_server_is_told_what_is_left() {
     let server = EchoServer::start();
     let (sets, channel) = changing([], |builder| builder);
@@ -315,6 +354,30 @@ async fn given_a_server_that_refuses_a_stream_late_when_another_is_ready_then_it
     });
     until_ready(&channel, 2).await;
     for _ in 0..4 {
+        assert_eq!(call(&channel).await.unwrap(), answers.address());
+    }
+}
+
+#[tokio::test]
+async fn given_two_servers_that_refuse_a_stream_late_when_a_third_is_ready_then_it_is_called() {
+    let ready_timeout = Duration::from_millis(300);
+    let refuses = || {
+        RawServer::start(move |_, mut respond| async move {
+            tokio::time::sleep(3 * ready_timeout).await;
+            respond.send_reset(h2::Reason::REFUSED_STREAM);
+        })
+    };
+    let refuse = [refuses().await, refuses().await];
+    let answers = EchoServer::start();
+    let addresses = [refuse[0].address(), refuse[1].address(), answers.address()];
+    let channel = fixed(addresses, |builder| {
+        builder
+            .ready_timeout(ready_timeout)
+            .policy(Policy::RoundRobin)
+    });
+    until_ready(&channel, 3).await;
+    // One begins with each.
+    for _ in 0..3 {
         assert_eq!(call(&channel).await.unwrap(), answers.address());
     }
 }

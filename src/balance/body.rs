@@ -14,8 +14,10 @@ use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
 use super::connection::Incoming;
+use super::deadline;
 use super::endpoint::Endpoint;
 use super::failure;
+use super::replay::OwnFailure;
 
 /// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.
 #[derive(Debug)]
@@ -58,8 +60,8 @@ impl InFlight {
             .observe(Duration::ZERO, true, Instant::now());
     }
 
-    /// It was not sent after all.
-    pub(super) fn unsent(mut self) {
+    /// It was not sent after all, or failed by itself: nothing is to be learned from it.
+    pub(super) fn says_nothing(mut self) {
         self.observed = true;
     }
 }
@@ -96,6 +98,9 @@ pub(super) fn is_failure(code: Code) -> bool {
     )
 }
 
+/// When a call's time may be over.
+const DURING: &str = "during the response";
+
 /// The response's body: ends in DEADLINE_EXCEEDED when the call's time is over, and keeps the call
 /// in flight until it ends or is dropped.
 pub(super) struct ResponseBody {
@@ -104,24 +109,32 @@ pub(super) struct ResponseBody {
     /// The head has said how it ended: there is nothing to come.
     is_over: bool,
     call: Option<(InFlight, Option<OwnedSemaphorePermit>)>,
+    own_failure: Option<OwnFailure>,
+}
+
+/// A call whose response has begun.
+pub(super) struct AnsweredCall {
+    /// The head has said how it ended.
+    pub(super) is_over: bool,
+    pub(super) deadline: Option<(Instant, Duration)>,
+    pub(super) in_flight: InFlight,
+    pub(super) permit: Option<OwnedSemaphorePermit>,
+    /// What may go wrong with the request's body.
+    pub(super) own_failure: Option<OwnFailure>,
 }
 
 impl ResponseBody {
-    pub(super) fn new(
-        incoming: Incoming,
-        is_over: bool,
-        deadline: Option<(Instant, Duration)>,
-        in_flight: InFlight,
-        permit: Option<OwnedSemaphorePermit>,
-    ) -> Self {
+    pub(super) fn new(incoming: Incoming, call: AnsweredCall) -> Self {
         Self {
             // Nothing will be waited for, so no timer either.
-            deadline: deadline
-                .filter(|_| !incoming.stream.is_end_stream())
+            deadline: call
+                .deadline
+                .filter(|_| !incoming.is_at_end())
                 .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
             incoming,
-            is_over,
-            call: Some((in_flight, permit)),
+            is_over: call.is_over,
+            call: Some((call.in_flight, call.permit)),
+            own_failure: call.own_failure,
         }
     }
 
@@ -135,12 +148,24 @@ impl ResponseBody {
     }
 
     fn failed(&mut self, error: &h2::Error) -> Status {
+        if let Some(own) = self.own_failure.as_ref().and_then(OwnFailure::get) {
+            // The caller's to know, and no fault of the endpoint.
+            self.ended(false);
+            return own;
+        }
         let ending = self.incoming.ending();
         let address = match &self.call {
             Some((in_flight, _)) => &*in_flight.endpoint.target.address,
             None => "",
         };
         let status = failure::status_of(address, error, ending.as_deref());
+        if let Some((sleep, limit)) = &self.deadline
+            && deadline::is_late(&status, sleep.deadline())
+        {
+            let late = failure::deadline_exceeded(*limit, DURING);
+            self.ended(false);
+            return late;
+        }
         self.ended(true);
         status
     }
@@ -149,7 +174,9 @@ impl ResponseBody {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        let stream = &mut self.incoming.stream;
+        let Some(stream) = &mut self.incoming.stream else {
+            return Poll::Ready(None);
+        };
         match ready!(stream.poll_data(cx)) {
             Some(Ok(data)) => {
                 // What was taken makes room for more.
@@ -189,7 +216,7 @@ impl Body for ResponseBody {
         if let Some((sleep, limit)) = &this.deadline
             && sleep.deadline() <= Instant::now()
         {
-            let status = failure::deadline_exceeded(*limit, "during the response");
+            let status = failure::deadline_exceeded(*limit, DURING);
             this.ended(false);
             return Poll::Ready(Some(Err(status)));
         }
@@ -212,7 +239,7 @@ impl Body for ResponseBody {
                     return Poll::Pending;
                 };
                 ready!(sleep.as_mut().poll(cx));
-                let status = failure::deadline_exceeded(*limit, "during the response");
+                let status = failure::deadline_exceeded(*limit, DURING);
                 this.ended(false);
                 Poll::Ready(Some(Err(status)))
             }
@@ -220,7 +247,7 @@ impl Body for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.call.is_none() || self.incoming.stream.is_end_stream()
+        self.incoming.is_at_end()
     }
 }
 

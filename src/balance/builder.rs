@@ -119,8 +119,8 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// How long a call waits for an endpoint to become ready, if its own time-out does not end before.
-    /// Default 5 s. Then it fails with UNAVAILABLE and what is known of the endpoints, of ten of them at most.
+    /// How long a call waits for an endpoint that is ready and has room for it, as servers limit the streams
+    /// on a connection, if its own time-out does not end before. Default 5 s. Then it fails with UNAVAILABLE and what is known of the endpoints, of ten of them at most.
     ///
     /// Attempts to connect go on beside it at the pace of [`max_connect_backoff`](Self::max_connect_backoff): for
     /// a call to outlast the restart of an only server, this is to be longer than that takes and one wait
@@ -131,14 +131,14 @@ impl BalancedChannelBuilder {
     }
 
     /// Whether a call waits for an endpoint at all. Default true; with false it fails at once with
-    /// UNAVAILABLE when none is ready.
+    /// UNAVAILABLE when none is ready. For room on one that is ready it waits even so.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.wait_for_ready = wait;
         self
     }
 
-    /// How many connections there are to each endpoint. Default 1, which serves any number of calls at
-    /// a time; more help where a single connection's throughput is the limit. From 1 to 1,000.
+    /// How many connections there are to each endpoint. Default 1; more help where a single connection's
+    /// throughput is the limit, or the number of streams on it that the server allows. From 1 to 1,000.
     pub fn connections_per_endpoint(mut self, count: usize) -> Self {
         self.plan.connections = count;
         self

@@ -1,6 +1,7 @@
 //! One call: wait for an endpoint, pick one, send, and send again what reached none.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::uri::{PathAndQuery, Scheme, Uri};
@@ -10,8 +11,8 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::body::{InFlight, ResponseBody, is_failure, status_of_head};
-use super::connection::{Fate, SendError, Sender};
+use super::body::{AnsweredCall, InFlight, ResponseBody, is_failure, status_of_head};
+use super::connection::{Fate, Reserved, SendError};
 use super::deadline::{self, GRPC_TIMEOUT};
 use super::endpoint::{Endpoint, Ready};
 use super::failure;
@@ -24,10 +25,6 @@ use super::tried::Tried;
 /// once is usual, a server that refuses everything must not be asked in a tight loop.
 const UNSENT_WAIT: Duration = Duration::from_millis(10);
 const UNSENT_FREE: u32 = 3;
-
-/// How far a call's end on the server may be from that here, on the same clock: both have timers that tick in
-/// milliseconds, and the header is rounded to less than one for calls of up to 100 s.
-const DEADLINES_APART: Duration = Duration::from_millis(3);
 
 /// Headers of HTTP/1 that HTTP/2 does not allow (RFC 9113, section 8.2.2). A gateway that copies
 /// what it got into metadata should not fail for them.
@@ -63,10 +60,12 @@ struct Head {
 }
 
 impl Head {
-    /// Whether a server has noticed before this side that the time was over: tonic's says CANCELLED then.
-    fn is_late(&self, status: &Status) -> bool {
-        let soon = Instant::now() + DEADLINES_APART;
-        status.code() == Code::Cancelled && self.deadline.is_some_and(|(at, _)| soon >= at)
+    /// The status of a call that its server has ended because its time was over.
+    fn late(&self, status: &Status) -> Option<Status> {
+        let (_, limit) = self
+            .deadline
+            .filter(|(at, _)| deadline::is_late(status, *at))?;
+        Some(failure::deadline_exceeded(limit, "without an answer"))
     }
 }
 
@@ -79,12 +78,13 @@ impl Calls {
     ) -> Result<Response<Body>, Status> {
         let begun = Instant::now();
         let (head, body) = self.prepare(request, begun);
+        let seeks = AtomicBool::new(false);
         let Some((at, limit)) = head.deadline else {
-            return self.attempts(head, body, tried).await;
+            return self.attempts(head, body, tried, &seeks).await;
         };
-        match timeout_at(at, self.attempts(head, body, tried)).await {
+        match timeout_at(at, self.attempts(head, body, tried, &seeks)).await {
             Ok(result) => result,
-            Err(_) if self.view.picker.load().is_empty() => {
+            Err(_) if seeks.load(Ordering::Relaxed) => {
                 Err(failure::deadline_exceeded(limit, &self.view.explain()))
             }
             Err(_) => Err(failure::deadline_exceeded(limit, "without an answer")),
@@ -121,6 +121,7 @@ impl Calls {
         mut head: Head,
         mut body: Body,
         tried: Option<&Tried>,
+        seeks: &AtomicBool,
     ) -> Result<Response<Body>, Status> {
         let permit = self.permit(&head).await?;
         let replay = std::future::poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
@@ -128,12 +129,13 @@ impl Calls {
         let mut attempts = 0;
         let mut unsent = 0;
         let mut failed = None;
-        // When the call began to look for a server. It may have been with one for long before that
-        // one refused it, or failed.
+        // When the call began to look for a server; the time that servers had it until they refused it does not
+        // count.
         let mut seeking = head.begun;
         let mut avoid: Option<Arc<Endpoint>> = None;
         loop {
-            let (endpoint, sender) = self.acquire(seeking, avoid.as_ref(), tried).await?;
+            let acquired = self.acquire(seeking, avoid.as_ref(), tried, seeks);
+            let (endpoint, stream) = acquired.await?;
             if let Some(tried) = tried {
                 tried.add(&endpoint.target.address);
             }
@@ -143,15 +145,14 @@ impl Calls {
             };
             let request = self.request(&mut head, &endpoint);
             let deadline = head.deadline.map(|(at, _)| at);
-            let mut in_flight = InFlight::begin(endpoint, deadline, Instant::now());
-            let status = match sender.send(request, body).await {
+            let sent = Instant::now();
+            let mut in_flight = InFlight::begin(endpoint, deadline, sent);
+            let status = match stream.send(request, body).await {
                 Ok(response) => {
                     let over = status_of_head(&response);
-                    if over.as_ref().is_some_and(|status| head.is_late(status))
-                        && let Some((_, limit)) = head.deadline
-                    {
+                    if let Some(late) = over.as_ref().and_then(|status| head.late(status)) {
                         in_flight.observe(true);
-                        return Err(failure::deadline_exceeded(limit, "without an answer"));
+                        return Err(late);
                     }
                     in_flight.observe(over.as_ref().is_some_and(|s| is_failure(s.code())));
                     match over {
@@ -160,18 +161,21 @@ impl Calls {
                         }
                         over => {
                             replay.release();
-                            let (over, deadline) = (over.is_some(), head.deadline);
-                            return Ok(response.map(|incoming| {
-                                let body =
-                                    ResponseBody::new(incoming, over, deadline, in_flight, permit);
-                                Body::new(body)
-                            }));
+                            let call = AnsweredCall {
+                                is_over: over.is_some(),
+                                deadline: head.deadline,
+                                in_flight,
+                                permit,
+                                own_failure: replay.own_failure(),
+                            };
+                            return Ok(response
+                                .map(|incoming| Body::new(ResponseBody::new(incoming, call))));
                         }
                     }
                 }
                 Err(error) if error.fate == Fate::Rejected => {
                     // The request's own fault.
-                    in_flight.unsent();
+                    in_flight.says_nothing();
                     return Err(Status::internal(format!(
                         "the request cannot be sent: {}",
                         error.error
@@ -180,11 +184,9 @@ impl Calls {
                 Err(error) if error.fate == Fate::Unsent => {
                     let status = status_of_error(in_flight.endpoint(), &error);
                     avoid = Some(Arc::clone(in_flight.endpoint()));
-                    in_flight.unsent();
+                    in_flight.says_nothing();
                     unsent += 1;
-                    if unsent == 1 {
-                        seeking = Instant::now();
-                    }
+                    seeking += sent.elapsed();
                     // The first is free, whatever the time-out.
                     let late = unsent > 1 && seeking.elapsed() > self.ready_timeout;
                     if late || !replay.is_repeatable() {
@@ -197,12 +199,16 @@ impl Calls {
                     continue;
                 }
                 Err(error) => {
-                    if let Some(own) = replay.failure() {
+                    if let Some(own) = replay.own_failure().and_then(|own| own.get()) {
                         // The caller's to know, and no fault of the endpoint.
+                        in_flight.says_nothing();
                         return Err(own);
                     }
                     let status = status_of_error(in_flight.endpoint(), &error);
                     in_flight.observe(true);
+                    if let Some(late) = head.late(&status) {
+                        return Err(late);
+                    }
                     if !self.retries(status.code(), attempts + 1, &replay) {
                         return Err(status);
                     }
@@ -256,30 +262,44 @@ impl Calls {
         }
     }
 
-    /// An endpoint that is ready and a connection to it, waiting for one if need be.
+    /// An endpoint that is ready and a stream to it, waiting for one if need be. `seeks` says whether it
+    /// waits.
     async fn acquire(
         &self,
         since: Instant,
         avoid: Option<&Arc<Endpoint>>,
         tried: Option<&Tried>,
-    ) -> Result<(Arc<Endpoint>, Sender), Status> {
+        seeks: &AtomicBool,
+    ) -> Result<(Arc<Endpoint>, Reserved), Status> {
         let unavailable = |how: &str| Status::unavailable(format!("{}{how}", self.view.explain()));
         if let Some(picked) = self.pick(avoid, tried) {
             return Ok(picked);
         }
-        if !self.wait_for_ready {
-            return Err(unavailable(""));
-        }
         let at = since + self.ready_timeout;
+        seeks.store(true, Ordering::Relaxed);
         loop {
-            let ready = self.view.ready.notified();
-            tokio::pin!(ready);
+            let (ready, freed) = (self.view.ready.notified(), self.view.freed.notified());
+            tokio::pin!(ready, freed);
             // Registered before looking, so that nothing is missed in between.
             ready.as_mut().enable();
+            freed.as_mut().enable();
             if let Some(picked) = self.pick(avoid, tried) {
+                seeks.store(false, Ordering::Relaxed);
+                // There may be room for the next as well.
+                self.view.freed.notify_one();
                 return Ok(picked);
             }
-            if timeout_at(at, ready).await.is_err() {
+            // One that has no room is ready.
+            if !self.wait_for_ready && !self.view.is_full() {
+                return Err(unavailable(""));
+            }
+            let changed = async {
+                tokio::select! {
+                    () = ready => {}
+                    () = freed => {}
+                }
+            };
+            if timeout_at(at, changed).await.is_err() {
                 let waited = format!(" (waited {:?})", self.ready_timeout);
                 return Err(unavailable(&waited));
             }
@@ -290,14 +310,19 @@ impl Calls {
         &self,
         avoid: Option<&Arc<Endpoint>>,
         tried: Option<&Tried>,
-    ) -> Option<(Arc<Endpoint>, Sender)> {
+    ) -> Option<(Arc<Endpoint>, Reserved)> {
         let picker = self.view.picker.load();
         let avoided = |ready: &Ready| {
             avoid.is_some_and(|avoid| Arc::ptr_eq(avoid, &ready.endpoint))
                 || tried.is_some_and(|tried| tried.contains(&ready.endpoint.target.address))
         };
-        let ready = picker.pick(Instant::now(), avoided)?;
-        Some((Arc::clone(&ready.endpoint), ready.sender()?))
+        loop {
+            let ready = picker.pick(Instant::now(), avoided)?;
+            // Otherwise another call has taken the last stream in between, or the connection has closed.
+            if let Some(stream) = ready.reserve() {
+                return Some((Arc::clone(&ready.endpoint), stream));
+            }
+        }
     }
 
     fn request(&self, head: &mut Head, endpoint: &Endpoint) -> Request<()> {

@@ -5,11 +5,15 @@
 //! itself needs. And h2 says for certain whether a call was sent.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::task::AtomicWaker;
 use h2::client::{Connection as H2Connection, SendRequest};
 use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use http::{Request, Response};
@@ -43,7 +47,16 @@ pub(super) struct Shared {
     opened: Instant,
     /// When a read last brought something, a sign of life: nanoseconds since it was opened.
     heard: AtomicU64,
-    calls: AtomicU32,
+    /// Streams that are in use.
+    calls: AtomicUsize,
+    /// How many the server allows at a time.
+    limit: AtomicUsize,
+    /// Those in use whose calls were given up, and which may still have to be reset.
+    given_up: AtomicUsize,
+    /// The connection's task.
+    driver: AtomicWaker,
+    /// Whom to tell when there is room for a call again.
+    freed: OnceLock<Arc<Notify>>,
     spent: Notify,
     pub(super) ending: Ending,
 }
@@ -54,7 +67,11 @@ impl Shared {
             open: AtomicBool::new(true),
             opened: Instant::now(),
             heard: AtomicU64::new(0),
-            calls: AtomicU32::new(0),
+            calls: AtomicUsize::new(0),
+            limit: AtomicUsize::new(0),
+            given_up: AtomicUsize::new(0),
+            driver: AtomicWaker::new(),
+            freed: OnceLock::new(),
             spent: Notify::new(),
             ending: Ending::default(),
         })
@@ -79,6 +96,41 @@ impl Shared {
     pub(super) fn heard(&self) {
         let since = self.opened.elapsed().as_nanos() as u64;
         self.heard.store(since, Ordering::Relaxed);
+    }
+
+    fn is_full(&self) -> bool {
+        self.calls.load(Ordering::SeqCst) >= self.limit.load(Ordering::SeqCst)
+    }
+
+    /// One stream more is in use, if the server allows it.
+    fn enter(&self) -> bool {
+        let limit = self.limit.load(Ordering::SeqCst);
+        let one_more = |calls| (calls < limit).then_some(calls + 1);
+        let (set, fetch) = (Ordering::SeqCst, Ordering::SeqCst);
+        self.calls.fetch_update(set, fetch, one_more).is_ok()
+    }
+
+    /// So many streams are in use no more.
+    ///
+    /// In one order with what those do who wait: they register, and then look whether there is room.
+    fn leave(&self, count: usize) {
+        let calls = self.calls.fetch_sub(count, Ordering::SeqCst);
+        if calls >= self.limit.load(Ordering::SeqCst) {
+            self.tell_freed();
+        }
+    }
+
+    fn set_limit(&self, limit: usize) {
+        if self.limit.load(Ordering::SeqCst) != limit {
+            self.limit.store(limit, Ordering::SeqCst);
+            self.tell_freed();
+        }
+    }
+
+    fn tell_freed(&self) {
+        if let Some(freed) = self.freed.get() {
+            freed.notify_one();
+        }
     }
 
     fn last_heard(&self) -> Instant {
@@ -127,70 +179,118 @@ impl Sender {
         self.shared.open.load(Ordering::Acquire)
     }
 
-    /// Makes one call. Dropping the future, or the response's body, resets the stream.
+    /// The server's limit on streams, if it is reached.
+    pub(super) fn limit_reached(&self) -> Option<usize> {
+        let limit = self.shared.limit.load(Ordering::SeqCst);
+        self.shared.is_full().then_some(limit)
+    }
+
+    /// Whether a call can be sent now.
+    pub(super) fn is_usable(&self) -> bool {
+        self.is_open() && !self.shared.is_full()
+    }
+
+    /// `freed` is notified whenever there is room for a call after there was none.
+    pub(super) fn announce_room(&self, freed: &Arc<Notify>) {
+        let _ = self.shared.freed.set(Arc::clone(freed));
+    }
+
+    /// A stream for one call, if it can be sent now.
+    ///
+    /// Beyond the server's limit none is handed to h2, which would queue it: h2 sends what it has in its
+    /// queue even if the call was given up meanwhile, so that, once there is room, the server sees
+    /// a row of streams that are opened and reset, which it takes for an attack.
+    pub(super) fn reserve(&self) -> Option<Reserved> {
+        let entered = self.is_open() && self.shared.enter();
+        entered.then(|| Reserved {
+            h2: self.h2.clone(),
+            open: OpenCall {
+                shared: Arc::clone(&self.shared),
+                closed: false,
+            },
+        })
+    }
+}
+
+/// A stream that one call may open.
+pub(super) struct Reserved {
+    h2: SendRequest<Bytes>,
+    /// Let go of last: by then h2 knows what it has to reset.
+    open: OpenCall,
+}
+
+impl Reserved {
+    /// Makes the call. Dropping the future, or the response's body, resets the stream.
     pub(super) async fn send(
-        mut self,
+        self,
         request: Request<()>,
         body: AttemptBody,
     ) -> Result<Response<Incoming>, SendError> {
-        let open = OpenCall::new(&self.shared);
+        let Self { mut h2, mut open } = self;
         let failed = |shared: &Shared, fate, error| SendError {
             fate,
             error,
             ending: shared.ending.get(),
         };
-        if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
+        if let Err(error) = std::future::poll_fn(|cx| h2.poll_ready(cx)).await {
             // It is closing, or has run out of stream ids.
-            self.shared.spend();
-            return Err(failed(&self.shared, Fate::Unsent, error));
+            open.shared.spend();
+            return Err(failed(&open.shared, Fate::Unsent, error));
         }
-        let sent = self.h2.send_request(request, body.is_end_stream());
+        let sent = h2.send_request(request, body.is_end_stream());
         let (response, stream) = match sent {
             Ok(sent) => sent,
             Err(error) => {
                 // The connection's fault if it cannot take any other call either.
-                let usable = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await;
+                let usable = std::future::poll_fn(|cx| h2.poll_ready(cx)).await;
                 let fate = match usable {
                     Ok(()) => Fate::Rejected,
                     Err(_) => {
-                        self.shared.spend();
+                        open.shared.spend();
                         Fate::Unsent
                     }
                 };
-                return Err(failed(&self.shared, fate, error));
+                return Err(failed(&open.shared, fate, error));
             }
         };
         let upload = upload(stream, body);
         // Counted as a reference to the connection; a response that takes long needs none.
-        drop(self.h2);
+        drop(h2);
         match response.await {
             Ok(response) => Ok(response.map(|stream| Incoming {
-                stream,
+                stream: Some(stream),
                 upload,
                 call: Some(open),
             })),
-            Err(error) if failure::is_refused(&error) => {
-                Err(failed(&self.shared, Fate::Unsent, error))
+            Err(error) => {
+                open.closed = true;
+                let fate = if failure::is_refused(&error) {
+                    Fate::Unsent
+                } else {
+                    Fate::Unknown
+                };
+                Err(failed(&open.shared, fate, error))
             }
-            Err(error) => Err(failed(&self.shared, Fate::Unknown, error)),
         }
     }
 }
 
-/// Counts a call as open on its connection until it is dropped.
+/// A stream in use, until it is dropped.
 #[derive(Debug)]
-struct OpenCall(Arc<Shared>);
-
-impl OpenCall {
-    fn new(shared: &Arc<Shared>) -> Self {
-        shared.calls.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(shared))
-    }
+struct OpenCall {
+    shared: Arc<Shared>,
+    /// The stream has ended. Otherwise it is in use until the connection's task has reset it.
+    closed: bool,
 }
 
 impl Drop for OpenCall {
     fn drop(&mut self) {
-        self.0.calls.fetch_sub(1, Ordering::Relaxed);
+        if self.closed {
+            self.shared.leave(1);
+        } else {
+            self.shared.given_up.fetch_add(1, Ordering::SeqCst);
+            self.shared.driver.wake();
+        }
     }
 }
 
@@ -198,6 +298,12 @@ impl Drop for OpenCall {
 /// to its end.
 #[derive(Debug)]
 struct Upload(AbortHandle);
+
+impl Upload {
+    fn is_over(&self) -> bool {
+        self.0.is_finished()
+    }
+}
 
 impl Drop for Upload {
     fn drop(&mut self) {
@@ -286,20 +392,32 @@ async fn pump(stream: SendStream<Bytes>, mut body: AttemptBody) {
 /// The body of a response, as it comes from the wire.
 #[derive(Debug)]
 pub(super) struct Incoming {
-    pub(super) stream: RecvStream,
+    /// `None` once it is over.
+    pub(super) stream: Option<RecvStream>,
     upload: Option<Upload>,
+    /// Let go of last, as in [`Reserved`].
     call: Option<OpenCall>,
 }
 
 impl Incoming {
-    /// The response is over: what is still being sent is not wanted any more.
+    /// Nothing is to be read any more.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.stream.as_ref().is_none_or(RecvStream::is_end_stream)
+    }
+
+    /// The response is over: what is still being sent is not wanted any more, and neither is what may be to
+    /// come. A reader may hold on to it for long, and takes up no stream.
     pub(super) fn finish(&mut self) {
-        self.upload = None;
-        self.call = None;
+        let received = self.is_at_end();
+        let sent = self.upload.take().is_none_or(|upload| upload.is_over());
+        self.stream = None;
+        if let Some(mut call) = self.call.take() {
+            call.closed = received && sent;
+        }
     }
 
     pub(super) fn ending(&self) -> Option<String> {
-        self.call.as_ref().and_then(|call| call.0.ending.get())
+        self.call.as_ref().and_then(|call| call.shared.ending.get())
     }
 }
 
@@ -337,7 +455,7 @@ async fn drive(
     let pings = connection.ping_pong();
     let result = tokio::select! {
         biased;
-        result = &mut connection => result,
+        result = std::future::poll_fn(|cx| poll_connection(&mut connection, &shared, cx)) => result,
         () = silence(pings, &shared, keep_alive) => {
             shared.ending.set(|| "no answer to keep-alive".to_owned());
             Ok(())
@@ -356,6 +474,23 @@ async fn drive(
         Some(how) => format!("connection lost: {how}"),
         None => "connection closed".to_owned(),
     }
+}
+
+/// Polls the connection, and keeps the account of its streams.
+fn poll_connection(
+    connection: &mut H2Connection<Observed<BoxIo>, Bytes>,
+    shared: &Shared,
+    cx: &mut Context<'_>,
+) -> Poll<Result<(), h2::Error>> {
+    shared.driver.register(cx.waker());
+    let given_up = shared.given_up.swap(0, Ordering::SeqCst);
+    let polled = Pin::new(&mut *connection).poll(cx);
+    if given_up > 0 {
+        // By now they have been reset.
+        shared.leave(given_up);
+    }
+    shared.set_limit(connection.max_concurrent_send_streams());
+    polled
 }
 
 /// Resolves a while after the connection could not be written to any more, with the reason. What the

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::time::Instant;
+use tonic::{Code, Status};
 
 use super::builder::FOREVER;
 
@@ -11,6 +13,16 @@ pub(super) const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeou
 
 /// The most digits that the value may have.
 const MAX_DIGITS: usize = 8;
+
+/// How far a call's end on the server may be from that here, on the same clock: both have timers that tick in
+/// milliseconds, and the header is rounded to less than one for calls of up to 100 s.
+const APART: Duration = Duration::from_millis(3);
+
+/// Whether a server has noticed before this side that the time of a call, which is over `at` then, was over:
+/// tonic's says CANCELLED, and others reset the stream with it.
+pub(super) fn is_late(status: &Status, at: Instant) -> bool {
+    status.code() == Code::Cancelled && Instant::now() + APART >= at
+}
 
 /// The time that the request gives itself; `None` without one, or with one that cannot be read,
 /// which a server ignores as well.

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::connect::{Connector, Target};
-use super::connection::Sender;
+use super::connection::{Reserved, Sender};
 use super::load::Load;
 use super::pick::Candidate;
 use crate::Instance;
@@ -141,6 +141,10 @@ impl Endpoint {
         self.kept.store(kept, Ordering::Relaxed);
     }
 
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
     /// It as something to pick, if it can be picked now.
     pub(super) fn ready(self: &Arc<Self>) -> Option<Ready> {
         let weight = self.weight.load(Ordering::Relaxed);
@@ -155,7 +159,18 @@ impl Endpoint {
         })
     }
 
-    /// Whether a call could be sent to it, whatever its weight.
+    /// How many streams its connections have in use, if that is all that the server allows.
+    pub(super) fn limit_reached(&self) -> Option<usize> {
+        let slots = self.lock();
+        let open = slots.iter().filter(|slot| slot.is_open());
+        let limits = open
+            .filter_map(|slot| slot.sender.as_ref())
+            .map(Sender::limit_reached);
+        // None without a connection.
+        limits.reduce(|sum, limit| Some(sum?.saturating_add(limit?)))?
+    }
+
+    /// Whether it is connected, whatever its weight.
     pub(super) fn is_connected(&self) -> bool {
         self.lock().iter().any(Slot::is_open)
     }
@@ -181,7 +196,7 @@ impl Endpoint {
             latency: self.load.latency(Instant::now()),
             weight,
             last_error: slots.iter().find_map(|slot| slot.last_error.clone()),
-            kept: self.kept.load(Ordering::Relaxed),
+            kept: self.is_kept(),
         }
     }
 
@@ -209,18 +224,19 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// A connection to send one call on.
-    pub(super) fn sender(&self) -> Option<Sender> {
+    /// A stream for one call, if it can be sent now.
+    pub(super) fn reserve(&self) -> Option<Reserved> {
         if let [only] = &*self.senders {
-            return Some(only.clone());
+            return only.reserve();
         }
         let start = fastrand::usize(..self.senders.len());
         let (before, after) = self.senders.split_at(start);
-        after
-            .iter()
-            .chain(before)
-            .find(|sender| sender.is_open())
-            .cloned()
+        after.iter().chain(before).find_map(Sender::reserve)
+    }
+
+    /// Whether it is connected, and has no room for a call.
+    pub(super) fn is_full(&self) -> bool {
+        !self.is_usable() && self.senders.iter().any(Sender::is_open)
     }
 }
 
@@ -234,7 +250,7 @@ impl Candidate for Ready {
     }
 
     fn is_usable(&self) -> bool {
-        self.senders.iter().any(|sender| sender.is_open())
+        self.senders.iter().any(Sender::is_usable)
     }
 }
 
@@ -256,13 +272,15 @@ impl Drop for Supervised {
 }
 
 impl Supervised {
-    /// `changed` is notified whenever the endpoint becomes ready, or is not ready any more.
+    /// `changed` is notified whenever the endpoint becomes ready, or is not ready any more; `freed`
+    /// whenever it has room for a call after it had none.
     pub(super) fn start(
         target: Target,
         instance: &Instance,
         connector: &Arc<Connector>,
         plan: Plan,
         changed: &Arc<Notify>,
+        freed: &Arc<Notify>,
     ) -> Self {
         let endpoint = Arc::new(Endpoint::new(target, instance, plan.connections));
         let mut tasks = JoinSet::new();
@@ -272,6 +290,7 @@ impl Supervised {
                 slot,
                 connector: Arc::clone(connector),
                 changed: Arc::clone(changed),
+                freed: Arc::clone(freed),
             };
             tasks.spawn(task.run(plan.max_backoff));
         }
@@ -295,6 +314,7 @@ struct Task {
     slot: usize,
     connector: Arc<Connector>,
     changed: Arc<Notify>,
+    freed: Arc<Notify>,
 }
 
 impl Task {
@@ -306,6 +326,7 @@ impl Task {
             let error = match self.connector.connect(&self.endpoint.target).await {
                 Ok(connection) => {
                     let connected = Instant::now();
+                    connection.sender.announce_room(&self.freed);
                     self.set(|slot| {
                         slot.sender = Some(connection.sender);
                         slot.last_error = None;

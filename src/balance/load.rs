@@ -93,7 +93,8 @@ impl Load {
 
     /// The call was given up after so long: its answer would have taken longer still.
     pub(crate) fn observe_at_least(&self, waited: Duration, now: Instant) {
-        if self.latency(now).is_some_and(|latency| latency < waited) {
+        // Before the first answer as well: one that hangs from the beginning is not to stay unknown.
+        if self.latency(now).is_none_or(|latency| latency < waited) {
             self.latency.add(waited, now);
         }
     }
@@ -184,6 +185,19 @@ mod tests {
         assert_eq!(load.latency(start), Some(PENALTY));
         load.observe(3 * PENALTY, true, start);
         assert_eq!(load.latency(start), Some(3 * PENALTY));
+    }
+
+    #[test]
+    fn what_was_waited_in_vain_is_the_least_that_an_answer_takes() {
+        let start = Instant::now();
+        let load = Load::new(start);
+        load.observe_at_least(50 * MS, start);
+        assert_eq!(load.latency(start), Some(50 * MS));
+        load.observe_at_least(20 * MS, start);
+        assert_eq!(load.latency(start), Some(50 * MS));
+        load.observe_at_least(70 * MS, start);
+        assert_eq!(load.latency(start), Some(70 * MS));
+        assert!(!load.is_failing(start));
     }
 
     #[test]

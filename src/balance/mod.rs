@@ -29,7 +29,8 @@
 //!
 //! The parts that make up a call:
 //!
-//! - **Waiting.** With no endpoint ready, a call waits for one, for its own time-out or
+//! - **Waiting.** With no endpoint ready, or with as many calls on each as its server allows streams, a
+//!   call waits for one, for its own time-out or
 //!   [`ready_timeout`](BalancedChannelBuilder::ready_timeout), and then says what is known of each.
 //! - **Picking.** See [`Policy`]. Weights count under every policy; an instance that drains or has
 //!   weight 0 gets no new calls.

@@ -28,6 +28,9 @@ pub(super) struct View {
     pub(super) picker: ArcSwap<Picker<Ready>>,
     /// Notified whenever the picker has something to pick.
     pub(super) ready: Notify,
+    /// Notified whenever an endpoint has room for a call after it had none: one of those that wait, which
+    /// notifies the next once it has found room.
+    pub(super) freed: Arc<Notify>,
     known: ArcSwap<Known>,
 }
 
@@ -46,6 +49,7 @@ impl View {
         Self {
             picker: ArcSwap::from_pointee(Picker::new(Policy::default(), vec![], &Turn::default())),
             ready: Notify::new(),
+            freed: Arc::default(),
             known: ArcSwap::from_pointee(Known {
                 range,
                 endpoints: vec![],
@@ -60,19 +64,29 @@ impl View {
         known.endpoints.iter().map(|e| e.status()).collect()
     }
 
+    /// Whether an endpoint is ready and has no room for a call.
+    pub(super) fn is_full(&self) -> bool {
+        self.picker.load().candidates().iter().any(Ready::is_full)
+    }
+
     /// Why a call cannot be sent: no instances under the key, or each with its last error.
     pub(super) fn explain(&self) -> String {
         let known = self.known.load();
-        let endpoints = self.endpoints();
-        let mut text = match endpoints.len() {
+        let how = if self.is_full() {
+            "has room for another call"
+        } else {
+            "is ready"
+        };
+        let mut text = match known.endpoints.len() {
             0 if known.unusable.is_empty() => format!("no instances under {}", known.range),
             count => format!(
-                "none of {} instances under {} is ready",
+                "none of {} instances under {} {how}",
                 count + known.unusable.len(),
                 known.range
             ),
         };
-        let described = endpoints.iter().map(describe);
+        // Each when its turn comes: of thousands, ten are named.
+        let described = known.endpoints.iter().map(|endpoint| describe(endpoint));
         for (count, one) in described.chain(known.unusable.iter().cloned()).enumerate() {
             if count == NAMED {
                 text.push_str(", ...");
@@ -92,12 +106,19 @@ impl View {
     }
 }
 
-fn describe(status: &EndpointStatus) -> String {
+fn describe(endpoint: &Endpoint) -> String {
+    let status = endpoint.status();
     match (&status.last_error, status.state) {
         (Some(error), EndpointState::Connecting | EndpointState::Backoff) => {
             format!("{} ({}: {error})", status.address, status.state)
         }
-        (_, state) => format!("{} ({state})", status.address),
+        (_, state) => match endpoint.limit_reached() {
+            Some(limit) => {
+                let address = &status.address;
+                format!("{address} ({state}, its limit of {limit} streams is reached)")
+            }
+            None => format!("{} ({state})", status.address),
+        },
     }
 }
 
@@ -128,6 +149,10 @@ pub(super) struct Member {
 impl Member {
     fn is_connected(&self) -> bool {
         self.current.endpoint.is_connected()
+    }
+
+    fn is_at(&self, address: &str) -> bool {
+        *self.current.endpoint.target.address == *address
     }
 }
 
@@ -207,12 +232,16 @@ impl Pool {
                 if !self.members.contains_key(&key) {
                     let left = leaving.remove(instance.address.as_str());
                     let member = left.map(|(_, member)| member).or_else(|| {
-                        let kept = self.guard.take(|of, (member, _)| {
-                            *of == key
-                                || *member.current.endpoint.target.address == *instance.address
-                        });
-                        kept.map(|(member, _)| member)
+                        let at = &*instance.address;
+                        let held = self.guard.take(|_, (member, _)| member.is_at(at));
+                        held.map(|(member, _)| member)
                     });
+                    // Where it was before it is not any more, unless that is in use: nothing says so of those
+                    // that vanished with most of the others.
+                    let moved = self
+                        .guard
+                        .take(|of, (member, _)| *of == key && !member.current.endpoint.is_kept());
+                    gone.extend(moved.map(|(member, _)| member));
                     if let Some(member) = member {
                         member.current.endpoint.set_kept(false);
                         self.members.insert(key.clone(), member);
@@ -298,8 +327,9 @@ impl Pool {
             }
         };
         self.unusable.remove(&key);
-        let (connector, plan, changed) = (&self.connector, self.plan, &self.changed);
-        let start = |target| Supervised::start(target, instance, connector, plan, changed);
+        let (connector, plan) = (&self.connector, self.plan);
+        let (changed, freed) = (&self.changed, &self.view.freed);
+        let start = |target| Supervised::start(target, instance, connector, plan, changed, freed);
         match self.members.get_mut(&key) {
             Some(member) if member.current.endpoint.target == target => {
                 member.current.endpoint.update(instance);

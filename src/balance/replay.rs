@@ -6,7 +6,7 @@
 //! to [`LIMIT`] and until the response begins; past that the call cannot be sent again.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -26,12 +26,23 @@ pub(super) enum Replay {
     Streamed(Arc<Mutex<Streamed>>),
 }
 
+/// What went wrong in the body itself, if anything did. It outlives the body, which is let go when it was
+/// sent.
+#[derive(Debug, Clone, Default)]
+pub(super) struct OwnFailure(Arc<OnceLock<Status>>);
+
+impl OwnFailure {
+    pub(super) fn get(&self) -> Option<Status> {
+        self.0.get().cloned()
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Streamed {
     body: Body,
     ended: bool,
     /// Why it has no end.
-    failed: Option<Status>,
+    failed: OwnFailure,
     /// The frames so far; `None` once they are too much.
     kept: Option<Vec<Bytes>>,
     kept_bytes: usize,
@@ -66,7 +77,7 @@ impl Replay {
         Poll::Ready(Ok(Self::Streamed(Arc::new(Mutex::new(Streamed {
             body: std::mem::take(body),
             ended,
-            failed: None,
+            failed: OwnFailure::default(),
             kept: Some(kept),
             kept_bytes,
             released: false,
@@ -107,11 +118,11 @@ impl Replay {
         }
     }
 
-    /// What went wrong in the body itself, if anything did.
-    pub(super) fn failure(&self) -> Option<Status> {
+    /// `None` for a body that cannot fail any more.
+    pub(super) fn own_failure(&self) -> Option<OwnFailure> {
         match self {
             Self::Whole(_) => None,
-            Self::Streamed(streamed) => lock(streamed).failed.clone(),
+            Self::Streamed(streamed) => Some(lock(streamed).failed.clone()),
         }
     }
 
@@ -206,7 +217,9 @@ impl Streamed {
             self.ended = true;
             return Poll::Ready(None);
         };
-        let frame = frame.inspect_err(|status| self.failed = Some(status.clone()))?;
+        let frame = frame.inspect_err(|status| {
+            let _ = self.failed.0.set(status.clone());
+        })?;
         self.ended = self.body.is_end_stream();
         if let (Some(kept), Some(data)) = (&mut self.kept, frame.data_ref()) {
             self.kept_bytes = self.kept_bytes.saturating_add(data.len());

@@ -4,12 +4,14 @@
 //! another when the set or a connection changes; a call reads it without a lock. No pick depends
 //! on how many endpoints there are, and none allocates.
 
+mod ring;
 mod round_robin;
 mod two_choices;
 
 use tokio::time::Instant;
 
 use super::load::Load;
+use ring::Ring;
 use round_robin::Schedule;
 pub(crate) use round_robin::Turn;
 
@@ -17,7 +19,8 @@ pub(crate) use round_robin::Turn;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Policy {
-    /// Of two at random, the one whose latency times calls in flight is less, per weight.
+    /// Of two at random, drawn in proportion to their weights, the one whose latency times calls in flight is
+    /// less, per weight.
     ///
     /// The latency is a moving average that rises at once and falls slowly, so that an endpoint that
     /// turns slow is left alone within a few answers. It counts where it differs by more than a factor of
@@ -25,7 +28,8 @@ pub enum Policy {
     /// endpoints, or the ways to them, are not all alike.
     #[default]
     PeakEwma,
-    /// Of two at random, the one with fewer calls in flight, per weight (gRFC A48).
+    /// Of two at random, drawn in proportion to their weights, the one with fewer calls in flight, per weight
+    /// (gRFC A48).
     LeastRequest,
     /// One after the other, each in proportion to its weight, smoothly mixed (gRFC A58).
     RoundRobin,
@@ -36,7 +40,8 @@ pub(crate) trait Candidate {
     fn load(&self) -> &Load;
     /// Above 0.
     fn weight(&self) -> u32;
-    /// Whether a call can be sent now: a connection may have closed since the picker was made.
+    /// Whether a call can be sent now: a connection may have closed since the picker was made, or have as
+    /// many calls on it as its server allows.
     fn is_usable(&self) -> bool;
 }
 
@@ -49,8 +54,8 @@ pub(crate) struct Picker<C> {
 
 #[derive(Debug)]
 enum Algorithm {
-    PeakEwma,
-    LeastRequest,
+    PeakEwma(Ring),
+    LeastRequest(Ring),
     RoundRobin(Schedule),
 }
 
@@ -60,13 +65,11 @@ const CHOICES: usize = 3;
 impl<C: Candidate> Picker<C> {
     /// `turn` carries the round robin over from the picker before.
     pub(crate) fn new(policy: Policy, candidates: Vec<C>, turn: &Turn) -> Self {
+        let ring = Ring::new(candidates.iter().map(Candidate::weight));
         let policy = match policy {
-            Policy::PeakEwma => Algorithm::PeakEwma,
-            Policy::LeastRequest => Algorithm::LeastRequest,
-            Policy::RoundRobin => {
-                let weights = candidates.iter().map(Candidate::weight);
-                Algorithm::RoundRobin(Schedule::new(weights, turn.clone()))
-            }
+            Policy::PeakEwma => Algorithm::PeakEwma(ring),
+            Policy::LeastRequest => Algorithm::LeastRequest(ring),
+            Policy::RoundRobin => Algorithm::RoundRobin(Schedule::new(ring, turn.clone())),
         };
         Self {
             candidates: candidates.into(),
@@ -76,6 +79,10 @@ impl<C: Candidate> Picker<C> {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.candidates.is_empty()
+    }
+
+    pub(crate) fn candidates(&self) -> &[C] {
+        &self.candidates
     }
 
     /// The endpoint for a call that begins `now`, if any can be used. One for which `avoid` holds
@@ -99,11 +106,12 @@ impl<C: Candidate> Picker<C> {
 
     fn choose(&self, now: Instant) -> usize {
         match &self.policy {
-            Algorithm::PeakEwma => {
-                two_choices::choose(&self.candidates, |a, b| two_choices::is_faster(a, b, now))
+            Algorithm::PeakEwma(ring) => {
+                let is_faster = |a: &C, b: &C| two_choices::is_faster(a, b, now);
+                two_choices::choose(&self.candidates, ring, now, is_faster)
             }
-            Algorithm::LeastRequest => {
-                two_choices::choose(&self.candidates, two_choices::is_less_loaded)
+            Algorithm::LeastRequest(ring) => {
+                two_choices::choose(&self.candidates, ring, now, two_choices::is_less_loaded)
             }
             Algorithm::RoundRobin(schedule) => schedule.choose(),
         }
@@ -232,16 +240,78 @@ mod tests {
     #[test]
     fn one_that_fails_fast_is_left_alone_however_slow_the_others_are() {
         let now = Instant::now();
-        let two = fakes(&[1, 2]);
-        two[0].load.observe(Duration::from_millis(1), true, now);
-        two[1].load.observe(Duration::from_secs(30), false, now);
-        let picker = Picker::new(Policy::PeakEwma, two, &Turn::default());
-        for _ in 0..100 {
-            assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2);
+        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+            let two = fakes(&[3, 2]);
+            two[0].load.observe(Duration::from_millis(1), true, now);
+            two[1].load.observe(Duration::from_secs(30), false, now);
+            (0..100).for_each(|_| two[1].load.begin());
+            let picker = Picker::new(policy, two, &Turn::default());
+            for _ in 0..100 {
+                assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2, "{policy:?}");
+            }
+            // Tried again after a while.
+            let later = now + Duration::from_secs(2);
+            assert_eq!(
+                picker.pick(later, |_| false).unwrap().weight,
+                3,
+                "{policy:?}"
+            );
         }
-        // Tried again after a while.
-        let later = now + Duration::from_secs(2);
-        assert_eq!(picker.pick(later, |_| false).unwrap().weight, 1);
+    }
+
+    /// The part of the picks that each gets, with so many calls in flight at any time, each as long as every
+    /// other.
+    fn shares(policy: Policy, weights: &[u32], in_flight: usize) -> Vec<f64> {
+        const PICKS: usize = 100_000;
+        let now = Instant::now();
+        let candidates = fakes(weights);
+        for fake in &candidates {
+            fake.load.observe(Duration::from_millis(5), false, now);
+        }
+        let picker = Picker::new(policy, candidates, &Turn::default());
+        let mut flying = std::collections::VecDeque::new();
+        let mut counts = vec![0; weights.len()];
+        for _ in 0..PICKS {
+            let picked = picker.pick(now, |_| false).unwrap();
+            let of_picked = |fake: &Fake| std::ptr::eq(fake, picked);
+            counts[picker.candidates.iter().position(of_picked).unwrap()] += 1;
+            picked.load.begin();
+            flying.push_back(picked);
+            if flying.len() > in_flight {
+                flying.pop_front().unwrap().load.end();
+            }
+        }
+        let part = |count| f64::from(count) / PICKS as f64;
+        counts.into_iter().map(part).collect()
+    }
+
+    #[test]
+    fn weights_are_shares_whether_idle_or_busy() {
+        for policy in POLICIES {
+            for weights in [
+                &[100, 50][..],
+                &[1, 99],
+                &[10, 10, 10, 10, 10, 10, 10, 10, 10, 100],
+                &[7, 7, 7],
+            ] {
+                for in_flight in [0, 1, 3, 30, 1_000] {
+                    let shares = shares(policy, weights, in_flight);
+                    let sum: u32 = weights.iter().sum();
+                    for (share, weight) in shares.iter().zip(weights) {
+                        let due = f64::from(*weight) / f64::from(sum);
+                        // Few calls at a time cannot be divided exactly; then the heavier has the advantage.
+                        let range = match in_flight {
+                            0 | 1_000 => due - 0.01..due + 0.01,
+                            _ => 0.6 * due..1.2 * due,
+                        };
+                        assert!(
+                            range.contains(share),
+                            "{policy:?}, {in_flight} in flight: {weights:?} get {shares:?}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -10,95 +10,34 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::ring::{Ring, gcd};
+
 /// Whose turn it is; shared by the pickers of a channel, one after another.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Turn(Arc<AtomicU64>);
 
-/// The longest ring: positions are multiplied by strides, which must not overflow.
-const LONGEST: u64 = 1 << 31;
-
-/// The shortest ring of unequal weights: a short one may have no stride near the golden section (one
-/// of six slots has only 1 and 5), so that it is gone over several times at once.
-const SHORTEST: u64 = 64;
-
 #[derive(Debug)]
 pub(super) struct Schedule {
     turn: Turn,
-    length: u64,
+    ring: Ring,
     stride: u64,
-    /// For each endpoint, the slot after its last.
-    ends: Box<[u64]>,
-    /// For each of as many equal parts of the ring as there are endpoints, the endpoint that holds
-    /// the part's first slot: where the search for a slot begins.
-    guide: Box<[u32]>,
 }
 
 impl Schedule {
-    /// `weights` must all be above 0.
-    pub(super) fn new(weights: impl Iterator<Item = u32>, turn: Turn) -> Self {
-        let mut weights: Vec<u64> = weights.map(u64::from).collect();
-        let divisor = weights.iter().copied().fold(0, gcd).max(1);
-        weights.iter_mut().for_each(|weight| *weight /= divisor);
-        let sum: u64 = weights.iter().sum();
-        if sum < SHORTEST && sum > weights.len() as u64 {
-            let times = SHORTEST.div_ceil(sum);
-            weights.iter_mut().for_each(|weight| *weight *= times);
-        }
-        if sum > LONGEST {
-            // Rounding changes the proportions by less than one in a billion per endpoint.
-            let scale = LONGEST as f64 / sum as f64;
-            for weight in &mut weights {
-                *weight = ((*weight as f64 * scale) as u64).max(1);
-            }
-        }
-        let ends: Box<[u64]> = weights
-            .iter()
-            .scan(0, |end, weight| {
-                *end += weight;
-                Some(*end)
-            })
-            .collect();
-        let length = ends.last().copied().unwrap_or(0);
-        let count = ends.len() as u64;
-        let mut holder = 0;
-        let guide = (0..count)
-            .map(|part| {
-                let first_slot = (part * length).div_ceil(count);
-                while ends[holder] <= first_slot {
-                    holder += 1;
-                }
-                holder as u32
-            })
-            .collect();
-        let stride = if length == count { 1 } else { stride(length) };
-        Self {
-            turn,
-            length,
-            stride,
-            ends,
-            guide,
-        }
+    pub(super) fn new(ring: Ring, turn: Turn) -> Self {
+        let stride = if ring.is_even() {
+            1
+        } else {
+            stride(ring.length())
+        };
+        Self { turn, ring, stride }
     }
 
     /// The index of the endpoint whose turn it is. There must be one.
     pub(super) fn choose(&self) -> usize {
         let turn = self.turn.0.fetch_add(1, Ordering::Relaxed);
-        self.holder_of(turn % self.length * self.stride % self.length)
-    }
-
-    fn holder_of(&self, slot: u64) -> usize {
-        let part = slot * self.ends.len() as u64 / self.length;
-        // The part's first slot is at or before this one. A part is as long as the mean of the
-        // weights, so that on average no more than two endpoints end in it.
-        let mut holder = self.guide[part as usize] as usize;
-        // Rounding may have put the guide one part's first slot too far.
-        while holder > 0 && self.ends[holder - 1] > slot {
-            holder -= 1;
-        }
-        while self.ends[holder] <= slot {
-            holder += 1;
-        }
-        holder
+        let length = self.ring.length();
+        self.ring.holder_of(turn % length * self.stride % length)
     }
 }
 
@@ -111,10 +50,6 @@ fn stride(length: u64) -> u64 {
         .unwrap_or(1)
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -122,7 +57,7 @@ mod tests {
     use super::*;
 
     fn picks(weights: &[u32], count: usize) -> Vec<usize> {
-        let schedule = Schedule::new(weights.iter().copied(), Turn::default());
+        let schedule = Schedule::new(Ring::new(weights.iter().copied()), Turn::default());
         (0..count).map(|_| schedule.choose()).collect()
     }
 
@@ -155,7 +90,7 @@ mod tests {
     #[test]
     fn a_turn_goes_on_from_picker_to_picker() {
         let turn = Turn::default();
-        let next = || Schedule::new([1, 1, 1].into_iter(), turn.clone()).choose();
+        let next = || Schedule::new(Ring::new([1, 1, 1].into_iter()), turn.clone()).choose();
         assert_eq!([next(), next(), next(), next()], [0, 1, 2, 0]);
     }
 
@@ -172,7 +107,7 @@ mod tests {
             weights in proptest::collection::vec(1u32..40, 1..20),
         ) {
             let total: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
-            let round = Schedule::new(weights.iter().copied(), Turn::default()).length;
+            let round = Ring::new(weights.iter().copied()).length();
             let picks = picks(&weights, round as usize);
             for (index, weight) in weights.iter().enumerate() {
                 let count = picks.iter().filter(|pick| **pick == index).count() as u64;
