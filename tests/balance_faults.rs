@@ -480,6 +480,36 @@ async fn given_an_instance_that_vanished_when_it_comes_back_elsewhere_then_its_o
 }
 
 #[tokio::test]
+async fn given_an_instance_that_is_kept_when_it_comes_back_elsewhere_then_it_is_kept_where_it_was()
+{
+    let servers = [EchoServer::start(), EchoServer::start()];
+    let addresses = servers.each_ref().map(EchoServer::address);
+    let elsewhere = refusing();
+    let (sets, source) = Sets::new();
+    let channel = BalancedChannel::builder(source)
+        .mass_deletion_guard(10 * support::PATIENCE)
+        .build()
+        .unwrap();
+    let moving = |address: &str| instance(address).id("moving");
+    sets.send([moving(addresses[0]), instance(addresses[1])]);
+    until_ready(&channel, 2).await;
+    let is_kept = |address| status_of(&channel, address).is_some_and(|status| status.kept);
+    sets.send([]);
+    eventually("both are kept", async || addresses.into_iter().all(is_kept)).await;
+    sets.send([moving(&elsewhere)]);
+    eventually("it is known where it is now", async || {
+        status_of(&channel, &elsewhere).is_some()
+    })
+    .await;
+    assert!(addresses.into_iter().all(is_kept));
+    let load = Load::start(&channel, 4);
+    for address in addresses {
+        load.reaches(address).await;
+    }
+    load.finish().await.assert_no_failure();
+}
+
+#[tokio::test]
 async fn given_a_source_that_ends_when_its_last_set_is_used_then_calls_go_on() {
     let server = EchoServer::start();
     let (sets, channel) = changing([server.address()], |builder| builder);
