@@ -98,6 +98,13 @@ impl Shared {
         self.heard.store(since, Ordering::Relaxed);
     }
 
+    fn how_it_ended(&self) -> String {
+        match self.ending.get() {
+            Some(how) => format!("connection lost: {how}"),
+            None => "connection closed".to_owned(),
+        }
+    }
+
     fn is_full(&self) -> bool {
         self.calls.load(Ordering::SeqCst) >= self.limit.load(Ordering::SeqCst)
     }
@@ -177,6 +184,11 @@ pub(super) enum Fate {
 impl Sender {
     pub(super) fn is_open(&self) -> bool {
         self.shared.open.load(Ordering::Acquire)
+    }
+
+    /// Why it takes no more calls; `None` while it does.
+    pub(super) fn ended(&self) -> Option<String> {
+        (!self.is_open()).then(|| self.shared.how_it_ended())
     }
 
     /// The server's limit on streams, if it is reached.
@@ -465,15 +477,12 @@ async fn drive(
             Ok(())
         }
     };
-    shared.shut();
-    let how = shared
-        .ending
-        .get()
-        .or_else(|| result.err().map(|error| chain(&error)));
-    match how {
-        Some(how) => format!("connection lost: {how}"),
-        None => "connection closed".to_owned(),
+    // Known before it is closed, so that nobody sees it closed and not why.
+    if let Err(error) = result {
+        shared.ending.set(|| chain(&error));
     }
+    shared.shut();
+    shared.how_it_ended()
 }
 
 /// Polls the connection, and keeps the account of its streams.

@@ -103,6 +103,12 @@ impl Slot {
     fn is_open(&self) -> bool {
         self.sender.as_ref().is_some_and(Sender::is_open)
     }
+
+    /// Also of a connection that is lost and whose task is yet to notice.
+    fn error(&self) -> Option<String> {
+        let ended = || self.sender.as_ref().and_then(Sender::ended);
+        self.last_error.clone().or_else(ended)
+    }
 }
 
 impl Endpoint {
@@ -195,7 +201,7 @@ impl Endpoint {
             in_flight: self.load.in_flight() as usize,
             latency: self.load.latency(Instant::now()),
             weight,
-            last_error: slots.iter().find_map(|slot| slot.last_error.clone()),
+            last_error: slots.iter().find_map(Slot::error),
             kept: self.is_kept(),
         }
     }
