@@ -620,8 +620,8 @@ async fn given_an_update_then_it_is_in_etcd_when_it_returns_and_the_key_cannot_c
     let client = connect(proxy.endpoint()).await;
     let registered = registrar(&client, LONG_TTL).register(instance("a")).await?;
     let lease = lease_of(&etcd, registered.key()).await?;
-    // Slow enough that one who does not wait for etcd would be noticed.
-    proxy.delay(Duration::from_millis(500));
+    // Slow enough that one who does not wait for etcd would be noticed; each of several pieces is held back.
+    proxy.delay(Duration::from_millis(100));
     registered
         .update(|instance| {
             instance.weight = 7;
