@@ -10,6 +10,9 @@ use goo_etcd::{Directory, Snapshot, WatchOptions};
 use support::{TestResult, connect, eventually, key, soon, value};
 use tokio::time::timeout;
 
+/// Longer than twice what a stream may be silent for: once it may be opened anew, and then it must hold.
+const QUIET: Duration = Duration::from_secs(33);
+
 #[tokio::test]
 async fn given_a_quiet_etcd_then_a_watch_from_its_next_revision_is_kept_and_misses_nothing()
 -> TestResult {
@@ -21,7 +24,7 @@ async fn given_a_quiet_etcd_then_a_watch_from_its_next_revision_is_kept_and_miss
         let from_next = WatchOptions::new().with_start_revision(next);
         let mut watch = client.watch("n", from_next).await?;
         // Etcd may leave the question whether it is there unanswered once, and is asked otherwise then.
-        let idle = timeout(Duration::from_secs(40), watch.next()).await;
+        let idle = timeout(QUIET, watch.next()).await;
         assert!(idle.is_err(), "{idle:?}");
         let opened = support::calls(&etcd, "Watch").await?;
         assert!(opened <= 2, "{opened} streams");
@@ -49,7 +52,7 @@ async fn given_a_quiet_etcd_then_a_directory_is_live_all_the_time_and_lists_once
         let directory = Directory::watch(&client, "greeter").await?;
         let lists = support::calls(&etcd, "Range").await?;
         let mut changes = directory.changes();
-        while let Ok(Some(snapshot)) = timeout(Duration::from_secs(40), changes.next()).await {
+        while let Ok(Some(snapshot)) = timeout(QUIET, changes.next()).await {
             assert!(snapshot.freshness().is_live(), "{:?}", snapshot.freshness());
         }
         assert_eq!(support::calls(&etcd, "Range").await?, lists);
