@@ -49,6 +49,16 @@ async fn given_no_set_yet_when_a_call_has_no_time_out_then_it_is_unavailable_in_
 }
 
 #[tokio::test]
+async fn given_an_empty_set_when_both_times_are_over_then_it_is_the_deadline_that_was_exceeded() {
+    let both = Duration::from_millis(100);
+    let (_sets, channel) = changing([], |builder| builder.ready_timeout(both));
+    for _ in 0..10 {
+        let error = call_within(&channel, both).await.unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
+    }
+}
+
+#[tokio::test]
 async fn given_all_refuse_when_called_then_unavailable_in_ready_timeout_with_each_ones_error() {
     let addresses = [refusing(), refusing(), refusing()];
     let channel = fixed(addresses.iter().map(String::as_str), |builder| {

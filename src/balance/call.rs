@@ -135,7 +135,13 @@ impl Calls {
         let mut avoid: Option<Arc<Endpoint>> = None;
         loop {
             let acquired = self.acquire(seeking, avoid.as_ref(), tried, seeks);
-            let (endpoint, stream) = acquired.await?;
+            // Whichever time was over first, where both are.
+            let (endpoint, stream) = acquired.await.map_err(|status| match head.deadline {
+                Some((at, limit)) if at <= Instant::now() => {
+                    failure::deadline_exceeded(limit, status.message())
+                }
+                _ => status,
+            })?;
             if let Some(tried) = tried {
                 tried.add(&endpoint.target.address);
             }
