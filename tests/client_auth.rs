@@ -475,8 +475,9 @@ async fn given_a_token_that_has_expired_and_a_member_that_hangs_then_no_read_fai
     secure(cluster.member(0)).await?;
     let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
     client.put("app/a", "1", None).await?;
-    // One of them leads.
-    for member in cluster.members() {
+    // The one that leads, by which all others are held up, and then one of those.
+    let leader = cluster.leader().await?;
+    for member in [leader, (leader + 1) % 3].map(|member| cluster.member(member)) {
         sleep(Duration::from_secs(8)).await;
         member.pause().await?;
         let gets = (0..32).map(|_| client.get("app/a", None));
