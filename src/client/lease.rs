@@ -127,6 +127,10 @@ impl Client {
 
     /// Renews a lease on the stream of the last renewal, or else on a new one, on any member; each is given
     /// so long to answer before the next is asked, and no longer than for any stream.
+    ///
+    /// That it is gone is not confirmed, for who asks grants another then. To ask would make a lease of that id
+    /// for a moment, and what is put under it in that moment would stay for as long as it lasts, if this
+    /// process dies before it is revoked.
     pub(crate) async fn renew(
         &self,
         id: i64,
@@ -135,7 +139,7 @@ impl Client {
     ) -> Result<Link> {
         let within = within.min(STREAM_OPENS_WITHIN);
         if let Some(link) = link {
-            let renewal = Box::pin(self.renewed(id, Some(link)));
+            let renewal = Box::pin(self.renewed_once(id, Some(link)));
             match timeout(within, self.unless_closed(renewal)).await {
                 Ok(Ok((_, link))) => return Ok(link),
                 Ok(Err(error)) if is_over(&error) => return Err(error),
@@ -143,7 +147,7 @@ impl Client {
                 Err(_) => tracing::debug!(id, "a renewal is not answered, trying another member"),
             }
         }
-        self.opened_stream_within(within, || keeping(id), || self.renewed(id, None))
+        self.opened_stream_within(within, || keeping(id), || self.renewed_once(id, None))
             .await
             .map(|(_, link)| link)
     }
@@ -174,12 +178,8 @@ impl Client {
 
     async fn opened(&self, id: i64) -> Result<Link> {
         let mut lease = self.inner.transport.lease.clone();
-        match lease.keep_alive(id).await {
-            Ok(link) => Ok(link),
-            Err(error) => Err(self
-                .confirmed(id, lease_error(keeping(id), id, error))
-                .await),
-        }
+        let opened = lease.keep_alive(id).await;
+        opened.map_err(|error| lease_error(keeping(id), id, error))
     }
 
     /// An answer to a renewal comes from what the leader has applied so far. A new one may not have
@@ -216,6 +216,18 @@ impl Client {
     /// One renewal with its answer, on the open link or a new one. Where it fails the link is
     /// gone, so that a late answer is never taken for another's.
     async fn renewed(&self, id: i64, link: Option<Link>) -> Result<(LeaseKeepAliveResponse, Link)> {
+        match self.renewed_once(id, link).await {
+            Err(error) => Err(self.confirmed(id, error).await),
+            renewed => renewed,
+        }
+    }
+
+    /// The same, without confirming that the lease is gone.
+    async fn renewed_once(
+        &self,
+        id: i64,
+        link: Option<Link>,
+    ) -> Result<(LeaseKeepAliveResponse, Link)> {
         if let Some(link) = link {
             match self.renewed_on(id, link).await {
                 // A stream has the token that it was opened with, and etcd asks for it anew with each
@@ -243,8 +255,8 @@ impl Client {
         match answered {
             Ok(answer) if answer.ttl() == PROBE_TTL => Err(self.gone(id).await),
             Ok(answer) if answer.ttl() > 0 => Ok((answer, (keeper, stream))),
-            Ok(_) => Err(self.confirmed(id, Error::LeaseNotFound { id }).await),
-            Err(error) => Err(self.confirmed(id, error).await),
+            Ok(_) => Err(Error::LeaseNotFound { id }),
+            Err(error) => Err(error),
         }
     }
 }
