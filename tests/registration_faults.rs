@@ -18,7 +18,9 @@ use nix::sys::signal::Signal;
 use support::balanced::{Load, until_ready};
 use support::history::history;
 use support::registered::{RegisteredProcess, serve_registered};
-use support::{PATIENCE, TestResult, connect, eventually, key, lease_of, leases, soon, stored};
+use support::{
+    PATIENCE, TestResult, calls, connect, eventually, key, lease_of, leases, soon, stored,
+};
 use tonic::Code;
 
 /// Not the minimum, so that a busy machine does not lose leases that it should keep.
@@ -343,6 +345,36 @@ async fn given_its_process_paused_for_two_ttls_then_it_is_back_within_1_s_of_res
 
 fn is_superseded(registration: &Registration) -> bool {
     matches!(registration.state(), RegistrationState::Superseded { .. })
+}
+
+/// To ask whether it is really gone would make one of its id, and whoever dies then leaves it, with what was put
+/// under it.
+#[tokio::test]
+async fn given_a_lease_that_its_renewal_finds_gone_then_another_is_granted_and_no_other()
+-> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let registration = registrar(&client, TTL).register(instance("a")).await?;
+    let lease = lease_of(&etcd, registration.key())
+        .await?
+        .ok_or("it is there")?;
+    // Another has the key, so that nothing that hangs on it tells of its end.
+    let theirs = etcd.client().await?.lease_grant(600, None).await?.id();
+    let of_theirs = PutOptions::new().with_lease(theirs);
+    etcd.client()
+        .await?
+        .put(registration.key(), "theirs", Some(of_theirs))
+        .await?;
+    eventually("it is superseded", async || is_superseded(&registration)).await;
+    let granted = calls(&etcd, "LeaseGrant").await?;
+    etcd.client().await?.lease_revoke(lease).await?;
+    eventually("it has another", async || {
+        let leases = leases(&etcd).await.unwrap();
+        leases.iter().any(|id| ![lease, theirs].contains(id))
+    })
+    .await;
+    assert_eq!(calls(&etcd, "LeaseGrant").await? - granted, 1);
+    Ok(())
 }
 
 #[tokio::test]
