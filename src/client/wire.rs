@@ -200,7 +200,7 @@ impl Shared {
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
         let method = Method::of(head.uri.path());
-        if method == Method::Streams || needs_leader(&head) {
+        if method == Method::Streams || needs_leader(method, head.uri.path()) {
             let yes = HeaderValue::from_static("true");
             head.headers.insert(HAS_LEADER, yes);
         }
@@ -378,7 +378,9 @@ impl Call<'_> {
         let mut pauses = None;
         loop {
             let answer = self.known_user().await?;
-            if !answer.is_without_leader() || !needs_leader(&self.head) || self.is_hopeless() {
+            let path = self.head.uri.path();
+            let is_refused = answer.is_without_leader() && needs_leader(Method::Write, path);
+            if !is_refused || self.is_hopeless() {
                 return Ok(answer);
             }
             self.tried.get_or_insert_with(Tried::default);
@@ -448,9 +450,8 @@ impl Call<'_> {
 
 /// Whether it can do nothing without a leader, and must not wait for one on a member that is cut off. A read
 /// is asked for elsewhere anyway, and what is for one member alone is for that one in any state.
-fn needs_leader(head: &request::Parts) -> bool {
-    let path = head.uri.path();
-    matches!(Method::of(path), Method::Write | Method::Authenticate)
+fn needs_leader(method: Method, path: &str) -> bool {
+    matches!(method, Method::Write | Method::Authenticate)
         && path.starts_with("/etcdserverpb.")
         && !path.starts_with("/etcdserverpb.Maintenance/")
 }
