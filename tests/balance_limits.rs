@@ -18,8 +18,9 @@ use support::balanced::{
 };
 use support::echo::{EchoServer, Options};
 use support::eventually;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tonic::{Code, Request, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 const LIMIT: u32 = 2;
 
@@ -57,6 +58,15 @@ impl Talk {
         let reply = timeout(PATIENCE, self.replies.message()).await.unwrap();
         reply.unwrap().unwrap();
     }
+}
+
+/// Each in a task of its own.
+fn ten_calls(channel: &BalancedChannel) -> Vec<JoinHandle<Result<String, Status>>> {
+    let calls = (0..10).map(|_| {
+        let channel = channel.clone();
+        tokio::spawn(async move { call(&channel).await })
+    });
+    calls.collect()
 }
 
 #[tokio::test]
@@ -115,11 +125,7 @@ async fn given_a_full_endpoint_and_another_when_called_then_all_calls_go_to_the_
         let (sets, channel) = changing([full.address()], |builder| builder.policy(policy));
         until_ready(&channel, 1).await;
         let _open = Talk::fill(&channel).await;
-        let waiting = (0..10).map(|_| {
-            let channel = channel.clone();
-            tokio::spawn(async move { call(&channel).await })
-        });
-        let waiting: Vec<_> = waiting.collect();
+        let waiting = ten_calls(&channel);
         sets.send([full.address(), free.address()].map(instance));
         // Those that wait already, and those to come.
         for call in waiting {
@@ -211,11 +217,7 @@ async fn given_calls_that_wait_for_a_stream_when_the_server_restarts_then_they_s
     });
     until_ready(&channel, 1).await;
     let _open = Talk::fill(&channel).await;
-    let waiting = (0..10).map(|_| {
-        let channel = channel.clone();
-        tokio::spawn(async move { call(&channel).await })
-    });
-    let waiting: Vec<_> = waiting.collect();
+    let waiting = ten_calls(&channel);
     // All of them wait by then: each is polled once.
     tokio::task::yield_now().await;
     drop(server);

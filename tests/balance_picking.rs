@@ -26,6 +26,18 @@ fn three() -> [EchoServer; 3] {
     std::array::from_fn(|_| EchoServer::start())
 }
 
+/// To both, with these weights.
+async fn weighted(servers: &[EchoServer; 2], weights: [u32; 2], policy: Policy) -> BalancedChannel {
+    let both = servers.iter().zip(weights);
+    let both = both.map(|(server, weight)| instance(server.address()).weight(weight));
+    let channel = BalancedChannel::builder(Source::fixed(both))
+        .policy(policy)
+        .build()
+        .unwrap();
+    until_ready(&channel, 2).await;
+    channel
+}
+
 /// How many of so many calls, one after another, each server answers.
 async fn shares(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usize> {
     let mut shares = BTreeMap::new();
@@ -38,15 +50,7 @@ async fn shares(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usi
 #[tokio::test]
 async fn given_weights_99_and_1_when_1_000_calls_go_round_then_they_are_990_and_10() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let weighted = [
-        instance(servers[0].address()).weight(99),
-        instance(servers[1].address()).weight(1),
-    ];
-    let channel = BalancedChannel::builder(Source::fixed(weighted))
-        .policy(Policy::RoundRobin)
-        .build()
-        .unwrap();
-    until_ready(&channel, 2).await;
+    let channel = weighted(&servers, [99, 1], Policy::RoundRobin).await;
     let shares = shares(&channel, 1_000).await;
     assert_eq!(shares[servers[0].address()], 990);
     assert_eq!(shares[servers[1].address()], 10);
@@ -55,15 +59,7 @@ async fn given_weights_99_and_1_when_1_000_calls_go_round_then_they_are_990_and_
 #[tokio::test]
 async fn given_weights_100_and_50_when_called_one_at_a_time_then_least_request_gives_2_to_1() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let weighted = [
-        instance(servers[0].address()).weight(100),
-        instance(servers[1].address()).weight(50),
-    ];
-    let channel = BalancedChannel::builder(Source::fixed(weighted))
-        .policy(Policy::LeastRequest)
-        .build()
-        .unwrap();
-    until_ready(&channel, 2).await;
+    let channel = weighted(&servers, [100, 50], Policy::LeastRequest).await;
     let shares = shares(&channel, 600).await;
     let heavy = shares[servers[0].address()];
     // Eight standard deviations of what 600 draws give.
@@ -102,15 +98,7 @@ async fn given_any_policy_when_all_are_alike_then_every_one_is_called() {
 #[tokio::test]
 async fn given_weights_3_and_1_when_streams_stay_open_then_least_request_holds_them_3_to_1() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let weighted = [
-        instance(servers[0].address()).weight(300),
-        instance(servers[1].address()).weight(100),
-    ];
-    let channel = BalancedChannel::builder(Source::fixed(weighted))
-        .policy(Policy::LeastRequest)
-        .build()
-        .unwrap();
-    until_ready(&channel, 2).await;
+    let channel = weighted(&servers, [300, 100], Policy::LeastRequest).await;
     let mut client = EchoClient::new(channel.clone());
     let mut open = Vec::new();
     for _ in 0..80 {

@@ -29,6 +29,16 @@ async fn secure(etcd: &Etcd) -> TestResult {
     Ok(())
 }
 
+/// Tokens that nobody uses are forgotten after 5 s.
+async fn cluster_that_forgets() -> TestResult<EtcdCluster> {
+    let cluster = Etcd::builder()
+        .args(["--auth-token-ttl", "5"])
+        .start_cluster(3)
+        .await?;
+    secure(cluster.member(0)).await?;
+    Ok(cluster)
+}
+
 fn user(endpoints: Vec<String>, password: &str) -> Config {
     let mut config = Config::default();
     config.endpoints = endpoints;
@@ -99,11 +109,7 @@ impl Watched {
 #[tokio::test]
 async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewed_once_for_each_member()
 -> TestResult {
-    let cluster = Etcd::builder()
-        .args(["--auth-token-ttl", "5"])
-        .start_cluster(3)
-        .await?;
-    secure(cluster.member(0)).await?;
+    let cluster = cluster_that_forgets().await?;
     let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
     // From the first token on: the idle time is no time for a storm either.
     let before = all_authentications(&cluster).await?;
@@ -148,11 +154,7 @@ async fn given_a_token_that_expires_while_idle_then_all_goes_on_and_it_is_renewe
 #[tokio::test]
 async fn given_fifty_watches_whose_member_dies_when_they_come_to_one_that_forgot_the_token_then_it_is_renewed_once()
 -> TestResult {
-    let cluster = Etcd::builder()
-        .args(["--auth-token-ttl", "5"])
-        .start_cluster(3)
-        .await?;
-    secure(cluster.member(0)).await?;
+    let cluster = cluster_that_forgets().await?;
     // At first only one can be reached, and has all the watches.
     let mut proxies = Vec::new();
     for endpoint in cluster.endpoints() {
@@ -468,11 +470,7 @@ async fn given_a_range_that_is_refused_though_its_first_key_is_not_then_a_watch_
 
 #[tokio::test]
 async fn given_a_token_that_has_expired_and_a_member_that_hangs_then_no_read_fails() -> TestResult {
-    let cluster = Etcd::builder()
-        .args(["--auth-token-ttl", "5"])
-        .start_cluster(3)
-        .await?;
-    secure(cluster.member(0)).await?;
+    let cluster = cluster_that_forgets().await?;
     let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
     client.put("app/a", "1", None).await?;
     // The one that leads, by which all others are held up, and then one of those.
