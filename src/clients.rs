@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::{Client, Config, Error, Result};
+use crate::client::Client;
+use crate::config::Config;
+use crate::error::{Error, Result};
 
 /// The name under which [`register_default`] registers.
 const DEFAULT: &str = "default";

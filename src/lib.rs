@@ -74,21 +74,21 @@
 //! [mass deletion](balance::BalancedChannelBuilder::mass_deletion_guard) does, for whatever recorder of
 //! the crate `metrics` is installed.
 
-mod advertise;
 mod backoff;
 pub mod balance;
 pub mod client;
 mod clients;
 mod config;
 mod directory;
-mod discover;
 mod error;
 pub mod format;
 mod instance;
 mod registrar;
+mod snapshot;
 mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod time;
 
 pub use balance::BalancedChannel;
 pub use client::{
@@ -101,13 +101,13 @@ pub use clients::{
     set_default, unregister, unregister_default,
 };
 pub use config::{Config, ConfigBuilder, TlsConfig};
-pub use directory::{Directory, DirectoryBuilder, Freshness, InstanceKey, Snapshot};
-pub use discover::Discovery;
+pub use directory::{Directory, DirectoryBuilder, Discovery};
 pub use error::{Error, Result};
 pub use instance::{DEFAULT_WEIGHT, Instance};
 #[cfg(feature = "health")]
 pub use registrar::serving;
 pub use registrar::{Registrar, RegistrarBuilder, Registration, RegistrationState};
+pub use snapshot::{Freshness, InstanceKey, Snapshot};
 
 /// The client beneath; [`Client::client`] gives one of its own.
 pub use etcd_client;

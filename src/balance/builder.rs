@@ -18,7 +18,9 @@ use super::retry::RetryPolicy;
 use super::source::Source;
 use super::tls::Tls;
 use super::{BalancedChannel, Inner};
-use crate::{Error, Result, TlsConfig};
+use crate::config::TlsConfig;
+use crate::error::{Error, Result};
+use crate::time::MAX_DURATION;
 
 /// What the channel calls itself, after what the user calls it.
 const USER_AGENT: &str = concat!("goo-etcd/", env!("CARGO_PKG_VERSION"));
@@ -32,9 +34,6 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// The most connections to one endpoint: each of them carries thousands of calls.
 const MOST_CONNECTIONS: usize = 1_000;
-
-/// What stands for any longer time: thirty years.
-pub(super) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
 /// Settings of a [`BalancedChannel`]. Where tonic's `Endpoint` has a setting, it has the same name.
 #[must_use = "a builder does nothing until `build`"]
@@ -294,7 +293,7 @@ impl BalancedChannelBuilder {
         let mut settings = self.settings;
         let mut plan = self.plan;
         // Longer than any of this will run, and short enough to be added to a time.
-        let bounded = |duration: &mut Duration| *duration = (*duration).min(FOREVER);
+        let bounded = |duration: &mut Duration| *duration = (*duration).min(MAX_DURATION);
         bounded(&mut settings.connect_timeout);
         bounded(&mut settings.keep_alive.timeout);
         settings.keep_alive.interval.iter_mut().for_each(bounded);
@@ -304,7 +303,10 @@ impl BalancedChannelBuilder {
             ("connect_timeout", settings.connect_timeout),
             ("max_connect_backoff", plan.max_backoff),
             ("keep_alive_timeout", settings.keep_alive.timeout),
-            ("http2_keep_alive_interval", interval.unwrap_or(FOREVER)),
+            (
+                "http2_keep_alive_interval",
+                interval.unwrap_or(MAX_DURATION),
+            ),
         ];
         for (field, value) in positive {
             if value.is_zero() {
@@ -372,19 +374,19 @@ impl BalancedChannelBuilder {
         let connector = Arc::new(Connector::new(settings, tls, self.connector));
         let view = Arc::new(View::new(Arc::clone(self.source.name())));
         let keep_for = match self.mass_deletion_guard {
-            Some(keep_for) => keep_for.min(FOREVER),
+            Some(keep_for) => keep_for.min(MAX_DURATION),
             None if self.source.ttl().is_some() => KEEP_FOR,
             None => Duration::ZERO,
         };
         let usual = self.source.ttl().map_or(WINDOW, guard::window);
-        let window = self.mass_deletion_window.unwrap_or(usual).min(FOREVER);
+        let window = self.mass_deletion_window.unwrap_or(usual).min(MAX_DURATION);
         let guard = Guard::new(keep_for, window);
         let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, guard);
         let calls = Calls {
             view,
-            ready_timeout: self.ready_timeout.min(FOREVER),
+            ready_timeout: self.ready_timeout.min(MAX_DURATION),
             wait_for_ready: self.wait_for_ready,
-            timeout: self.timeout.map(|timeout| timeout.min(FOREVER)),
+            timeout: self.timeout.map(|timeout| timeout.min(MAX_DURATION)),
             retry: self.retry,
             concurrency: self
                 .concurrency_limit

@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::builder::FOREVER;
+use crate::time::MAX_DURATION;
 
 /// gRPC's header for it ("gRPC over HTTP2", Call-Definition).
 pub(super) const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
@@ -36,7 +36,7 @@ pub(super) fn of(headers: &HeaderMap) -> Option<Duration> {
         return None;
     }
     let amount: u64 = digits.parse().ok()?;
-    Some(FOREVER.min(match unit {
+    Some(MAX_DURATION.min(match unit {
         "H" => Duration::from_secs(amount * 3600),
         "M" => Duration::from_secs(amount * 60),
         "S" => Duration::from_secs(amount),
@@ -80,7 +80,7 @@ mod tests {
         assert_eq!(read("6u"), Some(Duration::from_micros(6)));
         assert_eq!(read("7n"), Some(Duration::from_nanos(7)));
         // More than can be added to a time.
-        assert_eq!(read("99999999H"), Some(FOREVER));
+        assert_eq!(read("99999999H"), Some(MAX_DURATION));
         for nonsense in ["", "S", "5", "5x", "-5S", "+5S", "123456789S", "5 S"] {
             assert_eq!(read(nonsense), None, "{nonsense:?}");
         }

@@ -24,8 +24,8 @@ use super::connect::{Connector, Target};
 use super::connection::{Reserved, Sender};
 use super::load::Load;
 use super::pick::Candidate;
-use crate::Instance;
 use crate::backoff::Backoff;
+use crate::instance::Instance;
 
 /// gRPC's connection backoff ("GRPC Connection Backoff Protocol"): the first wait and the jitter.
 const BACKOFF_BASE: Duration = Duration::from_secs(1);

@@ -81,7 +81,7 @@ pub use retry::RetryPolicy;
 pub use source::Source;
 pub(crate) use tried::Tried;
 
-use crate::{Client, Directory, Result};
+use crate::error::Result;
 
 /// A channel over a changing set of endpoints, for any generated tonic client. Cheap to clone;
 /// clones share the connections.
@@ -104,19 +104,6 @@ impl Drop for Inner {
 }
 
 impl BalancedChannel {
-    /// A channel to `service`, as it is registered in etcd under the default prefix and format.
-    ///
-    /// Returns when the service was listed; connections are being made then, and calls wait for
-    /// them.
-    ///
-    /// # Errors
-    ///
-    /// As [`DirectoryBuilder::build`](crate::DirectoryBuilder::build).
-    pub async fn connect(client: &Client, service: impl Into<String>) -> Result<Self> {
-        let directory = Directory::watch(client, service).await?;
-        Self::builder(directory).build()
-    }
-
     /// A channel to a fixed list of addresses, `host:port` or `unix:/path`, without etcd.
     ///
     /// # Errors

@@ -16,8 +16,11 @@ use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Plan, Ready, Supe
 use super::guard::Guard;
 use super::pick::{Picker, Policy, Turn};
 use super::source::Source;
-use crate::directory::{Difference, Instances, differences};
-use crate::{Freshness, Instance, InstanceKey, Snapshot, telemetry};
+use crate::instance::Instance;
+use crate::snapshot::{Difference, Instances, differences};
+use crate::snapshot::{Freshness, InstanceKey, Snapshot};
+use crate::telemetry;
+use crate::time::sleep_until;
 
 /// How many endpoints an error message names.
 const NAMED: usize = 10;
@@ -423,12 +426,5 @@ impl Drop for Pool {
         if self.kept > 0 {
             telemetry::kept_endpoints(&self.view.known.load().range, self.kept, 0);
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }

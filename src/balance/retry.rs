@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tonic::Code;
 
-use super::builder::FOREVER;
 use crate::backoff::Backoff;
+use crate::time::MAX_DURATION;
 
 /// The most attempts that gRPC allows (gRFC A6).
 const MAX_ATTEMPTS: u32 = 5;
@@ -59,7 +59,7 @@ impl RetryPolicy {
     /// of 20 %.
     #[must_use]
     pub fn backoff(mut self, initial: Duration, max: Duration) -> Self {
-        self.backoff = (initial.min(FOREVER), max.min(FOREVER));
+        self.backoff = (initial.min(MAX_DURATION), max.min(MAX_DURATION));
         self
     }
 

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 
-use crate::instance::validate_address;
-use crate::{Directory, Instance, Result, Snapshot};
+use crate::error::Result;
+use crate::instance::{Instance, validate_address};
+use crate::snapshot::Snapshot;
 
 /// A stream of whole sets of instances, each replacing the one before.
 ///
-/// A [`Directory`] is one; [`Source::new`] takes any stream, and [`Source::fixed`] a list.
+/// A [`Directory`](crate::Directory) is one; [`Source::new`] takes any stream, and [`Source::fixed`] a list.
 pub struct Source {
     name: Arc<str>,
     /// How long a registration in it lasts when it is not renewed: it may end though its server lives.
@@ -36,6 +37,18 @@ impl Source {
         Self {
             name,
             ttl: None,
+            snapshots: Box::pin(snapshots),
+        }
+    }
+
+    /// A source of snapshots. `ttl` is how long a registration lasts when it is not renewed.
+    pub(crate) fn from_snapshots<S>(name: Arc<str>, ttl: Duration, snapshots: S) -> Self
+    where
+        S: Stream<Item = Arc<Snapshot>> + Send + 'static,
+    {
+        Self {
+            name,
+            ttl: Some(ttl),
             snapshots: Box::pin(snapshots),
         }
     }
@@ -71,22 +84,6 @@ impl Source {
 
     pub(super) fn into_stream(self) -> impl Stream<Item = Arc<Snapshot>> + Send + Unpin {
         self.snapshots
-    }
-}
-
-impl From<Directory> for Source {
-    fn from(directory: Directory) -> Self {
-        Self {
-            name: Arc::clone(&directory.snapshot().range),
-            ttl: Some(directory.ttl()),
-            snapshots: Box::pin(directory.changes()),
-        }
-    }
-}
-
-impl From<&Directory> for Source {
-    fn from(directory: &Directory) -> Self {
-        directory.clone().into()
     }
 }
 

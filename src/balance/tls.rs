@@ -18,8 +18,9 @@ mod with_rustls {
     use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
     use super::super::connect::Target;
+    use crate::config::TlsConfig;
     use crate::error::chain;
-    use crate::{Error, Result, TlsConfig};
+    use crate::error::{Error, Result};
 
     /// HTTP/2's name in the TLS handshake.
     const ALPN: &[u8] = b"h2";
@@ -160,7 +161,8 @@ mod with_rustls {
 #[cfg(not(feature = "_tls"))]
 mod without {
     use super::super::connect::Target;
-    use crate::{Error, Result, TlsConfig};
+    use crate::config::TlsConfig;
+    use crate::error::{Error, Result};
 
     /// Never made: this build has no TLS.
     pub(in super::super) enum Tls {}

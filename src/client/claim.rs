@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 
 use super::{Client, KeepAlive, KeyValue, PutOptions, WatchFilterType, WatchOptions, shown};
 use crate::backoff::Backoff;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A claim, while it is not given up. Dropped, it is: in the background, as well as that goes.
 pub(super) struct Claim {

@@ -7,7 +7,7 @@ use etcd_client::{
 
 use super::wire::Route;
 use super::{Client, members};
-use crate::Result;
+use crate::error::Result;
 
 /// The cluster's members. Errors as for [`Client::put`].
 impl Client {

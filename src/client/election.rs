@@ -10,7 +10,7 @@ use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use super::claim::{Claim, queue};
 use super::{Client, KeyValue, Watch, WatchOptions};
 use crate::backoff::Backoff;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Being the leader, from [`Client::campaign`].
 ///

@@ -6,7 +6,7 @@ use etcd_client::{
 };
 
 use super::{Client, shown};
-use crate::Result;
+use crate::error::Result;
 
 /// Keys and values. Each call fails with [`Error::Timeout`](crate::Error::Timeout) after
 /// [`Config::request_timeout`](crate::Config::request_timeout), with

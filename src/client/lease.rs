@@ -20,7 +20,7 @@ use super::wire::Route;
 use super::{Client, STREAM_OPENS_WITHIN};
 use crate::backoff::Backoff;
 use crate::balance::Tried;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The time to live of a lease that only asks whether one of its id exists, in seconds. It is known by
 /// it: etcd never changes what it has granted, and nobody else has use for such a number. Above etcd's

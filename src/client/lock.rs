@@ -4,7 +4,7 @@ use etcd_client::Compare;
 
 use super::Client;
 use super::claim::Claim;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A lock that is held, from [`Client::lock`].
 ///

@@ -7,9 +7,12 @@ use futures::stream::unfold;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
+use crate::balance::BalancedChannel;
 use crate::balance::Source;
 use crate::config::endpoint_uri;
-use crate::{BalancedChannel, Config, Error, Instance, Result, TlsConfig};
+use crate::config::{Config, TlsConfig};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// The longest wait between attempts to connect to a member: what was lost is to be back within two
 /// seconds of etcd's return (G8), for all that wait for it. The fewer there are, the sooner: about 20

@@ -49,7 +49,8 @@ use wire::Route;
 
 use crate::backoff::Backoff;
 use crate::balance::Tried;
-use crate::{Config, Error, Result};
+use crate::config::Config;
+use crate::error::{Error, Result};
 
 pub use election::{Leaders, Leadership};
 pub use etcd_client::{

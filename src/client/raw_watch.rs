@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tonic::{Code, Status};
 
 use super::{Client, WatchOptions, WatchResponse, shown};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How long a stream may be silent before etcd is asked whether it is still there: often enough
 /// to notice within tens of seconds, rare enough to cost nothing (one small message).
@@ -378,7 +378,7 @@ mod tests {
 #[cfg(all(test, feature = "testing"))]
 mod tests_on_etcd {
     use super::*;
-    use crate::Config;
+    use crate::config::Config;
     use crate::testing::Etcd;
 
     async fn watched(etcd: &Etcd) -> Result<RawWatch> {

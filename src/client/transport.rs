@@ -10,7 +10,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::members::{self, Addresses};
 use super::wire::Wire;
 use crate::backoff::Backoff;
-use crate::{Config, Error, Result};
+use crate::config::Config;
+use crate::error::{Error, Result};
 
 /// What one client talks through.
 pub(super) struct Transport {

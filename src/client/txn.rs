@@ -3,7 +3,7 @@
 use etcd_client::{Compare, TxnOp, TxnResponse};
 
 use super::Client;
-use crate::Result;
+use crate::error::Result;
 
 /// A transaction: if all comparisons hold, the `and_then` operations, otherwise the `or_else`
 /// operations, all at one revision. Made by [`Client::txn`]; nothing is sent before

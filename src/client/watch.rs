@@ -11,7 +11,7 @@ use tonic::Code;
 
 use super::{Client, RawWatch, WatchOptions, WatchResponse};
 use crate::backoff::Backoff;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// A stream that lived this long was no part of the trouble before it; the pauses start anew.
 const SETTLED: Duration = Duration::from_secs(10);

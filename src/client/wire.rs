@@ -30,8 +30,8 @@ use super::answer::{Answer, code_in, message_in, name_old_token, not_from_etcd, 
 use super::call_log::CallLog;
 use super::message::{Answers, Codec, Requests};
 use super::method::{AUTHENTICATE, Method};
-use crate::BalancedChannel;
 use crate::backoff::Backoff;
+use crate::balance::BalancedChannel;
 use crate::balance::{EndpointState, Tried};
 
 /// How often a read is sent within its time, once after each such part of it, as long as none was
@@ -93,7 +93,7 @@ struct Shared {
 impl Wire {
     pub(super) fn new(
         channel: BalancedChannel,
-        config: &crate::Config,
+        config: &crate::config::Config,
         closed: &CancellationToken,
     ) -> Self {
         Self {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Config, TlsConfig};
-use crate::Result;
+use crate::error::Result;
 
 /// Builds a [`Config`]; every field that is not set has its default.
 #[derive(Debug, Clone, Default)]

@@ -2,7 +2,7 @@
 
 use http::Uri;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The endpoint as it may appear in errors and logs: what stands before an `@` may be a password.
 pub(super) fn shown(endpoint: &str) -> String {

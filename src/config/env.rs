@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Config, TlsConfig};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 impl Config {
     /// The configuration in the process's environment; what is not set has its default.

@@ -44,11 +44,11 @@ impl TlsConfig {
         field: &'static str,
         file: &Option<PathBuf>,
         inline: &Option<String>,
-    ) -> crate::Result<Option<Vec<u8>>> {
+    ) -> crate::error::Result<Option<Vec<u8>>> {
         match (file, inline) {
             // A few kilobytes once, when a client or a channel is made.
             (Some(file), _) => std::fs::read(file).map(Some).map_err(|error| {
-                crate::Error::invalid(field, file.display().to_string(), error.to_string())
+                crate::error::Error::invalid(field, file.display().to_string(), error.to_string())
             }),
             (None, inline) => Ok(inline.clone().map(String::into_bytes)),
         }

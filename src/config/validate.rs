@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Config, TlsConfig, endpoint_uri};
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// etcd's server refuses clients that ping more often (`--grpc-keepalive-min-time`, 5 s by default).
 const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);

@@ -15,9 +15,10 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
 use super::state::Machine;
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
+use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
 
 /// The least time between two writes: a service that changes all the time costs no more than this.
 const WRITE_EVERY: Duration = Duration::from_secs(1);

@@ -9,11 +9,12 @@ use tonic::Code;
 
 use super::cache::{self, Cache, Keeper};
 use super::merge::Source;
-use super::snapshot::Freshness;
 use super::state::{Entry, Input, Machine, Todo};
 use crate::backoff::Backoff;
+use crate::client::Client;
 use crate::client::{EventType, GetOptions, RawWatch, SortOrder, SortTarget, WatchOptions};
-use crate::{Client, Error, Result};
+use crate::error::{Error, Result};
+use crate::snapshot::Freshness;
 
 /// Keys per page of a list. A registration is a few hundred bytes, so that a page stays well under
 /// the limit of one message (2 MiB by default).
@@ -418,7 +419,7 @@ async fn events(watch: &mut RawWatch) -> Result<Input> {
 #[cfg(all(test, feature = "testing"))]
 mod tests_on_etcd {
     use super::*;
-    use crate::Config;
+    use crate::config::Config;
     use crate::format::EtcdNaming;
     use crate::testing::Etcd;
 

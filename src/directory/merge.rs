@@ -10,8 +10,8 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use super::snapshot::{Freshness, InstanceKey, Snapshot};
-use crate::Instance;
+use crate::instance::Instance;
+use crate::snapshot::{Freshness, InstanceKey, Snapshot};
 
 /// The snapshot of each source, and where the one that they make up is shown.
 #[derive(Debug)]

@@ -7,19 +7,20 @@
 //! # Recovery
 //!
 //! When the watch is lost (etcd restarted, the network cut, the history compacted) the last
-//! snapshot stays in use, marked [`Stale`](Freshness::Stale) with the time and the reason. The
+//! snapshot stays in use, marked [`Stale`](crate::Freshness::Stale) with the time and the reason. The
 //! directory lists anew, at a random moment of the first half second and then up to a second between
 //! attempts, for as long as it takes, and the whole list replaces what was known: an instance that left meanwhile is gone, one that
 //! stayed is untouched. It never ends and never gives up while a handle to it is held, except when
 //! its client is closed.
 
 mod cache;
+mod channel;
+mod discover;
 mod driver;
 mod merge;
 #[cfg(test)]
 mod model;
 mod shared;
-mod snapshot;
 mod state;
 
 use std::collections::HashMap;
@@ -33,12 +34,13 @@ use tokio::runtime;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
-pub(crate) use snapshot::{Difference, Instances, differences};
-pub use snapshot::{Freshness, InstanceKey, Snapshot};
+pub use discover::Discovery;
 
+use crate::client::Client;
+use crate::error::Result;
 use crate::format::{EtcdNaming, Layout};
 use crate::instance::validate_service;
-use crate::{Client, Result};
+use crate::snapshot::Snapshot;
 
 /// The live list of a service's instances. Cheap to clone; clones share one watch, and so do directories
 /// that are built of the same client with the same settings, however many channels use them.
@@ -234,7 +236,7 @@ impl DirectoryBuilder {
     /// answer: off unless set.
     ///
     /// With such a file, etcd is given half a second for the first list. Without an answer in that time
-    /// the directory serves what the file has, [`Stale`](Freshness::Stale) since it was written, and is
+    /// the directory serves what the file has, [`Stale`](crate::Freshness::Stale) since it was written, and is
     /// live as soon as etcd is there. For that the client must not wait for etcd either:
     /// [`Client::connect_lazy`].
     ///
@@ -277,7 +279,7 @@ impl DirectoryBuilder {
     /// [`Error::Invalid`](crate::Error::Invalid) for a service name that is empty or has a `/`, and for
     /// a cache's folder that cannot be made;
     /// whatever etcd answers to the first list of any of the formats, such as a missing permission; a
-    /// time-out when it does not answer. Later failures are not errors but [`Freshness::Stale`].
+    /// time-out when it does not answer. Later failures are not errors but [`Freshness::Stale`](crate::Freshness::Stale).
     pub async fn build(self) -> Result<Directory> {
         validate_service(&self.service)?;
         let mut layouts = vec![self.layout.under(self.prefix)];

@@ -6,9 +6,9 @@ use std::time::SystemTime;
 
 use proptest::prelude::*;
 
-use super::snapshot::Snapshot;
 use super::state::{Entry, Input, Machine, Todo};
 use crate::format::EtcdNaming;
+use crate::snapshot::Snapshot;
 
 const RANGE: &str = "services/a/";
 

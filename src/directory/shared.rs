@@ -15,8 +15,9 @@ use futures::future::{BoxFuture, Shared, WeakShared};
 use tokio::runtime;
 
 use super::Inner;
+use crate::client::Client;
+use crate::error::Result;
 use crate::format::{Format, Layout};
-use crate::{Client, Result};
 
 /// What makes two directories the same one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -179,13 +180,13 @@ mod tests {
         fn default_ttl(&self) -> std::time::Duration {
             EtcdNaming.default_ttl()
         }
-        fn key(&self, prefix: &str, instance: &crate::Instance) -> String {
+        fn key(&self, prefix: &str, instance: &crate::instance::Instance) -> String {
             EtcdNaming.key(prefix, instance)
         }
         fn range(&self, prefix: &str, service: &str) -> crate::format::KeyRange {
             EtcdNaming.range(prefix, service)
         }
-        fn encode(&self, instance: &crate::Instance) -> Result<Vec<u8>> {
+        fn encode(&self, instance: &crate::instance::Instance) -> Result<Vec<u8>> {
             EtcdNaming.encode(instance)
         }
         fn decode(
@@ -194,7 +195,7 @@ mod tests {
             service: &str,
             key: &[u8],
             value: &[u8],
-        ) -> Result<Vec<crate::Instance>, crate::format::DecodeError> {
+        ) -> Result<Vec<crate::instance::Instance>, crate::format::DecodeError> {
             EtcdNaming.decode(prefix, service, key, value)
         }
     }

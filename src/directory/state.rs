@@ -20,9 +20,9 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::merge;
-use super::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
-use crate::Instance;
 use crate::format::{DecodeError, Format, KeyRange};
+use crate::instance::Instance;
+use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
 
 /// A key as a list page or an event shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]

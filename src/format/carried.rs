@@ -13,8 +13,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::Instance;
 use crate::instance::DEFAULT_WEIGHT;
+use crate::instance::Instance;
 
 pub(super) const ID: &str = "id";
 pub(super) const STATUS: &str = "status";

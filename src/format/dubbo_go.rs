@@ -11,8 +11,9 @@ use serde::Serialize;
 
 use super::go_json::{self, Object};
 use super::{DecodeError, Format, KeyRange, carried, slashed_prefix};
+use crate::error::{Error, Result};
 use crate::instance::DEFAULT_WEIGHT;
-use crate::{Error, Instance, Result};
+use crate::instance::Instance;
 
 /// dubbo-go's registrations in application mode (`registry/etcdv3`): keys are `prefix/app/host:port`,
 /// prefix `/services`, time to live 10 s. (dubbo-go takes its own from its configuration.) With an

@@ -15,8 +15,8 @@ use serde_json::Value;
 use super::carried::{self, DRAINING};
 use super::go_json::{self, Object};
 use super::{DecodeError, Format, KeyRange, service_prefix};
+use crate::error::{Error, Result};
 use crate::instance::{DEFAULT_WEIGHT, Instance};
-use crate::{Error, Result};
 
 /// `Metadata` that is not an object (the convention allows anything) is kept as text under this key,
 /// so that nothing is lost. It is written as a string: one that was a string as it was, a number, a

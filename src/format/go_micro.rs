@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use super::go_json::{self, Object};
 use super::{DecodeError, Format, KeyRange, carried, service_prefix};
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// go-micro's registrations (`registry/etcd`): keys are `prefix/service/id` with `-` for every `/` in
 /// service and id, prefix `/micro/registry`, time to live 90 s. A service that go-micro calls `a/b` is

@@ -9,8 +9,9 @@
 use std::time::Duration;
 
 use super::{DecodeError, Format, KeyRange, id_after, service_prefix};
+use crate::error::Result;
+use crate::instance::Instance;
 use crate::instance::validate_address;
-use crate::{Instance, Result};
 
 /// go-zero's registrations (`core/discov`): keys are `service/id`, no prefix, the value is the bare
 /// address, time to live 10 s.

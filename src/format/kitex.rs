@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use super::go_json::{self, Object};
 use super::{DecodeError, Format, KeyRange, carried, slashed_prefix};
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// The weight of a registration whose weight is 0 or less (`defaultWeight` in `etcd_resolver.go`).
 const DEFAULT_WEIGHT: u32 = 10;

@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use super::go_json::{self, Object};
 use super::{DecodeError, Format, KeyRange, carried, id_after, slashed_prefix};
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// kratos' registrations (`contrib/registry/etcd`): keys are `prefix/service/id`, prefix
 /// `/microservices` (which kratos calls the namespace), time to live 15 s. With an empty prefix they

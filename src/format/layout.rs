@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Format;
-use crate::Instance;
+use crate::instance::Instance;
 
 /// Where instances stand in etcd, and how they are written there: a format, the prefix, and where it
 /// is another one there, the service's name.
@@ -64,7 +64,7 @@ impl Layout {
     }
 
     /// The key and the value of an instance.
-    pub(crate) fn write(&self, instance: &Instance) -> crate::Result<(String, Vec<u8>)> {
+    pub(crate) fn write(&self, instance: &Instance) -> crate::error::Result<(String, Vec<u8>)> {
         let renamed;
         let instance = match &self.service {
             None => instance,

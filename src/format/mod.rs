@@ -130,7 +130,8 @@ pub use kitex::Kitex;
 pub use kratos::Kratos;
 pub use layout::Layout;
 
-use crate::{Instance, Result};
+use crate::error::Result;
+use crate::instance::Instance;
 
 /// How instances are written in etcd and read from it.
 ///

@@ -14,7 +14,9 @@ use tokio::time::Instant;
 use super::exchange::Exchange;
 use super::lookout::Lookout;
 use super::state::{Action, Next, Now, Outcome, Reconciler};
-use crate::{Client, Error, Result};
+use crate::client::Client;
+use crate::error::{Error, Result};
+use crate::time::sleep_until;
 
 /// What the handles and the task share.
 #[derive(Debug)]
@@ -104,12 +106,5 @@ pub(super) async fn reconcile(shared: Arc<Shared>, client: Client, ttl: Duration
             () = shared.changed.notified() => {}
             () = sleep_until(wake_at) => {}
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }

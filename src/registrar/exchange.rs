@@ -4,8 +4,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::state::{Action, Ensure, Held, Outcome, Verdict, is_ours};
+use crate::client::Client;
 use crate::client::{Compare, CompareOp, KeyValue, Link, PutOptions, TxnOp, TxnOpResponse};
-use crate::{Client, Error, Result};
+use crate::error::{Error, Result};
 
 /// How often a transaction that lost a race against another writer is made anew before the registrar
 /// pauses: more than a few in a row are no accident.

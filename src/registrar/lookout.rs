@@ -10,8 +10,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::state::{Heard, Held};
 use crate::backoff::Backoff;
+use crate::client::{Client, EventType};
 use crate::client::{RawWatch, WatchOptions};
-use crate::{Client, Error, EventType};
+use crate::error::Error;
 
 /// The watches, and what they tell.
 pub(super) struct Lookout {

@@ -41,8 +41,10 @@ pub use registration::Registration;
 pub use state::RegistrationState;
 use state::{Claim, Pairs};
 
+use crate::client::Client;
+use crate::error::{Error, Result};
 use crate::format::{EtcdNaming, Layout};
-use crate::{Client, Error, Instance, Result};
+use crate::instance::Instance;
 
 /// The shortest time to live that etcd grants with its default election timeout of 1 s: one and a
 /// half times that, in whole seconds (`minTTL` in etcd's `server/etcdserver/server.go`). It grants

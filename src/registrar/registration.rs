@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use super::driver::Shared;
 use super::state::{RegistrationState, Status, Ticket};
 use super::{Registrar, readiness};
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// An instance that is kept registered. Cheap to clone.
 ///

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use tokio::time::Instant;
 
 use super::held::Held;
-use crate::Error;
+use crate::error::Error;
 
 /// The time, both ways of telling it.
 #[derive(Debug, Clone, Copy)]

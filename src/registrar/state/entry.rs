@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::action::{Now, Pairs};
 use super::status::{RegistrationState, Status};
-use crate::Error;
 use crate::backoff::Backoff;
+use crate::error::Error;
 
 /// After how long without others undoing it an entry is restored at once again.
 const QUIET: Duration = Duration::from_secs(10);

@@ -24,7 +24,7 @@ pub use status::RegistrationState;
 pub(super) use status::{Status, Ticket};
 
 use crate::backoff::Backoff;
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Within which time those that lost their key or their lease come back, each at a random moment of it: ten thousand
 /// processes whose leases end together make twenty grants a millisecond and not ten thousand at once.

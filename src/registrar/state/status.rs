@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::Error;
+use crate::error::Error;
 
 /// Where a registration stands.
 ///

@@ -3,7 +3,8 @@
 use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-use crate::{Error, Instance, Result};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 
 /// The environment variable with this pod's address, which go-zero's and kitex' servers look at too.
 const POD_IP: &str = "POD_IP";

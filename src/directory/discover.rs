@@ -12,9 +12,11 @@ use tonic::transport::channel::Change as TonicChange;
 use tonic::transport::{Channel, Endpoint};
 use tower::discover::Change;
 
-use crate::directory::{Difference, Directory, InstanceKey, Instances, Snapshot, differences};
+use super::Directory;
+use crate::error::{Error, Result};
+use crate::instance::Instance;
 use crate::instance::validate_address;
-use crate::{Error, Instance, Result};
+use crate::snapshot::{Difference, InstanceKey, Instances, Snapshot, differences};
 
 /// How many changes tonic's channel takes before its sender waits. Any number does: a task of our
 /// own waits there, and sends what is new by then.

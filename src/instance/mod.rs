@@ -1,8 +1,10 @@
 //! Instances: what is registered, and what a directory shows.
 
+mod advertise;
+
 use std::collections::BTreeMap;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The weight of an instance that names none.
 ///

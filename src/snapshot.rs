@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use crate::Instance;
+use crate::instance::Instance;
 
 /// What tells one instance of a [`Snapshot`] from the others: its key in etcd.
 ///
