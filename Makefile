@@ -17,7 +17,7 @@ demo: ## a fleet of greeters on a real etcd, and what happens to it, in about 20
 
 # `SECONDS` is a variable of bash as well, but make reads it from its own command line and environment.
 chaos: ## faults of every kind on etcd, servers and clients, judged; SEED=, SECONDS= (180)
-	@$(WITH_TOOLS) cargo run --quiet --example chaos -- \
+	@$(WITH_TOOLS) cargo run --quiet --package chaos -- \
 	$(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(LOGS),--logs '$(LOGS)')
 
 test: ## all tests, against real etcd servers

@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::record::Whom;
+use crate::record::Scope;
 
 const THREE_MINUTES: Duration = Duration::from_secs(180);
 
@@ -9,15 +9,19 @@ fn all(schedule: &Schedule) -> impl Iterator<Item = &Planned> {
     let Schedule {
         members,
         paths,
-        by_hand,
+        manual_edits,
         servers,
     } = schedule;
     let paths = paths.iter().flatten();
-    members.iter().chain(paths).chain(by_hand).chain(servers)
+    members
+        .iter()
+        .chain(paths)
+        .chain(manual_edits)
+        .chain(servers)
 }
 
 #[test]
-fn a_seed_always_gives_the_same_schedule_and_another_one_another() {
+fn seed_determines_the_schedule() {
     let schedule = Schedule::new(7, THREE_MINUTES);
     assert_eq!(schedule, Schedule::new(7, THREE_MINUTES));
     assert_ne!(schedule, Schedule::new(8, THREE_MINUTES));
@@ -43,14 +47,14 @@ fn three_minutes_have_every_kind_of_fault() {
 }
 
 #[test]
-fn faults_of_a_lane_do_not_overlap_and_all_end_before_the_quiet_time() {
+fn faults_of_a_lane_do_not_overlap() {
     for seed in 0..200 {
         let schedule = Schedule::new(seed, THREE_MINUTES);
         for planned in all(&schedule) {
             assert!(planned.at + planned.lasts <= THREE_MINUTES - QUIET);
         }
         let [clients, servers] = &schedule.paths;
-        for lane in [&schedule.members, clients, servers, &schedule.by_hand] {
+        for lane in [&schedule.members, clients, servers, &schedule.manual_edits] {
             for pair in lane.windows(2) {
                 assert!(
                     pair[0].at + pair[0].lasts < pair[1].at,
@@ -62,14 +66,14 @@ fn faults_of_a_lane_do_not_overlap_and_all_end_before_the_quiet_time() {
 }
 
 #[test]
-fn about_twenty_servers_are_there_throughout_and_each_ends_once() {
+fn about_twenty_servers_run_throughout() {
     for seed in 0..200 {
         let mut there: BTreeSet<Name> = Schedule::first_servers().into_iter().collect();
         for planned in &Schedule::new(seed, THREE_MINUTES).servers {
             match &planned.fault {
-                Fault::KillServer(name, heir) | Fault::EndServer(name, heir) => {
+                Fault::KillServer(name, successor) | Fault::TerminateServer(name, successor) => {
                     assert!(there.remove(name), "seed {seed}: {name} is not there");
-                    there.extend(heir);
+                    there.extend(successor);
                 }
                 Fault::Join(names) => there.extend(names),
                 other => panic!("{other} in the servers' lane"),
@@ -82,7 +86,7 @@ fn about_twenty_servers_are_there_throughout_and_each_ends_once() {
 }
 
 #[test]
-fn the_shortest_run_has_faults() {
+fn shortest_run_has_faults() {
     for seed in 0..200 {
         assert!(
             all(&Schedule::new(seed, SHORTEST)).count() >= 3,
@@ -92,7 +96,7 @@ fn the_shortest_run_has_faults() {
 }
 
 #[test]
-fn a_minute_has_a_time_in_which_etcd_comes_to_rest() {
+fn each_minute_has_a_long_pause() {
     const REST: Duration = Duration::from_secs(8);
     for seed in 0..200 {
         let planned = Schedule::new(seed, Duration::from_secs(60)).members;
@@ -107,19 +111,19 @@ fn a_minute_has_a_time_in_which_etcd_comes_to_rest() {
 }
 
 #[test]
-fn a_minute_has_a_server_that_is_asked_to_leave_with_nothing_in_its_way() {
-    /// What undoing a fault may take, and leaving, of which a second is for draining.
+fn each_minute_has_an_undisturbed_shutdown() {
+    /// Upper bounds for undoing a fault, and for leaving, of which 1 s is draining.
     const UNDOING: Duration = Duration::from_secs(4);
     const LEAVING: Duration = Duration::from_secs(2);
     for seed in 0..200 {
         let schedule = Schedule::new(seed, Duration::from_secs(60));
         let is_in_the_way = |planned: &Planned, name: Name, at: Duration| {
-            Whom::disturbed_by(&planned.fault).is_some_and(|whom| whom.has(name))
+            Scope::of(&planned.fault).is_some_and(|scope| scope.includes(name))
                 && planned.at <= at + LEAVING
                 && planned.at + planned.lasts + UNDOING >= at
         };
         let mut leaving = schedule.servers.iter().filter_map(|planned| {
-            let Fault::EndServer(name, _) = planned.fault else {
+            let Fault::TerminateServer(name, _) = planned.fault else {
                 return None;
             };
             Some((name, planned.at))
@@ -131,12 +135,12 @@ fn a_minute_has_a_server_that_is_asked_to_leave_with_nothing_in_its_way() {
 }
 
 #[test]
-fn a_third_of_the_servers_have_two_ids_and_no_two_servers_share_one() {
+fn a_third_of_the_servers_have_two_ids() {
     let names = || Schedule::first_servers().into_iter();
     let twice = names().filter(|name| name.ids().count() == 2);
     assert_eq!(twice.count(), SERVERS.div_ceil(3));
     let ids: BTreeSet<String> = names()
-        .flat_map(|name| [name, name.heir()])
+        .flat_map(|name| [name, name.successor()])
         .flat_map(Name::ids)
         .collect();
     assert_eq!(ids.len(), 2 * (SERVERS + SERVERS.div_ceil(3)));

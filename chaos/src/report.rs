@@ -1,14 +1,14 @@
-//! Tells what was found.
+//! Prints the violations that the checks found.
 
 use std::collections::BTreeMap;
 
 use crate::record::{Failure, Life};
 
-/// How many violations of a kind are shown.
+/// The most violations printed of each kind.
 const SHOWN: usize = 10;
 
-/// What calls failed with: those that failed alike in one line.
-pub fn told(failed: &[&Failure], lives: &[Life]) -> Vec<String> {
+/// Groups failed calls with equal status and client into one line each.
+pub fn summarize_failures(failed: &[&Failure], lives: &[Life]) -> Vec<String> {
     let mut alike: BTreeMap<(usize, &str), Vec<&Failure>> = BTreeMap::new();
     for failure in failed {
         let how = (failure.client, failure.status.as_str());
@@ -33,7 +33,7 @@ pub fn told(failed: &[&Failure], lives: &[Life]) -> Vec<String> {
     alike.into_iter().map(line).collect()
 }
 
-/// The number of violations of a kind, if there are any, and the first of them.
+/// Prints the number of violations of a kind, if any, and the first of them.
 pub fn report(kind: &str, violations: impl ExactSizeIterator<Item = String>) {
     let count = violations.len();
     if count > 0 {

@@ -1,4 +1,4 @@
-//! Of servers and calls.
+//! Tests of calls and registrations.
 
 use super::*;
 
@@ -13,29 +13,29 @@ fn failure(begun: f64, ended: f64, message: &str) -> Failure {
 }
 
 #[test]
-fn a_call_may_fail_only_in_flight_on_a_server_that_was_killed() {
-    let killed = [life(Some((Ending::Killed, 5.0, 5.01)))];
+fn only_calls_on_a_killed_server_may_fail() {
+    let killed = [life(Some((ExitKind::Killed, 5.0, 5.01)))];
     let lost = "127.0.0.1:1000: connection lost: broken pipe";
     assert!(is_allowed(&failure(4.9, 5.02, lost), &killed, &[]));
-    // Sent before its end was noticed.
+    // Sent before its exit was noticed.
     assert!(is_allowed(&failure(5.2, 5.3, lost), &killed, &[]));
 
-    // It had ended long before.
+    // The server had ended long before.
     assert!(!is_allowed(&failure(5.3, 5.31, lost), &killed, &[]));
-    // It failed before the server was killed.
+    // The call failed before the server was killed.
     assert!(!is_allowed(&failure(4.8, 4.9, lost), &killed, &[]));
-    // It was in flight elsewhere.
+    // The call was in flight on another server.
     let elsewhere = "127.0.0.1:2000: connection lost: broken pipe";
     assert!(!is_allowed(&failure(4.9, 5.02, elsewhere), &killed, &[]));
-    // It was never sent.
+    // The call was never sent.
     let nowhere = "no instances under services/chaos/ (waited 5s)";
     assert!(!is_allowed(&failure(4.9, 5.02, nowhere), &killed, &[]));
-    // The server was asked to leave, or is still there.
-    let left = [life(Some((Ending::Left, 5.0, 6.0)))];
+    // The server was asked to leave, or is running.
+    let left = [life(Some((ExitKind::Terminated, 5.0, 6.0)))];
     assert!(!is_allowed(&failure(4.9, 5.02, lost), &left, &[]));
     assert!(!is_allowed(&failure(4.9, 5.02, lost), &[life(None)], &[]));
 
-    // Unless nobody could notice: the machine stood still from 5.1 s to 5.9 s.
+    // The machine stalled from 5.1 s to 5.9 s, so nobody could notice the exit.
     let late = failure(6.0, 6.01, lost);
     assert!(!is_allowed(&late, &killed, &[]));
     assert!(is_allowed(&late, &killed, &[(seconds(5.1), seconds(5.9))]));
@@ -43,7 +43,7 @@ fn a_call_may_fail_only_in_flight_on_a_server_that_was_killed() {
 }
 
 #[test]
-fn where_a_call_was_sent_is_read_from_the_beginning_of_its_message() {
+fn sent_to_reads_the_address_of_the_message() {
     let told = sent_to("127.0.0.1:1000: connection lost: reset");
     assert_eq!(told.as_deref(), Some("127.0.0.1:1000"));
     assert_eq!(
@@ -51,17 +51,17 @@ fn where_a_call_was_sent_is_read_from_the_beginning_of_its_message() {
         None
     );
     assert_eq!(
-        sent_to("the call's time of 10s is over, without an answer"),
+        sent_to("the call's time of 10s is over, without an response"),
         None
     );
 }
 
 #[test]
-fn a_server_that_lives_and_is_not_registered_as_it_should_be_is_found() {
+fn wrong_registration_of_a_running_server_is_found() {
     let id = NAMED.to_string();
     let lives = [life(None)];
     let right = || History::from(0.0).put(&id, "127.0.0.1:1000");
-    assert_eq!(lost(&lives, &right().0.changes), [""; 0]);
+    assert_eq!(unregistered_servers(&lives, &right().0.changes), [""; 0]);
 
     for (history, said) in [
         (History::from(0.0), "has no key"),
@@ -79,22 +79,22 @@ fn a_server_that_lives_and_is_not_registered_as_it_should_be_is_found() {
             "has no lease",
         ),
     ] {
-        let found = lost(&lives, &history.0.changes);
+        let found = unregistered_servers(&lives, &history.0.changes);
         assert_eq!(found.len(), 1);
         assert!(found[0].contains(said), "{said} in {found:?}");
     }
-    let dead = [life(Some((Ending::Killed, 0.0, 0.0)))];
-    assert_eq!(lost(&dead, &[]), [""; 0]);
+    let dead = [life(Some((ExitKind::Killed, 0.0, 0.0)))];
+    assert_eq!(unregistered_servers(&dead, &[]), [""; 0]);
 }
 
 #[test]
-fn both_keys_of_a_server_that_registers_twice_must_be_there() {
+fn both_keys_must_be_registered() {
     let mut twice = life(None);
     twice.name = TWICE;
     let right = "127.0.0.1:1000";
     let one = History::from(0.0).put("s00-0", right);
-    let found = lost(&[twice.clone()], &one.0.changes);
+    let found = unregistered_servers(&[twice.clone()], &one.0.changes);
     assert_eq!(found, ["s00-0 lives and has no key services/chaos/s00-0-b"]);
     let both = one.put("s00-0-b", right);
-    assert_eq!(lost(&[twice], &both.0.changes), [""; 0]);
+    assert_eq!(unregistered_servers(&[twice], &both.0.changes), [""; 0]);
 }

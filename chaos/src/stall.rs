@@ -1,24 +1,26 @@
-//! Notices when this program, and so most likely the machine, stood still: what should have happened
-//! meanwhile did not have its time.
+//! Notices when this program, and so probably the machine, stalled. Nothing made progress during a
+//! stall.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::record::{Clock, Disturbance, Extension, Whom};
+use crate::record::{Clock, Disturbance, Extension, Scope};
 
-/// How often it looks at the clock.
+/// The interval between two looks at the clock.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How late a look must be to be told. A busy scheduler makes one wait for tens of milliseconds.
+/// A look later than this is a stall. A busy scheduler delays a look by tens of milliseconds.
 const LATE: Duration = Duration::from_millis(100);
 
-/// How late it must be to disturb: leases of 3 s that are renewed every second feel half of one.
+/// A stall longer than this is a disturbance: a lease of 3 s, renewed every second, is at risk from
+/// half a second on.
 const LATE_FOR_LEASES: Duration = Duration::from_millis(500);
 
-/// Looks for as long as it is held.
+/// Records stalls until dropped.
 pub struct Stalls {
     found: Arc<Mutex<Vec<(Duration, Duration)>>>,
     _task: AbortOnDropHandle<()>,
@@ -34,7 +36,7 @@ impl Stalls {
                 sleep(TICK).await;
                 let now = clock.now();
                 if now - before > TICK + LATE {
-                    let mut found = into.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut found = into.lock();
                     found.push((before, now));
                 }
                 before = now;
@@ -46,28 +48,28 @@ impl Stalls {
         }
     }
 
-    /// From when to when, each.
+    /// Start and end of each stall.
     pub fn all(&self) -> Vec<(Duration, Duration)> {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = self.found.lock();
         found.clone()
     }
 
-    /// Those that leases and directories feel.
+    /// The stalls that can affect leases and directories.
     pub fn long(&self) -> impl Iterator<Item = (Duration, Duration)> + use<> {
         let all = self.all().into_iter();
         all.filter(|(from, to)| *to - *from > TICK + LATE_FOR_LEASES)
     }
 
-    /// Nobody can be expected to be as they should be.
+    /// Long stalls as disturbances of everything.
     pub fn disturbances(&self) -> impl Iterator<Item = Disturbance> + use<> {
         self.long().map(|(from, to)| Disturbance {
             from,
             to,
-            whom: Whom::Everybody,
+            scope: Scope::All,
         })
     }
 
-    /// What is over stays where it is.
+    /// Long stalls as reasons why expired keys are still there.
     pub fn extensions(&self) -> impl Iterator<Item = Extension> + use<> {
         self.long()
             .map(|(from, to)| Extension::Standstill { from, to })

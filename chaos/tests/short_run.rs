@@ -1,31 +1,12 @@
-//! A short `make chaos`: the same program, a fixed seed; and the tests of what it judges by.
-
-// The program's own files, for their unit tests: cargo runs none of an example.
-#[path = "../examples/chaos/check/mod.rs"]
-mod check;
-#[allow(dead_code, reason = "the program uses all of it")]
-#[path = "../examples/chaos/record.rs"]
-mod record;
-#[allow(dead_code, reason = "the program uses all of it")]
-#[path = "../examples/chaos/schedule/mod.rs"]
-mod schedule;
+//! A short run of the chaos program with a fixed seed.
 
 use std::error::Error;
 use std::process::{Command, Output, Stdio};
 
 type TestResult = Result<(), Box<dyn Error>>;
 
-/// `cargo test` builds the examples before it runs a test; `cargo test --test chaos` does not.
 fn chaos(args: &[&str]) -> Result<Output, Box<dyn Error>> {
-    let test = std::env::current_exe()?;
-    let profile = test.ancestors().nth(2).ok_or("in target/PROFILE/deps")?;
-    let program = profile.join("examples/chaos");
-    assert!(
-        program.is_file(),
-        "{} is missing: run `cargo build --examples` first",
-        program.display()
-    );
-    let mut command = Command::new(program);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_chaos"));
     command
         .args(args)
         .stdin(Stdio::null())
@@ -34,7 +15,7 @@ fn chaos(args: &[&str]) -> Result<Output, Box<dyn Error>> {
 }
 
 #[test]
-fn a_short_run_of_faults_breaks_no_promise() -> TestResult {
+fn breaks_no_promise() -> TestResult {
     let ended = chaos(&["--seed", "35", "--seconds", "20"])?;
     let told = String::from_utf8(ended.stdout)?;
     let stderr = String::from_utf8(ended.stderr)?;
@@ -53,7 +34,7 @@ fn a_short_run_of_faults_breaks_no_promise() -> TestResult {
 }
 
 #[test]
-fn a_seed_plans_the_same_faults_in_every_run() -> TestResult {
+fn seed_fixes_the_planned_faults() -> TestResult {
     let plan = |seed| chaos(&["--plan", "--seed", seed]);
     assert_eq!(plan("3")?.stdout, plan("3")?.stdout);
     assert_ne!(plan("3")?.stdout, plan("4")?.stdout);

@@ -1,56 +1,56 @@
-//! Whether what a fault has done is put right within the time in which nothing else is done to it, and
-//! stays so while only the truth changes: the end of the run must not be the only moment that counts,
-//! for later faults can heal what earlier ones broke.
+//! Checks that the system recovers from each fault within a quiet period, and stays correct while
+//! only the content of etcd changes. Checking only at the end of the run would not do, because
+//! later faults can repair the damage of earlier ones.
 
 use std::time::Duration;
 
-use super::{Judged, States, differences, wrong};
-use crate::record::{Disturbance, Epoch, Life, Shown, Whom, keys_of, range};
+use super::{Findings, States, differences, wrong};
+use crate::record::{Disturbance, Epoch, Life, Scope, ShownSnapshot, keys_of, range};
 use crate::schedule::Path;
 
-/// How long nothing is done to somebody until they must be as they should be; and how long after the
-/// truth has changed. The same as after the last fault.
-pub const CALM: Duration = Duration::from_secs(5);
+/// Time to converge after the last fault, and after each change in etcd.
+pub const CONVERGENCE_TIME: Duration = Duration::from_secs(5);
 
-/// Those stretches of a time in which nothing was done, if they last for [`CALM`] or more.
-fn stretches(
+/// The periods without a fault that last at least [`CONVERGENCE_TIME`].
+fn quiet_periods(
     mut disturbed: Vec<(Duration, Duration)>,
     begin: Duration,
     end: Duration,
 ) -> Vec<(Duration, Duration)> {
     disturbed.sort();
     disturbed.push((end, end));
-    let mut stretches = Vec::new();
+    let mut quiet_periods = Vec::new();
     let mut since = begin;
     for (from, to) in disturbed {
         let until = from.min(end);
-        if until >= since + CALM {
-            stretches.push((since, until));
+        if until >= since + CONVERGENCE_TIME {
+            quiet_periods.push((since, until));
         }
         since = since.max(to);
     }
-    stretches
+    quiet_periods
 }
 
-/// Looks at what begins with a stretch and with each change of the truth in it: within [`CALM`] of
-/// that there must be a moment at which nothing is wrong, as far as the stretch lasts so long.
+/// Checks each window that begins with the period or with a change in it: within
+/// [`CONVERGENCE_TIME`] there must be a moment at which nothing is wrong. Windows that extend
+/// beyond the period are skipped.
 ///
-/// `moments` are those at which anything may change, in order; what is wrong stays so in between. Of
-/// several violations in a stretch the first is told.
+/// `moments` are the times at which the result can change, in order. Only the first violation of a
+/// period is reported.
 fn judge(
     who: &str,
     (since, until): (Duration, Duration),
     changes: &[Duration],
     moments: &[Duration],
     wrong: impl Fn(Duration) -> Option<String>,
-) -> Judged {
-    let mut judged = Judged::default();
+) -> Findings {
+    let mut judged = Findings::default();
     let within = changes.iter().filter(|at| **at > since && **at <= until);
     let mut begins: Vec<Duration> = within.copied().collect();
     begins.insert(0, since);
     begins.dedup();
     for begin in begins {
-        let end = begin + CALM;
+        let end = begin + CONVERGENCE_TIME;
         if end > until {
             break;
         }
@@ -64,7 +64,7 @@ fn judge(
         });
         if !right && judged.violations.is_empty() {
             judged.violations.push(format!(
-                "{who} {}, from {:.3} s to {:.3} s, a time without faults",
+                "{who} {}, from {:.3} s to {:.3} s, without a fault",
                 why.unwrap_or_default(),
                 begin.as_secs_f64(),
                 end.as_secs_f64()
@@ -74,22 +74,22 @@ fn judge(
     judged
 }
 
-/// Servers that lived, and were not registered as they should be for all of [`CALM`] while nothing
-/// was done to them, to their path or to etcd.
-pub fn lost(
+/// Running servers that were not registered correctly for all of [`CONVERGENCE_TIME`], without a
+/// fault of the server, its path or etcd.
+pub fn unregistered_servers(
     lives: &[Life],
     epochs: &[Epoch],
     disturbances: &[Disturbance],
     end: Duration,
-) -> Judged {
-    let mut judged = Judged::default();
+) -> Findings {
+    let mut judged = Findings::default();
     for life in lives {
-        let disturbed = disturbances.iter().filter(|d| d.whom.has(life.name));
+        let disturbed = disturbances.iter().filter(|d| d.scope.includes(life.name));
         let disturbed = disturbed.map(|d| (d.from, d.to)).collect();
         let until = life.end.map_or(end, |own| own.signalled.min(end));
-        for stretch in stretches(disturbed, life.started, until) {
-            // There is one: the first began before any server started.
-            let Some(epoch) = epochs.iter().rfind(|epoch| epoch.began <= stretch.0) else {
+        for period in quiet_periods(disturbed, life.started, until) {
+            // An epoch exists: the first one began before any server started.
+            let Some(epoch) = epochs.iter().rfind(|epoch| epoch.began <= period.0) else {
                 continue;
             };
             for key in keys_of(life.name) {
@@ -97,36 +97,36 @@ pub fn lost(
                 let changes: Vec<Duration> = of_key().map(|change| change.at).collect();
                 let wrong = |at| wrong(life, &key, of_key().rfind(|change| change.at <= at));
                 let who = format!("{} lives and", life.name);
-                judged.extend(judge(&who, stretch, &changes, &changes, wrong));
+                judged.extend(judge(&who, period, &changes, &changes, wrong));
             }
         }
     }
     judged
 }
 
-/// When a directory did not once show what was in etcd for all of [`CALM`] after it had changed, or after
-/// the last that was done to its path or to etcd.
-pub fn apart(
+/// Times when a directory did not show the content of etcd within [`CONVERGENCE_TIME`] of a change,
+/// or of the last fault of its path or of etcd.
+pub fn diverged_directories(
     client: usize,
-    shown: &[Shown],
+    shown: &[ShownSnapshot],
     epochs: &[Epoch],
     disturbances: &[Disturbance],
     end: Duration,
-) -> Judged {
-    let concerns = |whom: Whom| match whom {
-        Whom::Everybody => true,
-        Whom::Path(path) => path == Path::Client(client),
-        Whom::Server(_) => false,
+) -> Findings {
+    let concerns = |scope: Scope| match scope {
+        Scope::All => true,
+        Scope::Path(path) => path == Path::Client(client),
+        Scope::Server(_) => false,
     };
     let disturbed = disturbances
         .iter()
-        .filter(|disturbance| concerns(disturbance.whom));
+        .filter(|disturbance| concerns(disturbance.scope));
     let disturbed = disturbed.map(|d| (d.from, d.to)).collect();
     let begin = shown.first().map_or(end, |first| first.at);
     let range = range();
-    let mut judged = Judged::default();
-    for stretch in stretches(disturbed, begin, end) {
-        let Some(epoch) = epochs.iter().rfind(|epoch| epoch.began <= stretch.0) else {
+    let mut judged = Findings::default();
+    for period in quiet_periods(disturbed, begin, end) {
+        let Some(epoch) = epochs.iter().rfind(|epoch| epoch.began <= period.0) else {
             continue;
         };
         let states = States::of(&epoch.changes);
@@ -139,11 +139,11 @@ pub fn apart(
             let Some(snapshot) = shown.iter().rfind(|snapshot| snapshot.at <= at) else {
                 return Some("showed nothing".to_owned());
             };
-            let found = differences(states.when(at), &snapshot.picture);
-            (!found.is_empty()).then(|| format!("was apart ({})", found.join(", ")))
+            let found = differences(states.when(at), &snapshot.instances);
+            (!found.is_empty()).then(|| format!("diverged ({})", found.join(", ")))
         };
         let who = format!("client {client}");
-        judged.extend(judge(&who, stretch, &changes, &moments, wrong));
+        judged.extend(judge(&who, period, &changes, &moments, wrong));
     }
     judged
 }

@@ -1,4 +1,4 @@
-//! What happens in each lane.
+//! The faults of each lane.
 
 use std::time::Duration;
 
@@ -6,31 +6,33 @@ use fastrand::Rng;
 
 use super::{Damage, Fault, MANY, MEMBERS, Name, Path, Planned, SERVERS, Schedule};
 
-/// How many revisions others make at a time; with twenty servers a history has some hundred by itself.
+/// Revisions per [`Fault::Advance`]; a history of twenty servers has a few hundred revisions
+/// without it.
 const REVISIONS: u32 = 200;
 
-/// A pause that is long enough for everything to come to rest, in milliseconds: 5 s after the fault is
-/// undone, which takes some seconds where all members start again. A minute has one at least.
+/// A pause in milliseconds after which everything has settled: 5 s after the fault is undone, which
+/// takes some seconds if all members restart. Each minute has at least one.
 const REST: (u64, u64) = (8_000, 9_000);
 
-/// When in such a pause a server is asked to leave that nothing else is done to, so that leaving is judged
-/// in every run of a minute: after the fault is undone, and with the rest of the pause to leave in.
+/// The time within such a pause when an otherwise undisturbed server is asked to leave, so that
+/// every run of a minute checks leaving: after the fault is undone, and with the rest of the pause
+/// to leave in.
 const LEAVE_AFTER: Duration = Duration::from_secs(5);
 
-/// How old that server is at least: it is registered.
+/// The minimum age of that server, so that it is registered.
 const GROWN_UP: Duration = Duration::from_secs(5);
 
-/// When a server is there, according to the schedule.
-pub(super) struct Life {
+/// A server's server as the schedule plans it.
+pub(super) struct PlannedServer {
     name: Name,
     from: Duration,
     to: Option<Duration>,
-    /// Nothing is done to it but to ask it to leave.
+    /// The only fault of this server is that it is asked to leave.
     spared: bool,
 }
 
-impl Life {
-    fn begin(name: Name, from: Duration) -> Self {
+impl PlannedServer {
+    fn start(name: Name, from: Duration) -> Self {
         Self {
             name,
             from,
@@ -40,17 +42,19 @@ impl Life {
     }
 }
 
-/// When something can leave with no fault of these in its way.
-pub(super) fn rests(members: &[Planned]) -> Vec<Duration> {
+/// The times at which a server can leave without one of these faults in the way.
+pub(super) fn rest_points(members: &[Planned]) -> Vec<Duration> {
     let pauses = members.windows(2).map(|pair| {
         let undone = pair[0].at + pair[0].lasts;
         (undone, pair[1].at - undone)
     });
-    let rests = pauses.filter(|(_, pause)| *pause >= Duration::from_millis(REST.0));
-    rests.map(|(undone, _)| undone + LEAVE_AFTER).collect()
+    let rest_points = pauses.filter(|(_, pause)| *pause >= Duration::from_millis(REST.0));
+    rest_points
+        .map(|(undone, _)| undone + LEAVE_AFTER)
+        .collect()
 }
 
-/// Each kind once, in random order, and again: a run of three minutes has every kind.
+/// Draws each kind once in random order, then again: a run of three minutes has every kind.
 struct Deck<T> {
     all: Vec<T>,
     left: Vec<T>,
@@ -73,7 +77,7 @@ impl<T: Clone> Deck<T> {
     }
 }
 
-/// Where the faults of a lane come from.
+/// Generates the faults of a lane.
 pub(super) struct Lane {
     pub(super) rng: Rng,
     pub(super) until: Duration,
@@ -84,15 +88,15 @@ impl Lane {
         Duration::from_millis(self.rng.u64(least..=most))
     }
 
-    /// What one of `choices` is; there is at least one.
-    fn one_of<T: Copy>(&mut self, choices: &[T]) -> Option<T> {
+    /// Picks one of `choices`; `None` if there are none.
+    fn choose<T: Copy>(&mut self, choices: &[T]) -> Option<T> {
         self.rng.choice(choices).copied()
     }
 
     pub(super) fn members(mut self) -> Vec<Planned> {
         type Kind = (fn(usize) -> Fault, u64, u64);
-        // With how long they last, in milliseconds. A dead majority lasts up to twice the servers'
-        // time to live, a dead member shorter and longer than an election.
+        // With the range of durations in milliseconds. A lost majority lasts up to twice the
+        // servers' TTL, a dead member both shorter and longer than an election.
         let kinds: Vec<Kind> = vec![
             (Fault::KillMember, 300, 6_000),
             (Fault::PauseMember, 300, 8_000),
@@ -124,7 +128,7 @@ impl Lane {
         let mut deck: Deck<fn(Path) -> Fault> = Deck::new(vec![Fault::Cut, Fault::Blackhole]);
         let mut planned = Vec::new();
         let mut at = self.between(200, 3_000);
-        while let (Some(fault), Some(path)) = (deck.draw(&mut self.rng), self.one_of(&paths)) {
+        while let (Some(fault), Some(path)) = (deck.draw(&mut self.rng), self.choose(&paths)) {
             let lasts = self.between(100, 8_000);
             if at + lasts > self.until {
                 break;
@@ -136,7 +140,7 @@ impl Lane {
         planned
     }
 
-    pub(super) fn by_hand(mut self, lives: &[Life]) -> Vec<Planned> {
+    pub(super) fn manual_edits(mut self, servers: &[PlannedServer]) -> Vec<Planned> {
         type Kind = fn(Name) -> Fault;
         let kinds: Vec<Kind> = vec![
             |_| Fault::Compact,
@@ -152,13 +156,13 @@ impl Lane {
         let mut planned = Vec::new();
         let mut at = self.between(300, 1_500);
         while at < self.until {
-            let there: Vec<Name> = lives
+            let there: Vec<Name> = servers
                 .iter()
-                .filter(|life| !life.spared)
-                .filter(|life| life.from <= at && life.to.is_none_or(|to| at < to))
-                .map(|life| life.name)
+                .filter(|server| !server.spared)
+                .filter(|server| server.from <= at && server.to.is_none_or(|to| at < to))
+                .map(|server| server.name)
                 .collect();
-            let (Some(fault), Some(name)) = (deck.draw(&mut self.rng), self.one_of(&there)) else {
+            let (Some(fault), Some(name)) = (deck.draw(&mut self.rng), self.choose(&there)) else {
                 break;
             };
             planned.push(Planned {
@@ -171,7 +175,10 @@ impl Lane {
         planned
     }
 
-    pub(super) fn servers(mut self, rests: Vec<Duration>) -> (Vec<Planned>, Vec<Life>) {
+    pub(super) fn servers(
+        mut self,
+        rest_points: Vec<Duration>,
+    ) -> (Vec<Planned>, Vec<PlannedServer>) {
         #[derive(Clone, Copy)]
         enum Kind {
             Kill,
@@ -180,16 +187,16 @@ impl Lane {
         }
         use Kind::{End, Join, Kill};
         let mut deck = Deck::new(vec![Kill, Kill, Kill, Kill, End, End, End, End, Join]);
-        let mut lives: Vec<Life> = Schedule::first_servers()
+        let mut servers: Vec<PlannedServer> = Schedule::first_servers()
             .into_iter()
-            .map(|name| Life::begin(name, Duration::ZERO))
+            .map(|name| PlannedServer::start(name, Duration::ZERO))
             .collect();
-        let mut rests = rests.into_iter().peekable();
-        let mut next_place = SERVERS;
+        let mut rest_points = rest_points.into_iter().peekable();
+        let mut next_slot = SERVERS;
         let mut planned = Vec::new();
         let mut next = self.between(500, 2_000);
         loop {
-            let rest = rests.next_if(|rest| *rest <= next);
+            let rest = rest_points.next_if(|rest| *rest <= next);
             let at = rest.unwrap_or(next);
             if at >= self.until {
                 break;
@@ -201,44 +208,50 @@ impl Lane {
             let Some(kind) = kind else {
                 break;
             };
-            let there: Vec<usize> = (0..lives.len())
-                .filter(|life| lives[*life].to.is_none())
+            let there: Vec<usize> = (0..servers.len())
+                .filter(|server| servers[*server].to.is_none())
                 .collect();
-            // What a path of its own would be in the way of, and its beginning.
-            let is_free = |life: &Life| life.name.path().is_none() && life.from + GROWN_UP <= at;
+            // Excludes servers whose path may be cut, and servers that are still starting.
+            let is_free = |server: &PlannedServer| {
+                server.name.path().is_none() && server.from + GROWN_UP <= at
+            };
             let choices: Vec<usize> = there
                 .iter()
                 .copied()
-                .filter(|life| rest.is_none() || is_free(&lives[*life]))
+                .filter(|server| rest.is_none() || is_free(&servers[*server]))
                 .collect();
-            let newcomers: Vec<Name>;
-            let fault = match kind {
+            let (fault, newcomers) = match kind {
                 Join if there.len() <= MANY => {
                     let count = self.rng.usize(3..=6);
-                    let names =
-                        (next_place..next_place + count).map(|place| Name { place, turn: 0 });
-                    newcomers = names.collect();
-                    next_place += count;
-                    Fault::Join(newcomers.clone())
+                    let names: Vec<Name> = (next_slot..next_slot + count)
+                        .map(|slot| Name {
+                            slot,
+                            generation: 0,
+                        })
+                        .collect();
+                    next_slot += count;
+                    (Fault::Join(names.clone()), names)
                 }
                 Kill | End | Join => {
-                    let Some(chosen) = self.one_of(&choices) else {
+                    let Some(chosen) = self.choose(&choices) else {
                         break;
                     };
-                    let name = lives[chosen].name;
-                    lives[chosen].to = Some(at);
-                    lives[chosen].spared = rest.is_some();
-                    // Those of the first places always have one, so that their paths are in use.
-                    let succeeded = there.len() <= SERVERS || name.path().is_some();
-                    let heir = succeeded.then(|| name.heir());
-                    newcomers = heir.into_iter().collect();
-                    match kind {
-                        End => Fault::EndServer(name, heir),
-                        Kill | Join => Fault::KillServer(name, heir),
-                    }
+                    let server = &mut servers[chosen];
+                    server.to = Some(at);
+                    server.spared = rest.is_some();
+                    let successor = successor(server.name, there.len());
+                    let fault = match kind {
+                        End => Fault::TerminateServer(server.name, successor),
+                        Kill | Join => Fault::KillServer(server.name, successor),
+                    };
+                    (fault, successor.into_iter().collect())
                 }
             };
-            lives.extend(newcomers.into_iter().map(|name| Life::begin(name, at)));
+            servers.extend(
+                newcomers
+                    .into_iter()
+                    .map(|name| PlannedServer::start(name, at)),
+            );
             planned.push(Planned {
                 at,
                 lasts: Duration::ZERO,
@@ -248,6 +261,13 @@ impl Lane {
                 next += self.between(300, 4_000);
             }
         }
-        (planned, lives)
+        (planned, servers)
     }
+}
+
+/// The successor of a server that ends while `running` servers run. A server whose path can be cut
+/// always has one, so that the paths are in use.
+fn successor(name: Name, running: usize) -> Option<Name> {
+    let has_successor = running <= SERVERS || name.path().is_some();
+    has_successor.then(|| name.successor())
 }

@@ -1,30 +1,31 @@
-//! Sees everything that happens in etcd: a watch of all keys from the first revision on, on each member,
-//! past all paths that are cut, with nothing but etcd's own protocol in between.
+//! Records everything that happens in etcd, by a watch of all keys from the first revision on each
+//! member. The watches bypass all cut paths and use plain etcd-client.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
 use goo_etcd::etcd_client::{Client, EventType, GetOptions, WatchOptions, WatchResponse};
 use goo_etcd::testing::{Etcd, EtcdCluster};
+use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::record::{Change, Clock, Epoch, Extension};
 
-/// How long one request to a member may take; it may be paused or without a leader.
+/// Timeout of one request to a member, which may be paused or without a leader.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// How often each member is asked who leads.
+/// The interval between two polls of each member for the leader.
 const LEADER_POLL: Duration = Duration::from_millis(200);
 
-/// The pause before a watch is opened again.
+/// The pause before a watch is reopened.
 const REOPEN: Duration = Duration::from_millis(50);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Watches until it is dropped. It reads each revision once, from the member that tells it first; since
-/// it watches all keys, a revision that it missed would show as a gap.
+/// Watches until dropped. Each revision is recorded once, from the first member that reports it.
+/// Because all keys are watched, a missed revision shows as a gap.
 pub struct Observer {
     seen: Arc<Mutex<Seen>>,
     clock: Clock,
@@ -35,7 +36,7 @@ pub struct Observer {
 struct Seen {
     epochs: Vec<Epoch>,
     extensions: Vec<Extension>,
-    /// Revisions that were never told, which no etcd should do.
+    /// Revisions that no member reported. A correct etcd has none.
     gaps: Vec<String>,
 }
 
@@ -48,9 +49,9 @@ impl Seen {
         &mut self.epochs[last]
     }
 
-    /// Takes what was said of the leader, and the last term that is known. A term has one leader, and
-    /// terms begin anew with each history.
-    fn heard_of_leader(
+    /// Records the reported leader and the latest known term. A term has one leader; terms restart
+    /// with each history.
+    fn record_leader(
         &mut self,
         said: Option<Leadership>,
         known: &mut (usize, u64),
@@ -67,7 +68,7 @@ impl Seen {
         }
     }
 
-    /// Takes what a watch of an epoch told; false if that epoch is over.
+    /// Records the events of a watch. Returns false if the watch's epoch is over.
     fn take(&mut self, epoch: usize, response: &WatchResponse, at: Duration) -> bool {
         if epoch + 1 != self.epochs.len() {
             return false;
@@ -76,14 +77,14 @@ impl Seen {
         for event in response.events() {
             let Some(kv) = event.kv() else { continue };
             let revision = kv.mod_revision();
-            // A response has all of a revision or nothing of it.
+            // A response contains all events of a revision or none.
             if revision <= known_to {
                 continue;
             }
             let before = self.present().known_to;
             if revision > before + 1 {
                 self.gaps
-                    .push(format!("etcd told of {revision} after {before}"));
+                    .push(format!("etcd reported revision {revision} after {before}"));
             }
             let present = self.present();
             present.known_to = revision;
@@ -107,7 +108,7 @@ impl Seen {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leadership {
     pub term: u64,
-    /// The leader's id; 0 while there is none.
+    /// The leader's member id; 0 without a leader.
     pub leader: u64,
     pub committed: u64,
     pub applied: u64,
@@ -135,61 +136,63 @@ impl Observer {
         }
     }
 
-    /// Up to which revision of the present history everything is known.
+    /// The last revision of the current history up to which every change is recorded.
     pub fn known_to(&self) -> i64 {
-        lock(&self.seen).present().known_to
+        self.seen.lock().present().known_to
     }
 
-    /// All histories so far.
+    /// All histories, the current one last.
     pub fn epochs(&self) -> Vec<Epoch> {
-        lock(&self.seen).epochs.clone()
+        self.seen.lock().epochs.clone()
     }
 
     pub fn extensions(&self) -> Vec<Extension> {
-        lock(&self.seen).extensions.clone()
+        self.seen.lock().extensions.clone()
     }
 
     pub fn gaps(&self) -> Vec<String> {
-        lock(&self.seen).gaps.clone()
+        self.seen.lock().gaps.clone()
     }
 
-    /// A lease may last longer.
-    pub fn extended(&self, extension: Extension) {
-        lock(&self.seen).extensions.push(extension);
+    /// Adds a reason why leases may last longer.
+    pub fn add_extension(&self, extension: Extension) {
+        self.seen.lock().extensions.push(extension);
     }
 
-    /// The changes of the present history, up to now: etcd is asked for its revision, and all changes
-    /// up to that one are waited for.
+    /// The changes of the current history until now: reads etcd's current revision, then waits
+    /// until the observer has recorded all changes up to it.
     ///
     /// # Errors
     ///
-    /// When no member answers.
-    pub async fn up_to_now(&self) -> Result<Vec<Change>> {
-        let revision = self.ask(GetOptions::new().with_keys_only()).await?;
+    /// If no member responds.
+    pub async fn changes_until_now(&self) -> Result<Vec<Change>> {
+        let revision = self
+            .current_revision(GetOptions::new().with_keys_only())
+            .await?;
         while self.known_to() < revision {
             sleep(Duration::from_millis(5)).await;
         }
-        Ok(lock(&self.seen).present().changes.clone())
+        Ok(self.seen.lock().present().changes.clone())
     }
 
-    /// etcd's revision, from a quorum.
-    async fn ask(&self, options: GetOptions) -> Result<i64> {
+    /// The current revision, by a linearizable read.
+    async fn current_revision(&self, options: GetOptions) -> Result<i64> {
         let mut last = "no member runs".into();
         for member in self.cluster.members().iter().filter(|m| m.is_running()) {
             match timeout(PATIENCE, revision_of(member, options.clone())).await {
                 Ok(Ok(revision)) => return Ok(revision),
                 Ok(Err(error)) => last = error,
-                Err(_) => last = format!("{} does not answer", member.name()).into(),
+                Err(_) => last = format!("{} does not respond", member.name()).into(),
             }
         }
         Err(last)
     }
 
-    /// Waits until everything is known that this member alone has, without a quorum.
+    /// Waits until the observer has recorded everything that this one member has, without a quorum.
     ///
     /// # Errors
     ///
-    /// When that takes more than a few seconds.
+    /// If that takes more than 4 s.
     pub async fn catch_up_with(&self, member: &Etcd) -> Result<()> {
         let catch_up = async {
             let revision = revision_of(member, GetOptions::new().with_serializable()).await?;
@@ -200,14 +203,14 @@ impl Observer {
         };
         timeout(PATIENCE * 2, catch_up)
             .await
-            .map_err(|_| format!("{} told nothing more", member.name()))?
+            .map_err(|_| format!("{} reported no more revisions", member.name()))?
     }
 
-    /// The present history is over, since no member runs and all will be wiped. `whole` if it is certain
-    /// that all of it is known.
+    /// Ends the current history, while no member runs and before all are wiped. `whole` says that
+    /// every change of it is certainly recorded.
     pub fn end_epoch(&self, whole: bool) {
         let now = self.clock.now();
-        let mut seen = lock(&self.seen);
+        let mut seen = self.seen.lock();
         let present = seen.present();
         present.ended = Some(now);
         present.whole = whole;
@@ -218,23 +221,19 @@ impl Observer {
 fn new_epoch(began: Duration) -> Epoch {
     Epoch {
         began,
-        // The revision of an etcd in which nothing has happened.
+        // The revision of an empty etcd.
         known_to: 1,
         ..Epoch::default()
     }
 }
 
-fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
-    seen.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 async fn revision_of(member: &Etcd, options: GetOptions) -> Result<i64> {
-    let answer = member
+    let response = member
         .client()
         .await?
         .get("revision", Some(options))
         .await?;
-    let header = answer.header().ok_or("an answer without a header")?;
+    let header = response.header().ok_or("a response without a header")?;
     Ok(header.revision())
 }
 
@@ -249,14 +248,15 @@ pub async fn leadership(client: &mut Client) -> Result<Leadership> {
     })
 }
 
-/// Follows one member, through everything that is done to it.
+/// Watches one member and reopens the watch after every fault.
 async fn follow(member: Etcd, seen: Arc<Mutex<Seen>>, clock: Clock) {
     loop {
         let (epoch, known_to) = {
-            let mut seen = lock(&seen);
+            let mut seen = seen.lock();
             (seen.epochs.len() - 1, seen.present().known_to)
         };
-        // Whatever ends it, it is opened again from where all of them together are.
+        // On any error, the watch is reopened at the revision that all watches together have
+        // reached.
         let _ = follow_stream(&member, epoch, known_to, &seen, clock).await;
         sleep(REOPEN).await;
     }
@@ -285,15 +285,16 @@ async fn follow_stream(
                 let Some(response) = message? else {
                     return Ok(());
                 };
-                if response.canceled() || !lock(seen).take(epoch, &response, clock.now()) {
+                if response.canceled() || !seen.lock().take(epoch, &response, clock.now()) {
                     return Ok(());
                 }
                 let told = response.events().iter().filter_map(|event| event.kv());
                 last = told.map(|kv| kv.mod_revision()).fold(last, i64::max);
             }
-            // Silent for long while others told more: it may be a stream that nobody serves.
+            // Other members reported more revisions while this stream was silent: the stream may be
+            // dead.
             Err(_) => {
-                let mut seen = lock(seen);
+                let mut seen = seen.lock();
                 if seen.epochs.len() != epoch + 1 || seen.present().known_to > last {
                     return Ok(());
                 }
@@ -302,7 +303,7 @@ async fn follow_stream(
     }
 }
 
-/// Notes when the leader changes, and as long as there is none or nobody says who it is.
+/// Records changes of the leader, and the times without a known leader.
 async fn follow_leaders(cluster: EtcdCluster, seen: Arc<Mutex<Seen>>, clock: Clock) {
     let mut clients: Vec<Option<Client>> = cluster.members().iter().map(|_| None).collect();
     let mut known = (0, 0);
@@ -311,24 +312,24 @@ async fn follow_leaders(cluster: EtcdCluster, seen: Arc<Mutex<Seen>>, clock: Clo
         let asked = clients
             .iter_mut()
             .zip(cluster.members())
-            .map(|(client, member)| timeout(LEADER_POLL, ask_leader(client, member)));
-        let answers = join_all(asked).await.into_iter().flatten().flatten();
-        let now = answers
-            .max_by_key(|answer| answer.term)
-            .filter(|answer| answer.leader != 0);
+            .map(|(client, member)| timeout(LEADER_POLL, query_leader(client, member)));
+        let responses = join_all(asked).await.into_iter().flatten().flatten();
+        let now = responses
+            .max_by_key(|response| response.term)
+            .filter(|response| response.leader != 0);
         let (from, at) = (looked, clock.now());
         looked = at;
-        lock(&seen).heard_of_leader(now, &mut known, (from, at));
+        seen.lock().record_leader(now, &mut known, (from, at));
         sleep(LEADER_POLL).await;
     }
 }
 
-async fn ask_leader(client: &mut Option<Client>, member: &Etcd) -> Option<Leadership> {
+async fn query_leader(client: &mut Option<Client>, member: &Etcd) -> Option<Leadership> {
     let mut asked = match client.take() {
         Some(client) => client,
         None => member.client().await.ok()?,
     };
-    let answer = leadership(&mut asked).await.ok()?;
+    let response = leadership(&mut asked).await.ok()?;
     *client = Some(asked);
-    Some(answer)
+    Some(response)
 }

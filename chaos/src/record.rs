@@ -1,4 +1,4 @@
-//! What happened, as far as the checks need it. Times count from the beginning of the run.
+//! The record of a run, as far as the checks need it. Times count from the start of the run.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,37 +10,37 @@ use tokio::time::Instant;
 
 use crate::schedule::{Fault, Name, Path};
 
-/// The service that all servers are.
+/// The service name of all servers.
 pub const SERVICE: &str = "chaos";
 
 /// The default prefix of [`EtcdNaming`].
 const PREFIX: &str = "services";
 
-/// Where the service's keys are.
+/// The key prefix of the service.
 pub fn range() -> String {
     format!("{PREFIX}/{SERVICE}/")
 }
 
-/// The keys of a server; there is one at least.
+/// The keys of a server, at least one.
 pub fn keys_of(name: Name) -> impl Iterator<Item = String> {
     name.ids().map(|id| format!("{PREFIX}/{SERVICE}/{id}"))
 }
 
-/// The key of a server that something is done to by hand: the last, beside which there may be another.
+/// The key that manual edits of a server act on: its last. A server with two keys keeps the other.
 pub fn last_key_of(name: Name) -> String {
     keys_of(name).last().unwrap_or_default()
 }
 
-/// What a value means; `None` if nothing.
+/// Decodes a value; `None` if it is invalid.
 pub fn decode(key: &str, value: &[u8]) -> Option<Arc<Instance>> {
     let decoded = EtcdNaming.decode(PREFIX, SERVICE, key.as_bytes(), value);
     decoded.ok()?.pop().map(Arc::new)
 }
 
 /// Instances by key.
-pub type Picture = BTreeMap<String, Arc<Instance>>;
+pub type InstanceMap = BTreeMap<String, Arc<Instance>>;
 
-/// Tells the time of a run.
+/// The clock of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Clock(Instant);
 
@@ -61,36 +61,37 @@ impl Clock {
 /// A change of one key in etcd.
 #[derive(Debug, Clone)]
 pub struct Change {
-    /// When it was heard of.
+    /// When the observer received it.
     pub at: Duration,
     pub revision: i64,
     pub key: String,
-    /// When the key came to be.
+    /// The revision that created the key.
     pub create_revision: i64,
     pub lease: i64,
-    /// `None` when it was deleted.
+    /// `None` for a deletion.
     pub value: Option<Vec<u8>>,
 }
 
-/// One history of etcd. When all members are wiped another one begins.
+/// One history of etcd. Wiping all members begins another.
 #[derive(Debug, Clone, Default)]
 pub struct Epoch {
     pub began: Duration,
     pub ended: Option<Duration>,
-    /// No revision after this one was ever shown to anybody, or has been seen here so far.
+    /// The last revision that was seen. No client can have seen a later one while the history
+    /// lasts.
     pub known_to: i64,
-    /// Whether it is certain, of one that has ended, that there was no later revision.
+    /// Whether the history has certainly no later revision. Known only once it has ended.
     pub whole: bool,
-    /// In order of revision.
+    /// Ordered by revision.
     pub changes: Vec<Change>,
 }
 
-/// What a directory showed.
+/// A snapshot that a directory published.
 #[derive(Debug, Clone)]
-pub struct Shown {
+pub struct ShownSnapshot {
     pub at: Duration,
     pub revision: i64,
-    pub picture: Picture,
+    pub instances: InstanceMap,
 }
 
 /// A call that failed.
@@ -99,88 +100,89 @@ pub struct Failure {
     pub client: usize,
     pub begun: Duration,
     pub ended: Duration,
-    /// Code and message.
+    /// The status code and message.
     pub status: String,
-    /// The address that the message begins with: where it was sent.
+    /// The endpoint that the call was sent to: its address begins the message.
     pub sent_to: Option<String>,
 }
 
-/// How a server ended.
+/// How a server was ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
+pub enum ExitKind {
     /// SIGKILL.
     Killed,
     /// SIGTERM.
-    Left,
+    Terminated,
 }
 
-/// A server's life.
+/// A server process, from start to exit.
 #[derive(Debug, Clone)]
 pub struct Life {
     pub name: Name,
     pub address: String,
     pub started: Duration,
-    pub end: Option<End>,
+    pub end: Option<Exit>,
 }
 
 #[derive(Debug, Clone, Copy)]
-pub struct End {
-    pub how: Ending,
-    /// When it was sent the signal.
+pub struct Exit {
+    pub how: ExitKind,
+    /// When the signal was sent.
     pub signalled: Duration,
-    /// When its process had ended.
+    /// When the process had exited.
     pub gone: Duration,
 }
 
-/// Why a lease may last longer than its time to live from its server's end on.
+/// A reason why a lease may outlive its server by more than its TTL.
 #[derive(Debug, Clone, Copy)]
 pub enum Extension {
-    /// There is a new leader, which counts all leases anew. So it is after a restart of all members.
+    /// A new leader restarts the TTL of all leases. A restart of all members does too.
     Leader { at: Duration },
-    /// What was sent before or in this time, a renewal perhaps, waited until its end: in a member that was
-    /// paused, or on a path, and then only for servers on that path.
-    Waited {
+    /// Messages sent before or during this time, a renewal perhaps, waited until its end: in a
+    /// paused member, or on a path; the latter only for servers on that path.
+    Delayed {
         from: Duration,
         to: Duration,
         path: Option<Path>,
     },
-    /// There was nobody who could take away what was over: no leader, or the machine stood still.
+    /// Expired keys could not be removed: there was no leader, or the machine stalled.
     Standstill { from: Duration, to: Duration },
 }
 
 impl Extension {
-    /// What a fault does to leases by itself, if it lasted so long. One member that ends or begins
-    /// makes none last longer: where another leads after it, that is seen, and tells of itself.
+    /// How a fault affects leases, if it lasted from `from` to `to`. Ending or starting one member
+    /// extends no lease; the observer records a new leader separately.
     pub fn by(fault: &Fault, from: Duration, to: Duration) -> Option<Self> {
         let path = match fault {
             Fault::PauseMember(_) | Fault::PauseAll => None,
             Fault::Cut(path) | Fault::Blackhole(path) => Some(*path),
             _ => return None,
         };
-        Some(Extension::Waited { from, to, path })
+        Some(Extension::Delayed { from, to, path })
     }
 }
 
-/// A time in which something was wrong, on purpose.
+/// A time span in which a fault was active.
 #[derive(Debug, Clone, Copy)]
 pub struct Disturbance {
     pub from: Duration,
     pub to: Duration,
-    pub whom: Whom,
+    pub scope: Scope,
 }
 
-/// Who cannot be expected to be as they should be.
+/// The clients and servers that a fault affects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Whom {
-    Everybody,
-    /// Who is on this path.
+pub enum Scope {
+    All,
+    /// Clients or servers on this path.
     Path(Path),
     Server(Name),
 }
 
-impl Whom {
-    /// Whom a fault disturbs while it lasts. What happens to a server's process is told by its [`Life`].
-    pub fn disturbed_by(fault: &Fault) -> Option<Self> {
+impl Scope {
+    /// The scope of a fault while it lasts. The exit of a server process is part of its [`Life`]
+    /// instead.
+    pub fn of(fault: &Fault) -> Option<Self> {
         match fault {
             Fault::KillMember(_)
             | Fault::PauseMember(_)
@@ -188,25 +190,25 @@ impl Whom {
             | Fault::WipeMember(_)
             | Fault::KillAll
             | Fault::PauseAll
-            | Fault::WipeAll => Some(Whom::Everybody),
-            Fault::Cut(path) | Fault::Blackhole(path) => Some(Whom::Path(*path)),
+            | Fault::WipeAll => Some(Scope::All),
+            Fault::Cut(path) | Fault::Blackhole(path) => Some(Scope::Path(*path)),
             Fault::RevokeLease(name) | Fault::DeleteKey(name) | Fault::CorruptKey(name, _) => {
-                Some(Whom::Server(*name))
+                Some(Scope::Server(*name))
             }
             Fault::Compact
             | Fault::Advance(_)
             | Fault::KillServer(..)
-            | Fault::EndServer(..)
+            | Fault::TerminateServer(..)
             | Fault::Join(_) => None,
         }
     }
 
-    /// Whether it concerns this server.
-    pub fn has(self, server: Name) -> bool {
+    /// Whether the scope includes this server.
+    pub fn includes(self, server: Name) -> bool {
         match self {
-            Whom::Everybody => true,
-            Whom::Path(path) => server.path() == Some(path),
-            Whom::Server(name) => server == name,
+            Scope::All => true,
+            Scope::Path(path) => server.path() == Some(path),
+            Scope::Server(name) => server == name,
         }
     }
 }

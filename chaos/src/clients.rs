@@ -1,29 +1,30 @@
-//! The clients: each follows the directory and calls the servers at a steady rate, and notes what
-//! it saw.
+//! The clients. Each one follows the directory, calls the servers at a steady rate, and records the
+//! outcome.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
 use goo_etcd::{BalancedChannel, Client, Config, Directory, Snapshot};
 use helloworld::greeter::HelloRequest;
 use helloworld::greeter::greeter_client::GreeterClient;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::check::sent_to;
-use crate::record::{Clock, Failure, Picture, SERVICE, Shown};
+use crate::record::{Clock, Failure, InstanceMap, SERVICE, ShownSnapshot};
 
-/// How many calls each client begins in a second.
+/// Calls per second and client.
 const RATE: u32 = 60;
 
-/// How long a call may take: longer than one may wait for an endpoint (5 s).
+/// Deadline of a call: longer than `ready_timeout`, which is 5 s.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// One client, for as long as it is held.
-pub struct Caller {
+/// One client; dropping it ends its tasks.
+pub struct ClientTask {
     pub directory: Directory,
     notes: Arc<Mutex<Notes>>,
     stop: oneshot::Sender<()>,
@@ -32,17 +33,17 @@ pub struct Caller {
     _client: Client,
 }
 
-/// What a client has noted.
+/// The record of a client.
 #[derive(Debug, Clone, Default)]
 pub struct Notes {
     pub calls: u64,
     pub failures: Vec<Failure>,
-    /// The longest that a call took that went well.
+    /// The longest duration of a successful call.
     pub slowest: Duration,
-    pub shown: Vec<Shown>,
+    pub shown: Vec<ShownSnapshot>,
 }
 
-impl Caller {
+impl ClientTask {
     pub async fn start(
         index: usize,
         endpoints: Vec<String>,
@@ -51,7 +52,7 @@ impl Caller {
         let config = Config::builder().endpoints(endpoints).build()?;
         let client = Client::new(format!("client {index}"), config).await?;
         let directory = Directory::watch(&client, SERVICE).await?;
-        // Nothing is sent again that a server may have seen: each failure is to be seen here.
+        // No retry policy, so that each failure is recorded here.
         let channel = BalancedChannel::builder(&directory)
             .timeout(CALL_TIMEOUT)
             .build()?;
@@ -69,39 +70,35 @@ impl Caller {
         })
     }
 
-    /// What it shows now.
-    pub fn picture(&self) -> Picture {
-        picture(&self.directory.snapshot())
+    /// The instances that the directory shows now.
+    pub fn instances(&self) -> InstanceMap {
+        instances(&self.directory.snapshot())
     }
 
-    /// Begins no more calls, waits for those in flight, and returns what was noted.
+    /// Stops making calls, waits for those in flight, and returns the record.
     pub async fn finish(self) -> Notes {
         drop(self.stop);
         let _ = self.calling.await;
-        lock(&self.notes).clone()
+        self.notes.lock().clone()
     }
 }
 
-fn picture(snapshot: &Snapshot) -> Picture {
+fn instances(snapshot: &Snapshot) -> InstanceMap {
     let shown = snapshot.iter();
     shown
         .map(|(key, instance)| (key.to_string(), Arc::clone(instance)))
         .collect()
 }
 
-fn lock(notes: &Mutex<Notes>) -> MutexGuard<'_, Notes> {
-    notes.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 async fn watch(directory: Directory, notes: Arc<Mutex<Notes>>, clock: Clock) {
     let mut snapshots = directory.changes();
     while let Some(snapshot) = snapshots.next().await {
-        let shown = Shown {
+        let shown = ShownSnapshot {
             at: clock.now(),
             revision: snapshot.revision(),
-            picture: picture(&snapshot),
+            instances: instances(&snapshot),
         };
-        lock(&notes).shown.push(shown);
+        notes.lock().shown.push(shown);
     }
 }
 
@@ -115,19 +112,19 @@ async fn call_steadily(
     let greeter = GreeterClient::new(channel);
     let mut calls = JoinSet::new();
     let mut next = interval(Duration::from_secs(1) / RATE);
-    // A busy machine makes fewer calls, not many at once.
+    // A busy machine makes fewer calls instead of bursts.
     next.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             _ = &mut stopped => break,
-            Some(Ok(ended)) = calls.join_next() => note(&notes, ended),
+            Some(Ok(ended)) = calls.join_next() => record_result(&notes, ended),
             _ = next.tick() => {
                 calls.spawn(call(client, greeter.clone(), clock));
             }
         }
     }
     while let Some(Ok(ended)) = calls.join_next().await {
-        note(&notes, ended);
+        record_result(&notes, ended);
     }
 }
 
@@ -138,9 +135,9 @@ async fn call(
 ) -> Result<Duration, Failure> {
     let begun = clock.now();
     let name = "chaos".to_owned();
-    let answer = greeter.say_hello(HelloRequest { name }).await;
+    let response = greeter.say_hello(HelloRequest { name }).await;
     let ended = clock.now();
-    match answer {
+    match response {
         Ok(_) => Ok(ended - begun),
         Err(status) => Err(Failure {
             client,
@@ -152,8 +149,8 @@ async fn call(
     }
 }
 
-fn note(notes: &Mutex<Notes>, ended: Result<Duration, Failure>) {
-    let mut notes = lock(notes);
+fn record_result(notes: &Mutex<Notes>, ended: Result<Duration, Failure>) {
+    let mut notes = notes.lock();
     notes.calls += 1;
     match ended {
         Ok(took) => notes.slowest = notes.slowest.max(took),

@@ -1,32 +1,32 @@
-//! Plays a schedule: does the faults, and undoes them.
+//! Runs a schedule: causes the faults and undoes them.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
 use goo_etcd::etcd_client::{Client, Compare, CompareOp, PutOptions, Txn, TxnOp};
 use goo_etcd::testing::{Etcd, EtcdCluster};
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::fleet::{Fleet, Paths};
 use crate::observer::{Observer, PATIENCE, leadership};
-use crate::record::{Clock, Disturbance, Ending, Extension, Whom, last_key_of};
+use crate::record::{Clock, Disturbance, ExitKind, Extension, Scope, last_key_of};
 use crate::schedule::{Damage, Fault, Name, Path, Planned, Schedule};
 
-/// How long a cluster may take to agree on a leader before all members are wiped.
+/// Limit for the members to agree on a leader before all of them are wiped.
 const AGREE: Duration = Duration::from_secs(20);
 
-/// A key that is none of the servers'.
+/// A key outside of the service's prefix.
 const OTHERS: &str = "others";
 
-/// What a killed follower has sent is with the leader by then.
+/// The leader has received everything from a killed follower after this time.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// What the faults are done to.
-pub struct Stage {
+/// The cluster, servers, paths and observer that faults act on.
+pub struct Testbed {
     pub clock: Clock,
     pub cluster: EtcdCluster,
     pub paths: Paths,
@@ -37,7 +37,7 @@ pub struct Stage {
     disturbances: Mutex<Vec<Disturbance>>,
 }
 
-impl Stage {
+impl Testbed {
     pub fn new(
         clock: Clock,
         cluster: EtcdCluster,
@@ -57,43 +57,43 @@ impl Stage {
         }
     }
 
-    /// How many faults were played.
+    /// The number of faults carried out.
     pub fn played(&self) -> usize {
         self.played.load(Ordering::Relaxed)
     }
 
-    /// What did not end as it should, such as a server that did not leave when asked to.
+    /// Unexpected outcomes, such as a server that did not leave when asked to.
     pub fn problems(&self) -> Vec<String> {
-        lock(&self.problems).clone()
+        self.problems.lock().clone()
     }
 
-    /// When whom what was done to.
+    /// The time span and scope of each fault.
     pub fn disturbances(&self) -> Vec<Disturbance> {
-        lock(&self.disturbances).clone()
+        self.disturbances.lock().clone()
     }
 
-    /// A line with the time.
+    /// Prints a line with the time.
     pub fn say(&self, what: &str) {
         println!("{:9.3} s  {what}", self.clock.now().as_secs_f64());
     }
 
-    /// Starts a server on its path.
+    /// Starts a server, which reaches etcd over its path.
     pub async fn start(&self, name: Name) -> Result<()> {
         let endpoints = self.paths.endpoints(name.path(), &self.cluster);
         self.fleet.start(name, &endpoints).await
     }
 
-    /// Plays it from now on. Returns when all faults are undone.
+    /// Runs the schedule. Returns once all faults are undone.
     pub async fn play(&self, schedule: &Schedule) {
         let begun = Instant::now();
         let [clients, servers] = &schedule.paths;
-        let lanes = [&schedule.members, clients, servers, &schedule.by_hand];
+        let lanes = [&schedule.members, clients, servers, &schedule.manual_edits];
         let lanes = join_all(lanes.map(|lane| async move {
             for planned in lane {
                 self.play_one(begun, planned).await;
             }
         }));
-        // A server may take its time to leave; the next one does not wait for that.
+        // A server may take long to leave; the next fault does not wait for it.
         let all = schedule.servers.iter();
         let servers = join_all(all.map(|planned| self.play_one(begun, planned)));
         tokio::join!(lanes, servers);
@@ -108,29 +108,29 @@ impl Stage {
             self.say(&format!("{fault} for {:.3} s", lasts.as_secs_f64()));
         }
         let from = self.clock.now();
-        let outcome = self.do_it(fault, *lasts).await;
+        let outcome = self.perform(fault, *lasts).await;
         let to = self.clock.now();
-        if let Some(whom) = Whom::disturbed_by(fault) {
-            let disturbance = Disturbance { from, to, whom };
-            lock(&self.disturbances).push(disturbance);
+        if let Some(scope) = Scope::of(fault) {
+            let disturbance = Disturbance { from, to, scope };
+            self.disturbances.lock().push(disturbance);
         }
         if let Some(extension) = Extension::by(fault, from, to) {
-            self.observer.extended(extension);
+            self.observer.add_extension(extension);
         }
         match outcome {
-            Ok(Done::Yes) => {
+            Ok(Outcome::Done) => {
                 self.played.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(Done::No(why)) => self.say(&format!("{fault}: not done, {why}")),
+            Ok(Outcome::Skipped(why)) => self.say(&format!("{fault}: skipped: {why}")),
             Err(error) => {
                 let problem = format!("{fault}: {error}");
                 self.say(&problem);
-                lock(&self.problems).push(problem);
+                self.problems.lock().push(problem);
             }
         }
     }
 
-    async fn do_it(&self, fault: &Fault, lasts: Duration) -> Result<Done> {
+    async fn perform(&self, fault: &Fault, lasts: Duration) -> Result<Outcome> {
         match fault {
             Fault::KillMember(member) => {
                 let member = self.cluster.member(*member);
@@ -170,32 +170,48 @@ impl Stage {
                 self.restore(*path).await?;
             }
             Fault::Compact => {
-                // Up to what was seen: of what is compacted unseen nobody could say what it was.
+                // Never beyond the last observed revision, because the content of a revision that
+                // is compacted unobserved would be unknown.
                 let revision = self.observer.known_to();
-                return self.by_hand(&ByHand::Compact { revision }).await;
+                return self.edit_manually(&ManualEdit::Compact { revision }).await;
             }
             Fault::Advance(revisions) => {
                 let revisions = *revisions;
-                return self.by_hand(&ByHand::Advance { revisions }).await;
+                return self.edit_manually(&ManualEdit::Advance { revisions }).await;
             }
-            Fault::RevokeLease(name) => return self.by_hand(&ByHand::Revoke(*name)).await,
-            Fault::DeleteKey(name) => return self.by_hand(&ByHand::Delete(*name)).await,
+            Fault::RevokeLease(name) => {
+                return self.edit_manually(&ManualEdit::Revoke(*name)).await;
+            }
+            Fault::DeleteKey(name) => return self.edit_manually(&ManualEdit::Delete(*name)).await,
             Fault::CorruptKey(name, damage) => {
-                return self.by_hand(&ByHand::Overwrite(*name, *damage)).await;
+                return self
+                    .edit_manually(&ManualEdit::Overwrite(*name, *damage))
+                    .await;
             }
-            Fault::KillServer(name, heir) => self.succeed(*name, Ending::Killed, *heir).await?,
-            Fault::EndServer(name, heir) => self.succeed(*name, Ending::Left, *heir).await?,
+            Fault::KillServer(name, successor) => {
+                self.replace_server(*name, ExitKind::Killed, *successor)
+                    .await?
+            }
+            Fault::TerminateServer(name, successor) => {
+                self.replace_server(*name, ExitKind::Terminated, *successor)
+                    .await?
+            }
             Fault::Join(names) => {
                 try_join_all(names.iter().map(|name| self.start(*name))).await?;
             }
         }
-        Ok(Done::Yes)
+        Ok(Outcome::Done)
     }
 
-    async fn succeed(&self, name: Name, how: Ending, heir: Option<Name>) -> Result<()> {
+    async fn replace_server(
+        &self,
+        name: Name,
+        how: ExitKind,
+        successor: Option<Name>,
+    ) -> Result<()> {
         let starts = async {
-            match heir {
-                Some(heir) => self.start(heir).await,
+            match successor {
+                Some(successor) => self.start(successor).await,
                 None => Ok(()),
             }
         };
@@ -218,9 +234,9 @@ impl Stage {
         Ok(())
     }
 
-    /// Ends this history of etcd and begins another. To know all of the old one, the leader ends last:
-    /// without its followers nothing is added to the history, and what it knows to be in there it
-    /// tells until it ends.
+    /// Ends this history of etcd and begins another. The leader ends last, so that all of the old
+    /// history is known: without followers the leader commits nothing more, and serves the
+    /// committed history until it ends.
     async fn wipe_all(&self, lasts: Duration) -> Result<()> {
         let (leader, term) = timeout(AGREE, self.agreed_leader())
             .await
@@ -230,10 +246,10 @@ impl Stage {
         try_join_all(followers.map(|(_, member)| member.kill())).await?;
         sleep(LAST_WORDS).await;
         let last = self.cluster.member(leader);
-        let whole = match self.told_all(last, term).await {
+        let whole = match self.wait_until_observed(last, term).await {
             Ok(()) => true,
             Err(error) => {
-                self.say(&format!("the end of this history is not known: {error}"));
+                self.say(&format!("the end of this history is unknown: {error}"));
                 false
             }
         };
@@ -244,16 +260,16 @@ impl Stage {
         Ok(())
     }
 
-    /// The index of the leader that all members name, and its term.
+    /// The index of the leader that all members agree on, and its term.
     async fn agreed_leader(&self) -> Result<(usize, u64)> {
         loop {
             let asked = self.cluster.members().iter().map(|member| async {
                 let mut client = member.client().await?;
                 leadership(&mut client).await
             });
-            if let Ok(answers) = try_join_all(asked).await
-                && let Some(first) = answers.first().filter(|answer| answer.leader != 0)
-                && answers
+            if let Ok(responses) = try_join_all(asked).await
+                && let Some(first) = responses.first().filter(|response| response.leader != 0)
+                && responses
                     .iter()
                     .all(|a| (a.term, a.leader) == (first.term, first.leader))
             {
@@ -263,14 +279,15 @@ impl Stage {
         }
     }
 
-    /// Waits until the observer knows all that this member, which has led until now, can tell.
-    async fn told_all(&self, member: &Etcd, term: u64) -> Result<()> {
+    /// Waits until the observer has received everything that this member, the last leader, has
+    /// committed.
+    async fn wait_until_observed(&self, member: &Etcd, term: u64) -> Result<()> {
         let mut client = member.client().await?;
         let told = async {
             loop {
                 let state = leadership(&mut client).await?;
                 if state.term != term {
-                    return Err(format!("another term, {} after {term}", state.term).into());
+                    return Err(format!("the term changed from {term} to {}", state.term).into());
                 }
                 if state.applied >= state.committed {
                     return self.observer.catch_up_with(member).await;
@@ -281,33 +298,29 @@ impl Stage {
         timeout(PATIENCE * 3, told).await?
     }
 
-    /// Does it through the first member that answers.
-    async fn by_hand(&self, work: &ByHand) -> Result<Done> {
+    /// Performs an edit through the first member that responds.
+    async fn edit_manually(&self, work: &ManualEdit) -> Result<Outcome> {
         let mut last = "no member runs".to_owned();
         for member in self.cluster.members().iter().filter(|m| m.is_running()) {
-            let attempt = async { work.done_by(&mut member.client().await?).await };
+            let attempt = async { work.apply(&mut member.client().await?).await };
             match timeout(PATIENCE, attempt).await {
                 Ok(Ok(done)) => return Ok(done),
                 Ok(Err(error)) => last = error.to_string(),
-                Err(_) => last = format!("{} does not answer", member.name()),
+                Err(_) => last = format!("{} does not respond", member.name()),
             }
         }
-        Ok(Done::No(last))
+        Ok(Outcome::Skipped(last))
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+enum Outcome {
+    Done,
+    /// The fault had no target, or no member responded.
+    Skipped(String),
 }
 
-enum Done {
-    Yes,
-    /// There was nothing to do it to, or nobody who would.
-    No(String),
-}
-
-/// What somebody does with an ordinary client of etcd.
-enum ByHand {
+/// An edit by an ordinary etcd client.
+enum ManualEdit {
     Compact { revision: i64 },
     Advance { revisions: u32 },
     Revoke(Name),
@@ -315,47 +328,49 @@ enum ByHand {
     Overwrite(Name, Damage),
 }
 
-impl ByHand {
-    async fn done_by(&self, client: &mut Client) -> Result<Done> {
+impl ManualEdit {
+    async fn apply(&self, client: &mut Client) -> Result<Outcome> {
         match self {
-            ByHand::Compact { revision } => {
+            ManualEdit::Compact { revision } => {
                 client.compact(*revision, None).await?;
             }
-            ByHand::Advance { revisions } => {
+            ManualEdit::Advance { revisions } => {
                 for _ in 0..*revisions {
                     client.put(OTHERS, "", None).await?;
                 }
             }
-            ByHand::Revoke(name) => {
-                let answer = client.get(last_key_of(*name), None).await?;
-                match answer.kvs().first().map(|kv| kv.lease()) {
-                    None => return Ok(Done::No("it has no key".to_owned())),
-                    Some(0) => return Ok(Done::No("its key has no lease".to_owned())),
+            ManualEdit::Revoke(name) => {
+                let response = client.get(last_key_of(*name), None).await?;
+                match response.kvs().first().map(|kv| kv.lease()) {
+                    None => return Ok(Outcome::Skipped("the server has no key".to_owned())),
+                    Some(0) => return Ok(Outcome::Skipped("the key has no lease".to_owned())),
                     Some(lease) => client.lease_revoke(lease).await?,
                 };
             }
-            ByHand::Delete(name) => {
+            ManualEdit::Delete(name) => {
                 if client.delete(last_key_of(*name), None).await?.deleted() == 0 {
-                    return Ok(Done::No("it has no key".to_owned()));
+                    return Ok(Outcome::Skipped("the server has no key".to_owned()));
                 }
             }
-            ByHand::Overwrite(name, damage) => {
+            ManualEdit::Overwrite(name, damage) => {
                 let key = last_key_of(*name);
-                let answer = client.get(key.as_str(), None).await?;
-                let Some(kv) = answer.kvs().first() else {
-                    return Ok(Done::No("it has no key".to_owned()));
+                let response = client.get(key.as_str(), None).await?;
+                let Some(kv) = response.kvs().first() else {
+                    return Ok(Outcome::Skipped("the server has no key".to_owned()));
                 };
                 let value = damaged(*damage, kv.value());
-                // Not made anew if it has gone in between.
+                // The transaction does not create the key again if it was deleted in between.
                 let is_there = Compare::create_revision(key.as_str(), CompareOp::Greater, 0);
                 let put = TxnOp::put(key, value, None::<PutOptions>);
                 let txn = Txn::new().when([is_there]).and_then([put]);
                 if !client.txn(txn).await?.succeeded() {
-                    return Ok(Done::No("its key has just gone".to_owned()));
+                    return Ok(Outcome::Skipped(
+                        "the key was deleted in between".to_owned(),
+                    ));
                 }
             }
         }
-        Ok(Done::Yes)
+        Ok(Outcome::Done)
     }
 }
 
@@ -363,7 +378,7 @@ fn damaged(damage: Damage, value: &[u8]) -> Vec<u8> {
     match damage {
         Damage::Garbage => b"\xff garbage".to_vec(),
         Damage::Half => value[..value.len() / 2].to_vec(),
-        // tcpmux: nobody listens there.
+        // Port 1 (tcpmux): nothing listens there.
         Damage::OtherAddress => {
             let text = r#"{"Op":0,"Addr":"127.0.0.1:1"}"#;
             text.into()

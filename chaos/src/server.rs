@@ -1,4 +1,4 @@
-//! One server, as a process: it registers, answers, and leaves on SIGTERM.
+//! One server process: it registers, serves, and leaves on SIGTERM.
 
 use std::error::Error;
 use std::io::{Read, stdin};
@@ -18,29 +18,30 @@ use tonic::{Request, Response, Status};
 
 use crate::record::SERVICE;
 
-/// What it says first, before its address.
+/// Precedes the address in the first line of output.
 pub const LISTENING: &str = "listening ";
 
-/// How long a call takes, in milliseconds: long enough that some are in flight when it is killed.
+/// Duration of a call in milliseconds: long enough that some calls are in flight when the server is
+/// killed.
 const TAKES: std::ops::Range<u64> = 1..30;
 
 #[derive(Args, Debug)]
 pub struct ServerArgs {
-    /// The ids that it registers, all at its one address.
+    /// The instance ids to register, all at the server's one address.
     #[arg(long = "id", required = true)]
     pub ids: Vec<String>,
-    /// The members of etcd, as this server reaches them.
+    /// The etcd endpoints, as this server reaches them.
     #[arg(long, value_delimiter = ',')]
     pub etcd: Vec<String>,
-    /// The time to live of its registration, in seconds.
+    /// TTL of the registration, in seconds.
     #[arg(long)]
     pub ttl: u64,
 }
 
-/// Serves until SIGTERM, or until whoever started it is gone.
+/// Serves until SIGTERM, or until the parent process is gone.
 pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
-    // Its input is a pipe that nobody writes to: it ends with the process that holds the other end,
-    // however that ends.
+    // Standard input is a pipe that nobody writes to. Reading returns when the parent process ends,
+    // however that happens.
     std::thread::spawn(|| {
         let _ = stdin().read(&mut [0]);
         std::process::exit(0);
@@ -81,7 +82,7 @@ pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
     Ok(result?)
 }
 
-/// Connects, also while etcd is not there.
+/// Connects to etcd, retrying while etcd is unavailable.
 async fn connect(id: &str, endpoints: Vec<String>) -> goo_etcd::Result<Client> {
     let config = Config::builder().endpoints(endpoints).build()?;
     loop {

@@ -1,19 +1,25 @@
-//! A checker that cannot fail is worth nothing: each kind of violation, made up, is found; and what
-//! only looks like one is not. Here of directories; of servers and calls, of those that ended, and of
-//! times of calm, beside.
+//! A checker that cannot fail proves nothing. These tests make up each kind of violation and expect
+//! it to be found, and make up similar histories without one. Tests of directories are in this
+//! file.
 
-mod calm;
-mod ends;
+mod quiescence;
 mod servers;
+mod shutdowns;
 
 use super::*;
-use crate::record::{Disturbance, SERVICE, Whom};
+use crate::record::{Disturbance, SERVICE, Scope};
 use crate::schedule::Name;
 
-const NAMED: Name = Name { place: 1, turn: 0 };
+const NAMED: Name = Name {
+    slot: 1,
+    generation: 0,
+};
 
-/// It has another key, of the id `s00-0-b`.
-const TWICE: Name = Name { place: 0, turn: 0 };
+/// A server with a second key, of the id `s00-0-b`.
+const TWICE: Name = Name {
+    slot: 0,
+    generation: 0,
+};
 
 const TTL: Duration = Duration::from_secs(3);
 
@@ -29,7 +35,7 @@ fn value(address: &str) -> Option<Vec<u8>> {
     Some(format!(r#"{{"Op":0,"Addr":"{address}"}}"#).into())
 }
 
-/// A history in which each change is of the next revision, from 2 on, a second after the other.
+/// A history whose changes have consecutive revisions, from 2 on, one second apart.
 #[derive(Default)]
 struct History(Epoch);
 
@@ -67,7 +73,7 @@ impl History {
         self.change(id, Some(value.into()), 7)
     }
 
-    /// What happens elsewhere, until this second.
+    /// Adds changes of other keys until this second.
     fn others(mut self, until: i64) -> Self {
         while self.0.known_to < until {
             self = self.put("other", "h:1");
@@ -90,29 +96,29 @@ impl History {
     }
 }
 
-fn shown(at: f64, revision: i64, instances: &[(&str, &str)]) -> Shown {
-    let picture = instances.iter().map(|(id, address)| {
+fn shown(at: f64, revision: i64, instances: &[(&str, &str)]) -> ShownSnapshot {
+    let instances = instances.iter().map(|(id, address)| {
         let instance = Instance::new(SERVICE, *address).id(*id);
         (key(id), Arc::new(instance))
     });
-    Shown {
+    ShownSnapshot {
         at: seconds(at),
         revision,
-        picture: picture.collect(),
+        instances: instances.collect(),
     }
 }
 
-fn divergences(shown: &[Shown], epochs: Vec<History>) -> Vec<String> {
+fn divergences(shown: &[ShownSnapshot], epochs: Vec<History>) -> Vec<String> {
     let epochs: Vec<Epoch> = epochs.into_iter().map(|history| history.0).collect();
     directory(0, shown, &epochs).divergences
 }
 
-fn life(end: Option<(Ending, f64, f64)>) -> Life {
+fn life(end: Option<(ExitKind, f64, f64)>) -> Life {
     Life {
         name: NAMED,
         address: "127.0.0.1:1000".to_owned(),
         started: Duration::ZERO,
-        end: end.map(|(how, signalled, gone)| End {
+        end: end.map(|(how, signalled, gone)| Exit {
             how,
             signalled: seconds(signalled),
             gone: seconds(gone),
@@ -120,12 +126,12 @@ fn life(end: Option<(Ending, f64, f64)>) -> Life {
     }
 }
 
-/// What was done to whom.
-fn disturbed(whom: Whom, from: f64, to: f64) -> Disturbance {
+/// A fault with this scope.
+fn disturbed(scope: Scope, from: f64, to: f64) -> Disturbance {
     Disturbance {
         from: seconds(from),
         to: seconds(to),
-        whom,
+        scope,
     }
 }
 
@@ -138,7 +144,7 @@ fn one_history() -> History {
 }
 
 #[test]
-fn states_that_were_in_order_are_no_divergence_repeated_and_skipped_ones_included() {
+fn repeated_and_skipped_states_are_no_divergence() {
     let shown = [
         shown(0.0, 1, &[]),
         shown(1.0, 2, &[("a", "h:1")]),
@@ -150,8 +156,8 @@ fn states_that_were_in_order_are_no_divergence_repeated_and_skipped_ones_include
 }
 
 #[test]
-fn a_missing_a_superfluous_and_a_wrong_instance_are_each_found() {
-    for (picture, said) in [
+fn missing_extra_and_wrong_instances_are_found() {
+    for (instances, said) in [
         (vec![("a", "h:1")], "services/chaos/b is missing"),
         (
             vec![("a", "h:1"), ("b", "h:2"), ("c", "h:9")],
@@ -162,7 +168,7 @@ fn a_missing_a_superfluous_and_a_wrong_instance_are_each_found() {
             "services/chaos/b is shown at h:8",
         ),
     ] {
-        let found = divergences(&[shown(3.0, 3, &picture)], vec![one_history()]);
+        let found = divergences(&[shown(3.0, 3, &instances)], vec![one_history()]);
         assert_eq!(found.len(), 1);
         assert!(found[0].contains("revision 3"), "{found:?}");
         assert!(found[0].contains(said), "{found:?}");
@@ -170,7 +176,7 @@ fn a_missing_a_superfluous_and_a_wrong_instance_are_each_found() {
 }
 
 #[test]
-fn a_right_picture_under_a_wrong_revision_is_found() {
+fn state_under_a_wrong_revision_is_found() {
     let found = divergences(
         &[shown(3.0, 4, &[("a", "h:1"), ("b", "h:2")])],
         vec![one_history()],
@@ -179,7 +185,7 @@ fn a_right_picture_under_a_wrong_revision_is_found() {
 }
 
 #[test]
-fn going_back_in_revision_is_found() {
+fn decreasing_revision_is_found() {
     let back = [
         shown(3.0, 3, &[("a", "h:1"), ("b", "h:2")]),
         shown(4.0, 2, &[("a", "h:1")]),
@@ -190,14 +196,14 @@ fn going_back_in_revision_is_found() {
 }
 
 #[test]
-fn a_revision_that_etcd_never_had_is_found() {
-    let picture = [("a", "h:3"), ("b", "h:2")];
-    let found = divergences(&[shown(9.0, 6, &picture)], vec![one_history()]);
+fn unknown_revision_is_found() {
+    let instances = [("a", "h:3"), ("b", "h:2")];
+    let found = divergences(&[shown(9.0, 6, &instances)], vec![one_history()]);
     assert!(found[0].contains("history 0 ends at 5"), "{found:?}");
 }
 
 #[test]
-fn after_a_wipe_the_revision_may_fall_once_and_not_before_the_wipe() {
+fn revision_may_fall_once_after_a_wipe() {
     let histories = || {
         vec![
             one_history().wiped(10.0, true),
@@ -207,7 +213,7 @@ fn after_a_wipe_the_revision_may_fall_once_and_not_before_the_wipe() {
     let old = |at| shown(at, 5, &[("a", "h:3"), ("b", "h:2")]);
     let new = |at| shown(at, 2, &[("a", "h:4")]);
     assert_eq!(divergences(&[old(9.0), new(12.0)], histories()), [""; 0]);
-    // A directory that was cut off shows the old one for longer.
+    // A directory that is cut off shows the old history for longer.
     assert_eq!(
         divergences(&[old(9.0), old(20.0), new(21.0)], histories()),
         [""; 0]
@@ -220,7 +226,7 @@ fn after_a_wipe_the_revision_may_fall_once_and_not_before_the_wipe() {
 }
 
 #[test]
-fn a_mixture_of_two_histories_is_found() {
+fn mixture_of_two_histories_is_found() {
     let first = one_history().wiped(10.0, true);
     let second = History::from(10.0)
         .put("x", "h:5")
@@ -228,7 +234,7 @@ fn a_mixture_of_two_histories_is_found() {
         .put("x", "h:7")
         .put("x", "h:8")
         .put("x", "h:9");
-    // What a watch shows that goes on, from the old state, where the new history has got to.
+    // A watch that continues in the new history on top of the old state shows this mixture.
     let mixed = shown(16.0, 6, &[("a", "h:3"), ("b", "h:2"), ("x", "h:9")]);
     let old = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
     let found = divergences(&[old, mixed], vec![first, second]);
@@ -240,7 +246,7 @@ fn a_mixture_of_two_histories_is_found() {
 }
 
 #[test]
-fn beyond_the_known_end_of_a_wiped_history_is_unjudged_only_if_the_end_is_not_certain() {
+fn unjudged_only_if_the_end_is_uncertain() {
     let late = [shown(9.9, 6, &[("c", "h:1")])];
     for (whole, divergences, unjudged) in [(true, 1, 0), (false, 0, 1)] {
         let epochs = [one_history().wiped(10.0, whole).0, History::from(10.0).0];
@@ -251,7 +257,7 @@ fn beyond_the_known_end_of_a_wiped_history_is_unjudged_only_if_the_end_is_not_ce
 }
 
 #[test]
-fn a_damaged_value_may_show_what_the_same_key_was_and_nothing_else() {
+fn invalid_value_keeps_an_earlier_instance_of_the_key() {
     let history = || {
         vec![
             History::from(0.0)
@@ -270,11 +276,11 @@ fn a_damaged_value_may_show_what_the_same_key_was_and_nothing_else() {
 }
 
 #[test]
-fn a_directory_that_has_not_converged_is_told_what_differs() {
+fn differences_now_names_the_missing_key() {
     let changes = one_history().0.changes;
     let truth = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
-    assert_eq!(differences_now(&changes, &truth.picture), [""; 0]);
+    assert_eq!(differences_now(&changes, &truth.instances), [""; 0]);
     let behind = shown(9.0, 4, &[("b", "h:2")]);
-    let found = differences_now(&changes, &behind.picture);
+    let found = differences_now(&changes, &behind.instances);
     assert_eq!(found, ["services/chaos/a is missing"]);
 }

@@ -1,7 +1,7 @@
-//! The judgement: what was recorded is held against what is promised. No I/O in here.
+//! The checks: compares the record of a run with the promises. No I/O.
 
-pub mod calm;
-pub mod ends;
+pub mod quiescence;
+pub mod shutdowns;
 #[cfg(test)]
 mod tests;
 
@@ -12,37 +12,37 @@ use std::time::Duration;
 use goo_etcd::Instance;
 
 use crate::record::{
-    Change, End, Ending, Epoch, Failure, Life, Picture, Shown, decode, keys_of, range,
+    Change, Epoch, Exit, ExitKind, Failure, InstanceMap, Life, ShownSnapshot, decode, keys_of,
+    range,
 };
 
-/// How long after a server's end something may be noticed that was before it: a call may still be sent
-/// to it until the client has read the end of the connection, and what etcd tells until it is read
-/// here. On a busy machine that waits for its turn.
+/// Delay until a server's exit is noticed: a client may still send calls until it reads the end of
+/// the connection, and the observer receives etcd's events late on a busy machine.
 const NOTICE: Duration = Duration::from_millis(250);
 
-/// A run of this length has times of calm, see [`Schedule`](crate::schedule::Schedule).
+/// A run of this length has quiet periods, see [`Schedule`](crate::schedule::Schedule).
 const LONG: Duration = Duration::from_secs(60);
 
-/// What a directory may show of one key.
+/// The instances that a directory may show for one key.
 #[derive(Debug, Clone)]
 struct Allowed {
-    /// One of these.
+    /// The instances, of which any is allowed.
     choices: Vec<Arc<Instance>>,
-    /// Or nothing.
+    /// Whether showing no instance is allowed as well.
     optional: bool,
 }
 
 type State = BTreeMap<String, Allowed>;
 
-/// The states of one history, in order of revision.
+/// The states of one history, ordered by revision.
 struct States {
-    /// With the revision of each, and when it was heard of.
+    /// Each with its revision and the time when it was observed.
     states: Vec<(i64, Duration, State)>,
 }
 
 impl States {
-    /// A value that cannot be decoded leaves the last good one of the same key in force that a
-    /// directory has seen. Which it has seen is not known here: any of them, or none, will do.
+    /// After an invalid value a directory keeps the last valid one of that key that it has seen.
+    /// The record does not say which that was, so any of them is allowed, or none.
     fn of(changes: &[Change]) -> Self {
         let range = range();
         let mut state = State::new();
@@ -100,90 +100,92 @@ impl States {
     }
 }
 
-/// What differs between a state and a picture, key by key.
-fn differences(state: &State, picture: &Picture) -> Vec<String> {
+/// The differences between a state and a directory's instances, key by key.
+fn differences(state: &State, instances: &InstanceMap) -> Vec<String> {
     let mut found = Vec::new();
     for (key, allowed) in state {
-        match picture.get(key) {
+        match instances.get(key) {
             None if allowed.optional => {}
             None => found.push(format!("{key} is missing")),
             Some(shown) if allowed.choices.contains(shown) => {}
             Some(shown) => found.push(format!("{key} is shown at {}", shown.address)),
         }
     }
-    let unknown = picture.keys().filter(|key| !state.contains_key(*key));
+    let unknown = instances.keys().filter(|key| !state.contains_key(*key));
     found.extend(unknown.map(|key| format!("{key} should not be there")));
     found
 }
 
-/// What differs between what is in etcd and what a directory shows. `changes` lead to what is in etcd.
-pub fn differences_now(changes: &[Change], picture: &Picture) -> Vec<String> {
-    differences(States::of(changes).at(i64::MAX), picture)
+/// The differences between the content of etcd, to which `changes` lead, and a directory's
+/// instances.
+pub fn differences_now(changes: &[Change], instances: &InstanceMap) -> Vec<String> {
+    differences(States::of(changes).at(i64::MAX), instances)
 }
 
-/// What came of looking at something over and over.
+/// The result of a check that was applied to many time windows.
 #[derive(Debug, Default)]
-pub struct Judged {
+pub struct Findings {
     pub violations: Vec<String>,
-    /// When each time that was looked at ended.
+    /// The end of each checked window.
     pub windows: Vec<Duration>,
 }
 
-impl Judged {
-    pub fn extend(&mut self, other: Judged) {
+impl Findings {
+    pub fn extend(&mut self, other: Findings) {
         self.violations.extend(other.violations);
         self.windows.extend(other.windows);
     }
 
-    /// How many times were looked at up to this moment.
+    /// The number of windows that ended by this time.
     pub fn until(&self, end: Duration) -> usize {
         self.windows.iter().filter(|at| **at <= end).count()
     }
 }
 
-/// How often was judged what only counts with no fault in its way.
+/// How often the checks that need a quiet period were applied.
 #[derive(Debug, Clone, Copy)]
-pub struct Looks {
-    /// Times of calm of directories.
+pub struct Coverage {
+    /// Quiet periods of directories.
     pub directories: usize,
-    /// Times of calm of registrations.
+    /// Quiet periods of registrations.
     pub registrations: usize,
-    /// Servers that were asked to leave.
+    /// Servers that were asked to leave and were undisturbed.
     pub leavings: usize,
 }
 
-/// Says so if a run that was long enough for each of them judged none of one kind between its faults: no
-/// violation means nothing then.
-pub fn too_little(length: Duration, looks: Looks) -> Option<String> {
-    let Looks {
+/// Reports if a run long enough for quiet periods never applied one of the checks: without any
+/// window, "no violation" means nothing.
+pub fn insufficient_coverage(length: Duration, coverage: Coverage) -> Option<String> {
+    let Coverage {
         directories,
         registrations,
         leavings,
-    } = looks;
+    } = coverage;
     (length >= LONG && [directories, registrations, leavings].contains(&0)).then(|| {
         format!(
-            "between the faults, directories were judged {directories} times, registrations \
-             {registrations} times and leaving {leavings} times"
+            "too few checks between the faults: {directories} of directories, {registrations} of \
+             registrations, {leavings} of shutdowns"
         )
     })
 }
 
-/// What came of holding a directory against history.
+/// The result of comparing a directory with history.
 #[derive(Debug, Default)]
 pub struct Verdict {
-    /// What was shown and never was.
+    /// Snapshots that do not match any state.
     pub divergences: Vec<String>,
-    /// How many could not be judged: later than the last revision that is known of a wiped etcd.
+    /// Snapshots that cannot be checked: later than the last known revision of a wiped etcd.
     pub unjudged: usize,
 }
 
-/// Whether everything that a directory showed is a state that etcd's history had, in order.
+/// Checks that each snapshot of a directory is a state of etcd's history, in order.
 ///
-/// A snapshot tells its revision, not which history it is of. What is shown must be the state at its
-/// revision in the history of the snapshot before it, and then the revision must not have gone
-/// back, or in a later one that had begun by then. The earliest that fits is taken, which leaves
-/// the most for the snapshots after it: if any reading of the whole sequence is in order, this one is.
-pub fn directory(client: usize, shown: &[Shown], epochs: &[Epoch]) -> Verdict {
+/// A snapshot carries its revision, not its history. The snapshot must match the state at its
+/// revision, either in the history of the snapshot before it, with a revision that did not go back,
+/// or in a later history that had begun before the snapshot. The earliest match is taken because it
+/// leaves the most choices for the following snapshots: if any reading of the whole sequence is in
+/// order, this one is.
+pub fn directory(client: usize, shown: &[ShownSnapshot], epochs: &[Epoch]) -> Verdict {
     let states: Vec<States> = epochs.iter().map(|e| States::of(&e.changes)).collect();
     let mut verdict = Verdict::default();
     let (mut in_epoch, mut revision) = (0, 0);
@@ -205,7 +207,7 @@ pub fn directory(client: usize, shown: &[Shown], epochs: &[Epoch]) -> Verdict {
                 }
                 continue;
             }
-            let found = differences(states[index].at(snapshot.revision), &snapshot.picture);
+            let found = differences(states[index].at(snapshot.revision), &snapshot.instances);
             if found.is_empty() {
                 (in_epoch, revision) = (index, snapshot.revision);
                 continue 'snapshots;
@@ -227,21 +229,21 @@ pub fn directory(client: usize, shown: &[Shown], epochs: &[Epoch]) -> Verdict {
     verdict
 }
 
-/// A message about a call that was sent begins with the address that it was sent to.
+/// The endpoint a call was sent to: a status message of a sent call begins with its address.
 pub fn sent_to(message: &str) -> Option<String> {
     let (address, _) = message.split_once(": ")?;
     let address: std::net::SocketAddr = address.parse().ok()?;
     Some(address.to_string())
 }
 
-/// Whether a call may have failed: it was sent to a server that was killed while it was in flight.
+/// Whether a failed call is allowed: its server was killed while the call was in flight.
 pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Duration)]) -> bool {
     lives
         .iter()
         .filter(|life| failure.sent_to.as_ref() == Some(&life.address))
         .any(|life| match life.end {
-            Some(End {
-                how: Ending::Killed,
+            Some(Exit {
+                how: ExitKind::Killed,
                 signalled,
                 gone,
             }) => failure.begun <= noticed(gone, stalls) && failure.ended >= signalled,
@@ -249,8 +251,7 @@ pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Durati
         })
 }
 
-/// By when the end of a server is noticed everywhere. Time in which the machine stood still does not
-/// count.
+/// The time by which a server's exit is noticed everywhere. Stalls of the machine do not count.
 fn noticed(gone: Duration, stalls: &[(Duration, Duration)]) -> Duration {
     let mut noticed = gone + NOTICE;
     for (from, to) in stalls {
@@ -261,8 +262,8 @@ fn noticed(gone: Duration, stalls: &[(Duration, Duration)]) -> Duration {
     noticed
 }
 
-/// Servers that live and are not in etcd as they should be.
-pub fn lost(lives: &[Life], changes: &[Change]) -> Vec<String> {
+/// Running servers that are not registered correctly.
+pub fn unregistered_servers(lives: &[Life], changes: &[Change]) -> Vec<String> {
     let mut content: BTreeMap<&str, &Change> = BTreeMap::new();
     for change in changes {
         content.insert(&change.key, change);
@@ -278,7 +279,7 @@ pub fn lost(lives: &[Life], changes: &[Change]) -> Vec<String> {
     found
 }
 
-/// What is wrong with a living server's key, of which this is the last change.
+/// The fault in a running server's key, given the key's last change.
 fn wrong(life: &Life, key: &str, change: Option<&Change>) -> Option<String> {
     let Some((change, value)) = change.and_then(|c| Some((c, c.value.as_ref()?))) else {
         return Some(format!("has no key {key}"));

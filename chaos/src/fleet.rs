@@ -1,34 +1,34 @@
-//! The servers, each a process of its own, and the paths on which they and the clients reach etcd.
+//! The server processes, and the paths over which servers and clients reach etcd.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::try_join_all;
 use goo_etcd::testing::{EtcdCluster, Proxy};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::{sleep, timeout};
 
-use crate::record::{Clock, End, Ending, Life};
+use crate::record::{Clock, Exit, ExitKind, Life};
 use crate::schedule::{CLIENT_PATHS, Name, Path, SERVER_PATHS};
 use crate::server::LISTENING;
 
-/// How long a process may take to start.
+/// Limit for a process to start.
 const START: Duration = Duration::from_secs(30);
 
-/// How long a server may take to leave: a second of draining, two requests of at most 5 s each where
-/// etcd is away, the calls in flight; and some for a busy machine.
+/// Limit for a server to leave: 1 s of draining, two requests of up to 5 s each if etcd is down,
+/// the calls in flight, and a margin for a busy machine.
 const LEAVE: Duration = Duration::from_secs(15);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// The way to each member, through a proxy of its own.
+/// For each path, one proxy per etcd member.
 pub struct Paths(BTreeMap<Path, Vec<Proxy>>);
 
 impl Paths {
@@ -46,7 +46,7 @@ impl Paths {
         self.0.get(&path).map_or(&[], Vec::as_slice)
     }
 
-    /// Where etcd is for whoever has this path, or none of its own.
+    /// The etcd endpoints for this path, or the members' own endpoints without one.
     pub fn endpoints(&self, path: Option<Path>, cluster: &EtcdCluster) -> Vec<String> {
         match path.and_then(|path| self.0.get(&path)) {
             Some(proxies) => proxies.iter().map(Proxy::endpoint).collect(),
@@ -55,14 +55,15 @@ impl Paths {
     }
 }
 
-/// A server's process.
+/// A running server process.
 struct Running {
     process: Child,
-    /// It ends when this is closed, which waiting for a [`Child`] does that still has it.
+    /// The process ends when its input is closed. Kept apart from the [`Child`], which would close
+    /// it while waiting.
     _input: Option<ChildStdin>,
 }
 
-/// All servers that there are and were. Dropping it kills those that run.
+/// All servers, running and ended. Dropping the fleet kills the running ones.
 pub struct Fleet {
     clock: Clock,
     ttl: Duration,
@@ -82,7 +83,7 @@ impl Fleet {
         }
     }
 
-    /// Starts this program again, as a server. Returns when it listens.
+    /// Starts this program as a server process. Returns once it listens.
     pub async fn start(&self, name: Name, endpoints: &[String]) -> Result<()> {
         let stderr = match &self.logs {
             Some(folder) => File::create(folder.join(format!("{name}.log")))?.into(),
@@ -97,10 +98,10 @@ impl Fleet {
             .stdout(Stdio::piped())
             .stderr(stderr)
             .kill_on_drop(true)
-            // Ctrl-C in a terminal goes to the program alone.
+            // Ctrl-C in a terminal reaches the main program only.
             .process_group(0)
             .spawn()?;
-        let stdout = process.stdout.take().ok_or("stdout is piped")?;
+        let stdout = process.stdout.take().ok_or("no stdout")?;
         let mut lines = BufReader::new(stdout).lines();
         let line = timeout(START, lines.next_line()).await??;
         let address = line
@@ -113,23 +114,23 @@ impl Fleet {
             started: self.clock.now(),
             end: None,
         };
-        lock(&self.lives).insert(name, life);
+        self.lives.lock().insert(name, life);
         let _input = process.stdin.take();
         let running = Running { process, _input };
-        lock(&self.running).insert(name, running);
+        self.running.lock().insert(name, running);
         Ok(())
     }
 
-    /// SIGKILL or SIGTERM; returns when the process has ended.
+    /// Sends SIGKILL or SIGTERM. Returns once the process has exited.
     ///
     /// # Errors
     ///
-    /// When it does not end, or not as it should.
-    pub async fn end(&self, name: Name, how: Ending) -> Result<()> {
-        // It may be starting still, on a busy machine.
+    /// If the process does not exit, or not with the expected status.
+    pub async fn end(&self, name: Name, how: ExitKind) -> Result<()> {
+        // On a busy machine the process may still be starting.
         let started = async {
             loop {
-                if let Some(running) = lock(&self.running).remove(&name) {
+                if let Some(running) = self.running.lock().remove(&name) {
                     return running;
                 }
                 sleep(Duration::from_millis(10)).await;
@@ -137,14 +138,14 @@ impl Fleet {
         };
         let mut running = timeout(START, started)
             .await
-            .map_err(|_| format!("{name} does not run"))?;
+            .map_err(|_| format!("{name} is not running"))?;
         let process = &mut running.process;
         let pid = process.id().and_then(|pid| i32::try_from(pid).ok());
-        let pid = pid.ok_or_else(|| format!("{name} has ended by itself"))?;
+        let pid = pid.ok_or_else(|| format!("{name} exited unasked"))?;
         let signalled = self.clock.now();
         let signal = match how {
-            Ending::Killed => Signal::SIGKILL,
-            Ending::Left => Signal::SIGTERM,
+            ExitKind::Killed => Signal::SIGKILL,
+            ExitKind::Terminated => Signal::SIGTERM,
         };
         kill(Pid::from_raw(pid), signal)?;
         let status = timeout(LEAVE, process.wait()).await;
@@ -152,8 +153,8 @@ impl Fleet {
             process.kill().await?;
         }
         let gone = self.clock.now();
-        if let Some(life) = lock(&self.lives).get_mut(&name) {
-            life.end = Some(End {
+        if let Some(life) = self.lives.lock().get_mut(&name) {
+            life.end = Some(Exit {
                 how,
                 signalled,
                 gone,
@@ -161,28 +162,24 @@ impl Fleet {
         }
         match (how, status) {
             (_, Err(_)) => Err(format!("{name} still ran {LEAVE:?} after SIGTERM").into()),
-            (Ending::Left, Ok(status)) if !status.as_ref().is_ok_and(|s| s.success()) => {
-                Err(format!("{name} was to leave and ended with {status:?}").into())
+            (ExitKind::Terminated, Ok(status)) if !status.as_ref().is_ok_and(|s| s.success()) => {
+                Err(format!("{name} was asked to leave and exited with {status:?}").into())
             }
             _ => Ok(()),
         }
     }
 
-    /// The servers that have ended although nobody asked them to.
-    pub fn deserters(&self) -> Vec<String> {
-        let mut running = lock(&self.running);
+    /// The servers that exited although nothing asked them to.
+    pub fn exited_unasked(&self) -> Vec<String> {
+        let mut running = self.running.lock();
         let ended = running.iter_mut().filter_map(|(name, running)| {
             let status = running.process.try_wait().ok().flatten()?;
-            Some(format!("{name} ended by itself: {status}"))
+            Some(format!("{name} exited unasked: {status}"))
         });
         ended.collect()
     }
 
     pub fn lives(&self) -> Vec<Life> {
-        lock(&self.lives).values().cloned().collect()
+        self.lives.lock().values().cloned().collect()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

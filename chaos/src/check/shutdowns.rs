@@ -1,32 +1,33 @@
-//! What servers that have ended left behind: nothing, if they were asked to leave and nothing was in the
-//! way; else nothing beyond their lease.
+//! Checks the keys that ended servers left behind: none if the server was asked to leave and no
+//! fault was in the way, otherwise none beyond their lease.
 
 use std::time::Duration;
 
-use super::{Judged, noticed};
-use crate::record::{Change, Disturbance, End, Ending, Epoch, Extension, Life, decode, keys_of};
+use super::{Findings, noticed};
+use crate::record::{Change, Disturbance, Epoch, Exit, ExitKind, Extension, Life, decode, keys_of};
 use crate::schedule::Path;
 
-/// What a key may last beyond its lease's time to live: etcd gives each lease an election time-out
-/// (1 s) more when a leader takes over, looks for those that are over every half second
-/// (`server/lease/lessor.go`), and the rest is for looking, here, on a busy machine.
+/// Tolerance beyond a lease's TTL: a new leader extends each lease by the election timeout (1 s),
+/// etcd looks for expired leases every 500 ms (`server/lease/lessor.go`), and the observer on a
+/// busy machine needs the rest.
 const EXPIRY_MARGIN: Duration = Duration::from_secs(3);
 
-/// Servers that were asked to leave, and went before all their keys were seen to be draining and then
-/// deleted. Not those that something was in the way of: leaving waits for etcd for longer than coming
-/// back takes, so that only counts what was wrong between the signal and the end.
+/// Servers that were asked to leave and exited before all of their keys were first marked as
+/// draining and then deleted. Servers with a fault in the way are skipped; only faults between the
+/// signal and the exit count, because leaving waits for etcd for longer than etcd takes to come
+/// back.
 ///
-/// A key that was not there yet, and never came, is none to be deleted.
-pub fn stayed(
+/// A key that was never written need not be deleted.
+pub fn leftover_keys(
     lives: &[Life],
     epochs: &[Epoch],
     disturbances: &[Disturbance],
     stalls: &[(Duration, Duration)],
-) -> Judged {
-    let mut judged = Judged::default();
+) -> Findings {
+    let mut judged = Findings::default();
     for life in lives {
-        let Some(End {
-            how: Ending::Left,
+        let Some(Exit {
+            how: ExitKind::Terminated,
             signalled,
             gone,
         }) = life.end
@@ -35,7 +36,7 @@ pub fn stayed(
         };
         let hindered = disturbances
             .iter()
-            .any(|d| d.whom.has(life.name) && d.from <= gone && d.to >= signalled);
+            .any(|d| d.scope.includes(life.name) && d.from <= gone && d.to >= signalled);
         let epoch = epochs.iter().rfind(|epoch| epoch.began <= signalled);
         let Some(epoch) = epoch.filter(|_| !hindered) else {
             continue;
@@ -43,7 +44,7 @@ pub fn stayed(
         judged.windows.push(gone);
         for key in keys_of(life.name) {
             let changes = epoch.changes.iter().filter(|change| change.key == key);
-            if let Some(why) = not_left(changes, signalled, noticed(gone, stalls)) {
+            if let Some(why) = missing_step(changes, signalled, noticed(gone, stalls)) {
                 judged.violations.push(format!(
                     "{} was asked to leave at {:.3} s and ended at {:.3} s; {key} {why}",
                     life.name,
@@ -56,8 +57,8 @@ pub fn stayed(
     judged
 }
 
-/// What is missing of a key's leaving between these times.
-fn not_left<'a>(
+/// The missing step of a key's removal between these times.
+fn missing_step<'a>(
     changes: impl DoubleEndedIterator<Item = &'a Change> + Clone,
     signalled: Duration,
     until: Duration,
@@ -76,7 +77,7 @@ fn not_left<'a>(
     if !after.any(is_draining) {
         return Some("was never draining".to_owned());
     }
-    // What follows the mark: it may be set again, and the last of all is the deletion.
+    // The mark may be written again; the last change must be the deletion.
     match after.next_back() {
         Some(Change {
             value: None, at, ..
@@ -88,22 +89,21 @@ fn not_left<'a>(
     }
 }
 
-/// When the key of a server that is gone must be gone as well: the lease's time to live, and a margin,
-/// after its end; or after the last moment before then at which its lease may have been extended.
+/// The time by which the key of an ended server must be gone: TTL plus margin after its exit, or
+/// after the last event before then that may have extended the lease.
 ///
-/// New leaders extend it as often as there are any, which is how etcd counts. What has waited does so
-/// once: it was sent while the server lived. Where nobody could take the key away, the rest of its time
-/// begins when somebody can.
-pub fn expires(life: &Life, end: End, ttl: Duration, extensions: &[Extension]) -> Duration {
+/// Each new leader extends the lease. A delayed message extends it once, because it was sent before
+/// the exit. If nothing could expire for some time, the remaining TTL continues after that time.
+pub fn key_deadline(life: &Life, end: Exit, ttl: Duration, extensions: &[Extension]) -> Duration {
     let gone = end.gone;
     let mut standstills = Vec::new();
-    // From and to when, and whether the lease counts anew from then on.
+    // Start, end, and whether the TTL restarts at the end.
     let mut moments = Vec::new();
     let on_its_way = |path: Option<Path>| path.is_none() || path == life.name.path();
     for extension in extensions {
         match *extension {
             Extension::Leader { at } if at >= gone => moments.push((at, at, true)),
-            Extension::Waited { from, to, path }
+            Extension::Delayed { from, to, path }
                 if from <= gone && to >= gone && on_its_way(path) =>
             {
                 moments.push((to, from, true));
@@ -127,7 +127,7 @@ pub fn expires(life: &Life, end: End, ttl: Duration, extensions: &[Extension]) -
     limit
 }
 
-/// The same time in spans that do not touch each other.
+/// Merges overlapping time spans.
 fn merged(mut spans: Vec<(Duration, Duration)>) -> Vec<(Duration, Duration)> {
     spans.sort();
     let mut merged: Vec<(Duration, Duration)> = Vec::new();
@@ -140,11 +140,10 @@ fn merged(mut spans: Vec<(Duration, Duration)>) -> Vec<(Duration, Duration)> {
     merged
 }
 
-/// Servers that are dead and of which a key was there for too long. `now` is when the last look was
-/// taken.
+/// Ended servers with a key that outlived its deadline. `now` is the time of the last observation.
 ///
-/// Not those whose key somebody's hand has overwritten without a lease: nobody removes it.
-pub fn ghosts(
+/// A key that a manual edit overwrote without a lease does not count, because nothing removes it.
+pub fn overdue_keys(
     lives: &[Life],
     epochs: &[Epoch],
     extensions: &[Extension],
@@ -154,7 +153,7 @@ pub fn ghosts(
     let mut found = Vec::new();
     for life in lives {
         let Some(end) = life.end else { continue };
-        let limit = expires(life, end, ttl, extensions);
+        let limit = key_deadline(life, end, ttl, extensions);
         let everywhere =
             keys_of(life.name).flat_map(|key| epochs.iter().map(move |e| (key.clone(), e)));
         for (key, epoch) in everywhere {
@@ -168,10 +167,10 @@ pub fn ghosts(
             if until > limit {
                 let state = match deleted {
                     Some(_) => "was there until",
-                    None => "is there at",
+                    None => "is still there at",
                 };
                 found.push(format!(
-                    "{} ended at {:.3} s; {key}, which had to go by {:.3} s, {state} {:.3} s",
+                    "{} ended at {:.3} s; {key}, which had to be gone by {:.3} s, {state} {:.3} s",
                     life.name,
                     end.gone.as_secs_f64(),
                     limit.as_secs_f64(),
@@ -183,8 +182,8 @@ pub fn ghosts(
     found
 }
 
-/// Whether a server that is dead is still there, according to the changes of the present history.
-pub fn any_dead(lives: &[Life], changes: &[Change]) -> bool {
+/// Whether the current history still has a key of an ended server.
+pub fn any_dead_registered(lives: &[Life], changes: &[Change]) -> bool {
     let dead = lives.iter().filter(|life| life.end.is_some());
     dead.flat_map(|life| keys_of(life.name)).any(|key| {
         let last = changes.iter().rfind(|change| change.key == key);
