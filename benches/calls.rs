@@ -1,12 +1,12 @@
-//! What a whole call costs the client: `cargo bench --bench calls`.
+//! The cost of a call for the client: `cargo bench --bench calls`.
 //!
-//! The same unary call, 64 tasks at a time, over a plain tonic `Channel` to one endpoint, over tonic's
-//! `balance_list` and over a `BalancedChannel`, in turn, round after round; the servers run in a process
-//! of their own. What counts is the processor time that this process, the client, spends per call, and of
-//! that the ratio to the plain channel in the same round: the machine's mood cancels out.
+//! A plain tonic `Channel` to one endpoint, tonic's `balance_list` and `BalancedChannel` make the
+//! same unary call with 64 tasks, in turn, round after round. The servers run in another process.
+//! The result is the CPU time of the client process per call, as a ratio to the plain channel in
+//! the same round, so that changes of the machine's speed cancel out.
 //!
-//! `cargo bench --bench calls -- LeastRequest` measures only what has that in its name, and the plain
-//! channel.
+//! `cargo bench --bench calls -- LeastRequest` measures only contenders with that text in their
+//! name, and the plain channel.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -25,7 +25,7 @@ use tonic::codegen::{Body, Bytes, StdError};
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Response, Status, Streaming};
 
-/// Set for the server process to how many servers it runs.
+/// Environment variable of the server process: the number of servers to run.
 const SERVERS: &str = "GOO_ETCD_BENCH_SERVERS";
 
 const TASKS: usize = 64;
@@ -43,7 +43,7 @@ fn main() {
 }
 
 async fn measure() {
-    // `cargo test --benches` runs benchmarks too: once through is enough there.
+    // `cargo test --benches` runs benchmarks too; a single round is enough there.
     let test = std::env::args().any(|argument| argument == "--test");
     let (rounds, calls) = if test { (1, 640) } else { (9, 32_000) };
     let servers = Servers::start(100);
@@ -137,7 +137,7 @@ async fn balanced(addresses: &[String], policy: Policy) -> BalancedChannel {
     channel
 }
 
-/// One way to make calls, whatever its type.
+/// A channel to measure, of any type.
 struct Contender {
     name: String,
     #[allow(clippy::type_complexity, reason = "one place, spelled out")]
@@ -146,7 +146,7 @@ struct Contender {
 
 #[derive(Clone, Copy)]
 struct Figure {
-    /// Processor seconds per call.
+    /// CPU seconds per call.
     cpu: f64,
     /// Calls per second.
     rate: f64,

@@ -1,9 +1,9 @@
-//! What an operation on etcd costs beside the raw etcd-client: `cargo bench --bench client`.
+//! The cost of an etcd operation compared with plain etcd-client: `cargo bench --bench client`.
 //!
-//! Put, get and transaction, with 1 task and with 64, by both clients in turn, round after round, on the
-//! same etcd. What counts is the processor time that this process spends per operation, and of that the
-//! ratio to etcd-client in the same round: the machine's mood cancels out. Then both again with one of two
-//! endpoints dead, and how many operations fail.
+//! Both clients run put, get and transaction on the same etcd, with 1 and with 64 tasks, in turn,
+//! round after round. The result is the CPU time of this process per operation, as a ratio to
+//! etcd-client in the same round, so that changes of the machine's speed cancel out. The last part
+//! stops one of two endpoints and counts failed operations.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +25,7 @@ const OPERATIONS: [Operation; 3] = [Operation::Put, Operation::Get, Operation::T
 #[derive(Clone)]
 #[allow(
     clippy::large_enum_variant,
-    reason = "a few, and a box would cost the one that is measured"
+    reason = "there are few values, and a box would add cost to the measured one"
 )]
 enum Contender {
     Raw(etcd_client::KvClient),
@@ -33,7 +33,7 @@ enum Contender {
 }
 
 impl Contender {
-    /// Whether it worked.
+    /// Runs one operation. Returns whether it succeeded.
     async fn call(&mut self, operation: Operation) -> bool {
         let both = || [TxnOp::put("key", "value", None), TxnOp::get("key", None)];
         match (self, operation) {
@@ -53,7 +53,7 @@ impl Contender {
         }
     }
 
-    /// Processor seconds per operation, and how many failed.
+    /// Returns CPU seconds per operation and the number of failed operations.
     async fn round(&self, operation: Operation, tasks: usize, calls: usize) -> (f64, usize) {
         let left = Arc::new(AtomicUsize::new(calls));
         let failed = Arc::new(AtomicUsize::new(0));
@@ -85,7 +85,7 @@ fn cpu_seconds() -> f64 {
     (usage.user_time() + usage.system_time()).num_microseconds() as f64 / 1e6
 }
 
-/// Least, median and most.
+/// Minimum, median and maximum.
 fn spread(mut values: Vec<f64>) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
     (
@@ -109,7 +109,7 @@ async fn contenders(endpoints: Vec<String>) -> (Contender, Contender) {
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
-    // `cargo test --benches` runs benchmarks too: once through is enough there.
+    // `cargo test --benches` runs benchmarks too; a single round is enough there.
     let test = std::env::args().any(|argument| argument == "--test");
     let (rounds, one, many) = if test {
         (1, 20, 128)
@@ -129,7 +129,7 @@ async fn main() {
             ours.round(operation, tasks, calls / 4).await;
             let (mut theirs, mut own, mut ratios) = (vec![], vec![], vec![]);
             for round in 0..rounds {
-                // Neither always comes first.
+                // The clients take turns to go first.
                 let (a, b) = if round % 2 == 0 {
                     let a = raw.round(operation, tasks, calls).await.0;
                     (a, ours.round(operation, tasks, calls).await.0)
