@@ -72,7 +72,7 @@ pub(crate) type Instances = BTreeMap<InstanceKey, Arc<Instance>>;
 
 /// The revision at which etcd last wrote what is known of an instance, where instances are told apart
 /// by address: only there may several entries be of one instance.
-pub(crate) type Written = BTreeMap<InstanceKey, i64>;
+pub(crate) type ModRevisions = BTreeMap<InstanceKey, i64>;
 
 /// A service's instances as they were at one revision of etcd.
 ///
@@ -83,10 +83,10 @@ pub(crate) type Written = BTreeMap<InstanceKey, i64>;
 pub struct Snapshot {
     pub(crate) range: Arc<str>,
     pub(crate) instances: Arc<Instances>,
-    pub(crate) written: Arc<Written>,
+    pub(crate) mod_revisions: Arc<ModRevisions>,
     pub(crate) revision: i64,
     pub(crate) freshness: Freshness,
-    pub(crate) skipped: usize,
+    pub(crate) undecodable: usize,
 }
 
 impl Snapshot {
@@ -98,10 +98,10 @@ impl Snapshot {
         Self {
             range,
             instances: Arc::new(keyed.collect()),
-            written: Arc::default(),
+            mod_revisions: Arc::default(),
             revision: 0,
             freshness: Freshness::Live,
-            skipped: 0,
+            undecodable: 0,
         }
     }
 
@@ -154,8 +154,8 @@ impl Snapshot {
     }
 
     /// How many entries in etcd were left out because they could not be decoded.
-    pub fn skipped(&self) -> usize {
-        self.skipped
+    pub fn undecodable(&self) -> usize {
+        self.undecodable
     }
 }
 
@@ -166,36 +166,36 @@ impl fmt::Debug for Snapshot {
             .field("revision", &self.revision)
             .field("freshness", &self.freshness)
             .field("instances", &self.instances)
-            .field("skipped", &self.skipped)
+            .field("undecodable", &self.undecodable)
             .finish()
     }
 }
 
 /// One difference between two snapshots.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Difference {
+pub(crate) enum Change {
     /// New, or changed in any way.
-    Set(InstanceKey, Arc<Instance>),
+    Upsert(InstanceKey, Arc<Instance>),
     /// Gone.
-    Gone(InstanceKey),
+    Remove(InstanceKey),
 }
 
 /// What turns `old` into `new`, in key order; removals and additions are independent of each other.
-pub(crate) fn differences(old: &Instances, new: &Instances) -> Vec<Difference> {
+pub(crate) fn diff(old: &Instances, new: &Instances) -> Vec<Change> {
     let mut found = Vec::new();
     let mut old = old.iter().peekable();
     for (key, instance) in new {
         while let Some((gone, _)) = old.next_if(|(before, _)| *before < key) {
-            found.push(Difference::Gone(gone.clone()));
+            found.push(Change::Remove(gone.clone()));
         }
         let unchanged = old
             .next_if(|(before, _)| *before == key)
             .is_some_and(|(_, before)| Arc::ptr_eq(before, instance) || before == instance);
         if !unchanged {
-            found.push(Difference::Set(key.clone(), Arc::clone(instance)));
+            found.push(Change::Upsert(key.clone(), Arc::clone(instance)));
         }
     }
-    found.extend(old.map(|(gone, _)| Difference::Gone(gone.clone())));
+    found.extend(old.map(|(gone, _)| Change::Remove(gone.clone())));
     found
 }
 
@@ -222,15 +222,15 @@ mod tests {
             new in proptest::collection::btree_map(0u8..12, 0u16..3, 0..12),
         ) {
             let (old, new) = (instances(&old), instances(&new));
-            let found = differences(&old, &new);
+            let found = diff(&old, &new);
             let mut result = old.clone();
             for difference in &found {
                 match difference {
-                    Difference::Set(key, instance) => {
+                    Change::Upsert(key, instance) => {
                         let before = result.insert(key.clone(), Arc::clone(instance));
                         prop_assert_ne!(before.as_ref(), Some(instance));
                     }
-                    Difference::Gone(key) => prop_assert!(result.remove(key).is_some()),
+                    Change::Remove(key) => prop_assert!(result.remove(key).is_some()),
                 }
             }
             prop_assert_eq!(result, new);

@@ -186,7 +186,7 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
     client.put(key("bad-in-list"), "no JSON", None).await?;
     let directory = Directory::watch(&client, "greeter").await?;
     assert_eq!(shown(&directory.snapshot()), ["good=10.0.0.1:80"]);
-    assert_eq!(directory.snapshot().skipped(), 1);
+    assert_eq!(directory.snapshot().undecodable(), 1);
 
     client.put(key("bad-in-watch"), [0xff, 0xfe], None).await?;
     put(&client, "later", "10.0.0.2:80").await?;
@@ -194,12 +194,12 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
         directory.snapshot().len() == 2
     })
     .await;
-    assert_eq!(directory.snapshot().skipped(), 2);
+    assert_eq!(directory.snapshot().undecodable(), 2);
 
     // A slip of the hand takes no server away.
     client.put(key("good"), r#"{"Op":0}"#, None).await?;
     eventually("the slip is counted", async || {
-        directory.snapshot().skipped() == 3
+        directory.snapshot().undecodable() == 3
     })
     .await;
     let both = ["good=10.0.0.1:80", "later=10.0.0.2:80"];
@@ -210,7 +210,7 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
     put(&client, "good", "10.0.0.4:80").await?;
     eventually("all is well again", async || {
         let snapshot = directory.snapshot();
-        snapshot.skipped() == 0 && snapshot.len() == 3
+        snapshot.undecodable() == 0 && snapshot.len() == 3
     })
     .await;
     Ok(())
@@ -264,14 +264,14 @@ async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_an
     let directory = Directory::builder(&client, "greeter").format(Careless);
     let directory = directory.build().await?;
     assert_eq!(shown(&directory.snapshot()), ["a=h:1"]);
-    assert_eq!(directory.snapshot().skipped(), 1);
+    assert_eq!(directory.snapshot().undecodable(), 1);
     client.put(key("a"), "", None).await?;
     put(&client, "c", "h:3").await?;
     eventually("what comes after it is shown", async || {
         shown(&directory.snapshot()) == ["a=h:1", "c=h:3"]
     })
     .await;
-    assert_eq!(directory.snapshot().skipped(), 2);
+    assert_eq!(directory.snapshot().undecodable(), 2);
     assert!(directory.snapshot().freshness().is_live());
     Ok(())
 }

@@ -243,7 +243,7 @@ async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_
         shown(&directory.snapshot()),
         [format!("both={}", plain.address())]
     );
-    assert_eq!(directory.snapshot().skipped(), 0);
+    assert_eq!(directory.snapshot().undecodable(), 0);
     assert_eq!(answering(&channel).await?, only(&plain));
 
     put(
@@ -335,7 +335,7 @@ async fn given_a_disabled_dubbo_go_instance_then_it_is_not_called_until_it_is_en
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     assert_eq!(answering(&channel).await?, only(&on));
-    assert_eq!(directory.snapshot().skipped(), 0);
+    assert_eq!(directory.snapshot().undecodable(), 0);
 
     put(&off, true, true).await?;
     eventually("it is called", async || {
@@ -387,7 +387,7 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
             assert_eq!(shown(&snapshot), ["h:1=h:1"], "{of}");
             let is_refused = format.decode(prefix, "a", &bad_key, value.as_bytes());
             let is_refused = usize::from(is_refused.is_err());
-            assert_eq!(snapshot.skipped(), is_refused, "{of}");
+            assert_eq!(snapshot.undecodable(), is_refused, "{of}");
             count += is_refused;
         }
         Ok(count)

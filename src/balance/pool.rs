@@ -17,8 +17,7 @@ use super::guard::Guard;
 use super::pick::{Picker, Policy, Turn};
 use super::source::Source;
 use crate::instance::Instance;
-use crate::snapshot::{Difference, Instances, differences};
-use crate::snapshot::{Freshness, InstanceKey, Snapshot};
+use crate::snapshot::{Change, Freshness, InstanceKey, Instances, Snapshot, diff};
 use crate::telemetry;
 use crate::time::sleep_until;
 
@@ -215,13 +214,13 @@ impl Pool {
 
     /// Returns what is to be taken down.
     fn apply(&mut self, snapshot: Arc<Snapshot>) -> Vec<Member> {
-        let changes = differences(&self.shown, &snapshot.instances);
+        let changes = diff(&self.shown, &snapshot.instances);
         // Those that leave, by address: an instance that comes back under another id is the same
         // endpoint, and keeps its connections.
         let mut leaving = BTreeMap::new();
         let mut gone = Vec::new();
         for change in &changes {
-            if let Difference::Gone(key) = change {
+            if let Change::Remove(key) = change {
                 self.unusable.remove(key);
                 if let Some(member) = self.members.remove(key) {
                     let address = Arc::clone(&member.current.endpoint.target.address);
@@ -231,7 +230,7 @@ impl Pool {
             }
         }
         for change in changes {
-            if let Difference::Set(key, instance) = change {
+            if let Change::Upsert(key, instance) = change {
                 if !self.members.contains_key(&key) {
                     let left = leaving.remove(instance.address.as_str());
                     let member = left.map(|(_, member)| member).or_else(|| {

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use super::state::Machine;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
-use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
+use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, ModRevisions};
 
 /// The least time between two writes: a service that changes all the time costs no more than this.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
@@ -52,14 +52,14 @@ struct Saved {
     /// In milliseconds since 1970.
     saved_at: u64,
     revision: i64,
-    skipped: usize,
+    undecodable: usize,
     instances: Vec<SavedInstance>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedInstance {
     key: String,
-    written: Option<i64>,
+    mod_revision: Option<i64>,
     service: String,
     id: String,
     address: String,
@@ -140,24 +140,24 @@ impl Cache {
         if saved.of != self.of {
             return Err(format!("it is of {:?}", saved.of));
         }
-        let (mut instances, mut written) = (Instances::new(), Written::new());
+        let (mut instances, mut mod_revisions) = (Instances::new(), ModRevisions::new());
         for saved in saved.instances {
             let (key, at, instance) = saved.into_instance();
             if let Some(at) = at {
-                written.insert(key.clone(), at);
+                mod_revisions.insert(key.clone(), at);
             }
             instances.insert(key, Arc::new(instance));
         }
         Ok(Snapshot {
             range: self.of.range.as_str().into(),
             instances: Arc::new(instances),
-            written: Arc::new(written),
+            mod_revisions: Arc::new(mod_revisions),
             revision: saved.revision,
             freshness: Freshness::Stale {
                 since: SystemTime::UNIX_EPOCH + Duration::from_millis(saved.saved_at),
                 reason: format!("read from {}", self.path.display()).into(),
             },
-            skipped: saved.skipped,
+            undecodable: saved.undecodable,
         })
     }
 
@@ -165,13 +165,13 @@ impl Cache {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let saved_at = now.unwrap_or_default().as_millis();
         let instances = snapshot.iter().map(|(key, instance)| {
-            SavedInstance::new(key, snapshot.written.get(key).copied(), instance)
+            SavedInstance::new(key, snapshot.mod_revisions.get(key).copied(), instance)
         });
         let saved = Saved {
             of: self.of.clone(),
             saved_at: u64::try_from(saved_at).unwrap_or(u64::MAX),
             revision: snapshot.revision,
-            skipped: snapshot.skipped,
+            undecodable: snapshot.undecodable,
             instances: instances.collect(),
         };
         let body = serde_json::to_vec(&saved)?;
@@ -192,7 +192,7 @@ fn first_line(body: &[u8]) -> String {
 }
 
 impl SavedInstance {
-    fn new(key: &InstanceKey, written: Option<i64>, instance: &Instance) -> Self {
+    fn new(key: &InstanceKey, mod_revision: Option<i64>, instance: &Instance) -> Self {
         // Each by name, so that a new one is not forgotten.
         let Instance {
             service,
@@ -207,7 +207,7 @@ impl SavedInstance {
         } = instance.clone();
         Self {
             key: key.as_str().to_owned(),
-            written,
+            mod_revision,
             service,
             id,
             address,
@@ -232,7 +232,7 @@ impl SavedInstance {
             tls: self.tls,
             metadata: self.metadata,
         };
-        (InstanceKey::new(self.key), self.written, instance)
+        (InstanceKey::new(self.key), self.mod_revision, instance)
     }
 }
 

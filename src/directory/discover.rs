@@ -16,7 +16,7 @@ use super::Directory;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 use crate::instance::validate_address;
-use crate::snapshot::{Difference, InstanceKey, Instances, Snapshot, differences};
+use crate::snapshot::{self, InstanceKey, Instances, Snapshot};
 
 /// How many changes tonic's channel takes before its sender waits. Any number does: a task of our
 /// own waits there, and sends what is new by then.
@@ -41,7 +41,7 @@ pub struct Discovery {
     /// What the consumer has.
     told: Instances,
     /// What turns that into what it should have.
-    pending: VecDeque<Difference>,
+    pending: VecDeque<snapshot::Change>,
 }
 
 impl Directory {
@@ -162,7 +162,7 @@ impl Stream for Discovery {
                 Poll::Ready(Some(snapshot)) => {
                     let mut wanted = Instances::clone(&snapshot.instances);
                     wanted.retain(|_, instance| instance.is_eligible());
-                    this.pending = differences(&this.told, &wanted).into();
+                    this.pending = snapshot::diff(&this.told, &wanted).into();
                 }
                 // Nothing will change any more; that is no reason to end.
                 Poll::Ready(None) => this.snapshots = None,
@@ -170,12 +170,12 @@ impl Stream for Discovery {
             }
         }
         match this.pending.pop_front() {
-            Some(Difference::Set(key, instance)) => {
+            Some(snapshot::Change::Upsert(key, instance)) => {
                 this.told.insert(key.clone(), Arc::clone(&instance));
                 let instance = Instance::clone(&instance);
                 Poll::Ready(Some(Ok(Change::Insert(key, instance))))
             }
-            Some(Difference::Gone(key)) => {
+            Some(snapshot::Change::Remove(key)) => {
                 this.told.remove(&key);
                 Poll::Ready(Some(Ok(Change::Remove(key))))
             }

@@ -111,7 +111,7 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
         unreachable!("a directory has a source")
     };
     // One that tells apart by key has nothing to put together.
-    if others.is_empty() && first.written.is_empty() {
+    if others.is_empty() && first.mod_revisions.is_empty() {
         drained.clear();
         return first.clone();
     }
@@ -139,10 +139,10 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
     Snapshot {
         range: ranges.join(", ").into(),
         instances,
-        written: Arc::default(),
+        mod_revisions: Arc::default(),
         revision: sources.iter().map(Snapshot::revision).min().unwrap_or(0),
         freshness: freshness(sources),
-        skipped: sources.iter().map(Snapshot::skipped).sum(),
+        undecodable: sources.iter().map(Snapshot::undecodable).sum(),
     }
 }
 
@@ -155,7 +155,7 @@ fn merged(sources: &[Snapshot], drained: &mut Drained) -> Snapshot {
 fn draining(sources: &[Snapshot], before: &Drained) -> Drained {
     let newest = |key| {
         let said = sources.iter().filter_map(|source| {
-            let written = source.written.get(key).copied().unwrap_or_default();
+            let written = source.mod_revisions.get(key).copied().unwrap_or_default();
             Some((written, source.instances.get(key)?.draining))
         });
         said.max()
@@ -209,7 +209,7 @@ mod tests {
                     .map(|instance| (key_of(instance), Arc::new(instance.clone())))
                     .collect(),
             ),
-            written: Arc::new(
+            mod_revisions: Arc::new(
                 instances
                     .iter()
                     .map(|instance| (key_of(instance), revision))
@@ -217,7 +217,7 @@ mod tests {
             ),
             revision,
             freshness: Freshness::Live,
-            skipped: 1,
+            undecodable: 1,
         }
     }
 
@@ -245,7 +245,7 @@ mod tests {
         };
         assert_eq!(look(), seen(&[("h:1", 1), ("h:2", 100), ("h:3", 100)]));
         assert_eq!(shown.borrow().revision(), 3);
-        assert_eq!(shown.borrow().skipped(), 2);
+        assert_eq!(shown.borrow().undecodable(), 2);
         assert_eq!(shown.borrow().range(), "x/, y/");
         sources[0].show(gone);
         assert_eq!(look(), seen(&[("h:1", 2), ("h:2", 100), ("h:3", 100)]));

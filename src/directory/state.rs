@@ -22,7 +22,7 @@ use std::time::SystemTime;
 use super::merge;
 use crate::format::{DecodeError, Format, KeyRange};
 use crate::instance::Instance;
-use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, Written};
+use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, ModRevisions};
 
 /// A key as a list page or an event shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,7 +104,7 @@ pub(crate) struct Machine {
     revision: i64,
     freshness: Freshness,
     shown: Arc<Instances>,
-    written: Arc<Written>,
+    mod_revisions: Arc<ModRevisions>,
     /// Whether what is shown is older than what is known.
     outdated: bool,
     /// How many of what is known could not be decoded.
@@ -129,7 +129,7 @@ impl Machine {
                 reason: "not listed yet".into(),
             },
             shown: Arc::default(),
-            written: Arc::default(),
+            mod_revisions: Arc::default(),
             outdated: false,
             damaged: 0,
         }
@@ -154,10 +154,10 @@ impl Machine {
         self.phase = Phase::Empty;
         if self.revision == 0 {
             self.shown = known.instances;
-            self.written = known.written;
+            self.mod_revisions = known.mod_revisions;
             self.revision = known.revision;
             self.freshness = known.freshness;
-            self.damaged = known.skipped;
+            self.damaged = known.undecodable;
         }
     }
 
@@ -196,10 +196,10 @@ impl Machine {
         Snapshot {
             range: Arc::clone(&self.range_name),
             instances: Arc::clone(&self.shown),
-            written: Arc::clone(&self.written),
+            mod_revisions: Arc::clone(&self.mod_revisions),
             revision: self.revision,
             freshness: self.freshness.clone(),
-            skipped: self.damaged,
+            undecodable: self.damaged,
         }
     }
 
@@ -396,17 +396,17 @@ impl Machine {
     fn show(&mut self) {
         let mut entries: Vec<&Decoded> = self.known.values().collect();
         entries.sort_by_key(|entry| entry.mod_revision);
-        let (mut shown, mut written) = (Instances::new(), Written::new());
+        let (mut shown, mut mod_revisions) = (Instances::new(), ModRevisions::new());
         for entry in entries {
             for (key, instance) in &entry.instances {
                 if self.by_address {
-                    written.insert(key.clone(), entry.mod_revision);
+                    mod_revisions.insert(key.clone(), entry.mod_revision);
                 }
                 shown.insert(key.clone(), Arc::clone(instance));
             }
         }
         self.shown = Arc::new(shown);
-        self.written = Arc::new(written);
+        self.mod_revisions = Arc::new(mod_revisions);
         self.outdated = false;
     }
 
@@ -608,10 +608,10 @@ mod tests {
         let listed = vec![put("1", 3, "h:1"), raw("2", 3, "nonsense")];
         step(&mut machine, page(listed, false, 10));
         assert_eq!(shown(&mut machine), ["1=h:1"]);
-        assert_eq!(machine.snapshot().skipped(), 1);
+        assert_eq!(machine.snapshot().undecodable(), 1);
         step(&mut machine, events(vec![raw("1", 11, "nonsense")], 11));
         assert_eq!(shown(&mut machine), ["1=h:1"]);
-        assert_eq!(machine.snapshot().skipped(), 2);
+        assert_eq!(machine.snapshot().undecodable(), 2);
         // The same over a re-list.
         step(&mut machine, lost());
         let listed = vec![raw("1", 11, "nonsense"), put("2", 12, "h:2")];
@@ -619,7 +619,7 @@ mod tests {
         assert_eq!(shown(&mut machine), ["1=h:1", "2=h:2"]);
         step(&mut machine, events(vec![delete("1", 13)], 13));
         assert_eq!(shown(&mut machine), ["2=h:2"]);
-        assert_eq!(machine.snapshot().skipped(), 0);
+        assert_eq!(machine.snapshot().undecodable(), 0);
     }
 
     #[test]

@@ -35,7 +35,7 @@
 //! A value is taken where a Go reader takes it: names match whatever their case, unknown fields are
 //! ignored, what is missing or `null` is the zero value, of a field that occurs twice the last counts.
 //! A wrong type or an overflow is an error for that entry, which is skipped and counted
-//! ([`Snapshot::skipped`](crate::Snapshot::skipped)), never for the others.
+//! ([`Snapshot::undecodable`](crate::Snapshot::undecodable)), never for the others.
 //!
 //! # A format of your own
 //!
