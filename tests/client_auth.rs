@@ -303,7 +303,7 @@ async fn given_a_cache_and_a_user_without_permission_then_a_directory_is_refused
     let folder = tempfile::TempDir::new()?;
     let open = async |client: &Client| {
         let builder = goo_etcd::Directory::builder(client, "greeter");
-        builder.cache_dir(folder.path()).build().await
+        builder.cache_dir(folder.path()).watch().await
     };
     let client = support::connect(etcd.endpoint()).await;
     client

@@ -262,7 +262,7 @@ async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_an
     put(&client, "a", "h:1").await?;
     client.put(key("b"), "", None).await?;
     let directory = Directory::builder(&client, "greeter").format(Careless);
-    let directory = directory.build().await?;
+    let directory = directory.watch().await?;
     assert_eq!(shown(&directory.snapshot()), ["a=h:1"]);
     assert_eq!(directory.snapshot().undecodable(), 1);
     client.put(key("a"), "", None).await?;

@@ -25,7 +25,7 @@ async fn lazy(etcd: &Etcd) -> goo_etcd::Result<Client> {
 
 async fn cached(client: &Client, folder: &Path) -> goo_etcd::Result<Directory> {
     let builder = Directory::builder(client, "greeter");
-    builder.cache_dir(folder).build().await
+    builder.cache_dir(folder).watch().await
 }
 
 /// All that is in the folder.

@@ -303,8 +303,8 @@ async fn given_10_000_instances_and_another_format_when_they_change_then_it_show
     let writer = connect(etcd.endpoint()).await;
     fill(&writer, INSTANCES, 100).await?;
     let client = connect(etcd.endpoint()).await;
-    let directory = Directory::builder(&client, "greeter").also(Kratos);
-    let directory = directory.build().await?;
+    let directory = Directory::builder(&client, "greeter").and_format(Kratos);
+    let directory = directory.watch().await?;
     let took = changes_take(&writer, &directory, address).await?;
     println!("changes {took:?}");
     assert!(took[24] < Duration::from_millis(50), "{took:?}");
@@ -470,10 +470,10 @@ fn watching_process() {
         }
         let directory = Directory::builder(&client, "greeter");
         let directory = match std::env::var(FORMATS).as_deref() {
-            Ok(TWO_FORMATS) => directory.also(Kratos),
+            Ok(TWO_FORMATS) => directory.and_format(Kratos),
             _ => directory,
         };
-        let directory = directory.build().await.unwrap();
+        let directory = directory.watch().await.unwrap();
         let consumed = Arc::new(Mutex::new((0, 0)));
         let consumer = {
             let (mut changes, consumed) = (directory.changes(), Arc::clone(&consumed));

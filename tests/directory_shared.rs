@@ -61,19 +61,19 @@ async fn given_other_settings_then_it_is_another_watch() -> TestResult {
     );
     let chosen: Arc<dyn Format> = Arc::new(EtcdNaming);
     let of = |service: &str| Directory::builder(&client, service);
-    let mut held = vec![of("greeter").build().await?];
+    let mut held = vec![of("greeter").watch().await?];
     // The same, said in other ways.
-    held.push(of("greeter").format(EtcdNaming).build().await?);
-    held.push(of("greeter").format(chosen).build().await?);
-    held.push(of("greeter").prefix("services").build().await?);
+    held.push(of("greeter").format(EtcdNaming).watch().await?);
+    held.push(of("greeter").format(chosen).watch().await?);
+    held.push(of("greeter").prefix("services").watch().await?);
     assert_eq!(watchers(&etcd).await?, 1);
-    held.push(of("greeter2").build().await?);
+    held.push(of("greeter2").watch().await?);
     assert_eq!(watchers(&etcd).await?, 2);
-    held.push(of("greeter").prefix("elsewhere").build().await?);
+    held.push(of("greeter").prefix("elsewhere").watch().await?);
     assert_eq!(watchers(&etcd).await?, 3);
-    held.push(of("greeter").format(Kratos).build().await?);
+    held.push(of("greeter").format(Kratos).watch().await?);
     assert_eq!(watchers(&etcd).await?, 4);
-    held.push(of("greeter").also(Kratos).build().await?);
+    held.push(of("greeter").and_format(Kratos).watch().await?);
     assert_eq!(watchers(&etcd).await?, 6);
     held.push(Directory::watch(&other, "greeter").await?);
     assert_eq!(watchers(&etcd).await?, 7);

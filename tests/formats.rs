@@ -56,7 +56,7 @@ async fn given_each_format_then_what_is_registered_is_found_and_called_and_leave
         let registrar = Registrar::builder(&client).format(layout.clone()).build()?;
         let directory = Directory::builder(&client, "greeter")
             .format(layout)
-            .build()
+            .watch()
             .await?;
         assert!(directory.snapshot().is_empty(), "{name}");
         let instance = Instance::new("greeter", server.address())
@@ -109,7 +109,7 @@ async fn given_two_go_zero_keys_with_one_address_then_it_is_one_endpoint_until_b
     client.put("user.rpc2/7", "10.0.0.6:8080", None).await?;
     let directory = Directory::builder(&client, "user.rpc")
         .format(GoZero)
-        .build()
+        .watch()
         .await?;
     let expected = ["10.0.0.5:8080=10.0.0.5:8080"];
     assert_eq!(shown(&directory.snapshot()), expected);
@@ -162,7 +162,7 @@ async fn given_a_go_zero_key_when_its_value_changes_then_the_new_address_is_call
     client.put("user.rpc/7", old.address(), None).await?;
     let directory = Directory::builder(&client, "user.rpc")
         .format(GoZero)
-        .build()
+        .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     assert_eq!(answering(&channel).await?, only(&old));
@@ -190,7 +190,7 @@ async fn given_go_zero_servers_that_come_and_leave_under_load_then_no_call_fails
     let mut running = start().await?;
     let directory = Directory::builder(&client, "user.rpc")
         .format(GoZero)
-        .build()
+        .watch()
         .await?;
     let channel = BalancedChannel::builder(directory).build()?;
     let calls = tokio::spawn(async move {
@@ -236,7 +236,7 @@ async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_
     put("none", &[]).await?;
     let directory = Directory::builder(&client, "greeter")
         .format(Kratos)
-        .build()
+        .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     assert_eq!(
@@ -282,7 +282,7 @@ async fn given_an_instance_that_says_tls_then_tonics_channel_never_talks_plainte
     client.put(key, value("grpcs"), None).await?;
     let directory = Directory::builder(&client, "greeter")
         .format(Kratos)
-        .build()
+        .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     let call = async || tokio::time::timeout(Duration::from_secs(1), answering(&channel)).await;
@@ -305,7 +305,7 @@ async fn given_kitex_instances_without_a_weight_then_it_is_10() -> TestResult {
     }
     let directory = Directory::builder(&client, "echo")
         .format(Kitex)
-        .build()
+        .watch()
         .await?;
     let weights: Vec<u32> = directory.snapshot().instances().map(|i| i.weight).collect();
     assert_eq!(weights, [10, 10, 66]);
@@ -331,7 +331,7 @@ async fn given_a_disabled_dubbo_go_instance_then_it_is_not_called_until_it_is_en
     put(&off, false, true).await?;
     let directory = Directory::builder(&client, "greeter")
         .format(DubboGo)
-        .build()
+        .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     assert_eq!(answering(&channel).await?, only(&on));
@@ -380,7 +380,7 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
             client.put(&*bad_key, *value, None).await?;
             let directory = Directory::builder(client, "a")
                 .format(format.clone())
-                .build()
+                .watch()
                 .await?;
             let snapshot = directory.snapshot();
             let of = format!("{}: {value}", format.name());
@@ -410,8 +410,8 @@ async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_tra
         .also(EtcdNaming)
         .build()?;
     let directory = Directory::builder(&client, "greeter")
-        .also(Kratos)
-        .build()
+        .and_format(Kratos)
+        .watch()
         .await?;
     let seen = Seen::by(&directory);
     let registration = registrar
@@ -580,9 +580,9 @@ async fn given_a_service_with_another_name_in_another_format_then_both_are_read_
         .also(staging.clone())
         .build()?;
     let directory = Directory::builder(&client, "user")
-        .also(go_zero)
-        .also(staging)
-        .build()
+        .and_format(go_zero)
+        .and_format(staging)
+        .watch()
         .await?;
     client.put("user.rpc/7", "h:7", None).await?;
     let _own = registrar
@@ -609,8 +609,8 @@ async fn given_a_running_server_that_changes_its_format_with_both_in_between_the
     let client = connect(etcd.endpoint()).await;
     let instance = Instance::new("greeter", "10.0.0.5:80");
     let directory = Directory::builder(&client, "greeter")
-        .also(Kratos)
-        .build()
+        .and_format(Kratos)
+        .watch()
         .await?;
     let mut discovery = directory.discover();
     let kratos = Registrar::builder(&client).format(Kratos).build()?;
@@ -683,8 +683,8 @@ async fn given_one_of_two_formats_that_may_not_be_read_any_more_then_the_other_g
     let root = login("root", "secret", etcd.endpoint()).await?;
     let app = login("app", "hunter2", proxy.endpoint()).await?;
     let directory = Directory::builder(&app, "greeter")
-        .also(Kratos)
-        .build()
+        .and_format(Kratos)
+        .watch()
         .await?;
     assert_eq!(shown(&directory.snapshot()), ["1=h:1", "2=h:2"]);
     assert!(directory.snapshot().freshness().is_live());
@@ -788,7 +788,7 @@ async fn given_a_format_of_ones_own_then_it_is_written_and_read_alone_and_beside
     client.put("own/greeter/more", "<h:2> <h:3>", None).await?;
     let alone = Directory::builder(&client, "greeter")
         .format(Bracketed)
-        .build()
+        .watch()
         .await?;
     let keys: Vec<String> = alone
         .snapshot()
@@ -805,8 +805,8 @@ async fn given_a_format_of_ones_own_then_it_is_written_and_read_alone_and_beside
     );
     let beside = Directory::builder(&client, "greeter")
         .format(GoZero)
-        .also(Bracketed)
-        .build()
+        .and_format(Bracketed)
+        .watch()
         .await?;
     assert_eq!(shown(&beside.snapshot()), ["h:1=h:1", "h:2=h:2", "h:3=h:3"]);
     Ok(())

@@ -165,9 +165,9 @@ async fn given_a_fleet_that_moves_from_kratos_to_the_default_format_under_load_t
 
     // A client that was not touched yet reads kratos' format; one that was reads both.
     let of_kratos = Directory::builder(&client, "greeter").format(Kratos);
-    let old = Load::start("kratos' format alone", of_kratos.build().await?);
-    let of_both = Directory::builder(&client, "greeter").also(Kratos);
-    let both = Load::start("both formats", of_both.build().await?);
+    let old = Load::start("kratos' format alone", of_kratos.watch().await?);
+    let of_both = Directory::builder(&client, "greeter").and_format(Kratos);
+    let both = Load::start("both formats", of_both.watch().await?);
 
     roll(&etcd, &mut fleet, Deploy::Both).await?;
     everyone.extend(addresses(&fleet));

@@ -85,7 +85,11 @@ async fn given_greeter_and_greeter2_then_a_client_of_greeter_neither_sees_nor_ca
     .await;
 
     for snapshot in seen.all() {
-        assert_eq!(snapshot.undecodable(), 0, "read as ours, and not understood");
+        assert_eq!(
+            snapshot.undecodable(),
+            0,
+            "read as ours, and not understood"
+        );
         for instance in snapshot.instances() {
             assert_eq!(instance.service, "greeter");
             assert_eq!(instance.address, ours.address());

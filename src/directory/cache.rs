@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use super::state::Machine;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
-use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, ModRevisions};
+use crate::snapshot::{Freshness, InstanceKey, Instances, ModRevisions, Snapshot};
 
 /// The least time between two writes: a service that changes all the time costs no more than this.
 const WRITE_EVERY: Duration = Duration::from_secs(1);

@@ -15,7 +15,7 @@ impl BalancedChannel {
     ///
     /// # Errors
     ///
-    /// Same as [`DirectoryBuilder::build`](crate::DirectoryBuilder::build).
+    /// Same as [`DirectoryBuilder::watch`](crate::DirectoryBuilder::watch).
     pub async fn connect(client: &Client, service: impl Into<String>) -> Result<Self> {
         let directory = Directory::watch(client, service).await?;
         Self::builder(directory).build()

@@ -20,7 +20,7 @@ mod driver;
 mod merge;
 #[cfg(test)]
 mod model;
-mod shared;
+mod registry;
 mod state;
 
 use std::collections::HashMap;
@@ -62,7 +62,7 @@ use crate::snapshot::Snapshot;
 ///
 /// # Several formats at once
 ///
-/// A directory may read several formats under several prefixes ([`DirectoryBuilder::also`]), which is
+/// A directory may read several formats under several prefixes ([`DirectoryBuilder::and_format`]), which is
 /// how a fleet moves from one to another without a flag day. Each is listed and watched on its own:
 /// one that fails is stale and the others go on. What they show is put together by address:
 ///
@@ -123,9 +123,9 @@ impl Directory {
     ///
     /// # Errors
     ///
-    /// As [`DirectoryBuilder::build`].
+    /// As [`DirectoryBuilder::watch`].
     pub async fn watch(client: &Client, service: impl Into<String>) -> Result<Self> {
-        Self::builder(client, service).build().await
+        Self::builder(client, service).watch().await
     }
 
     /// A directory of `service` with settings of its own.
@@ -185,7 +185,7 @@ impl fmt::Debug for Directory {
 
 /// Settings of a [`Directory`].
 #[derive(Debug, Clone)]
-#[must_use = "a builder does nothing until `build`"]
+#[must_use = "a builder does nothing until `watch`"]
 pub struct DirectoryBuilder {
     client: Client,
     service: String,
@@ -220,14 +220,14 @@ impl DirectoryBuilder {
     /// use goo_etcd::format::{GoZero, Kratos, Layout};
     ///
     /// let directory = Directory::builder(&client, "user")
-    ///     .also(Kratos)
-    ///     .also(Layout::new(GoZero).service("user.rpc"))
-    ///     .build()
+    ///     .and_format(Kratos)
+    ///     .and_format(Layout::new(GoZero).service("user.rpc"))
+    ///     .watch()
     ///     .await?;
     /// # Ok(())
     /// # }
     /// ```
-    pub fn also(mut self, layout: impl Into<Layout>) -> Self {
+    pub fn and_format(mut self, layout: impl Into<Layout>) -> Self {
         self.others.push(layout.into());
         self
     }
@@ -252,7 +252,7 @@ impl DirectoryBuilder {
     /// let client = Client::connect_lazy("main", Config::default()).await?;
     /// let directory = Directory::builder(&client, "greeter")
     ///     .cache_dir("/var/cache/my-service")
-    ///     .build()
+    ///     .watch()
     ///     .await?;
     /// let channel = BalancedChannel::builder(directory).build()?;
     /// # Ok(())
@@ -280,7 +280,7 @@ impl DirectoryBuilder {
     /// a cache's folder that cannot be made;
     /// whatever etcd answers to the first list of any of the formats, such as a missing permission; a
     /// time-out when it does not answer. Later failures are not errors but [`Freshness::Stale`](crate::Freshness::Stale).
-    pub async fn build(self) -> Result<Directory> {
+    pub async fn watch(self) -> Result<Directory> {
         validate_service(&self.service)?;
         let mut layouts = vec![self.layout.under(self.prefix)];
         layouts.extend(self.others);
@@ -288,8 +288,8 @@ impl DirectoryBuilder {
             validate_service(layout.service_here(&self.service))?;
         }
         let (client, service, cache_dir) = (self.client, self.service, self.cache_dir);
-        let key = shared::Key::new(&client, &service, &layouts, cache_dir.as_ref());
-        let inner = shared::join(key, || open(client, service, layouts, cache_dir)).await?;
+        let key = registry::Key::new(&client, &service, &layouts, cache_dir.as_ref());
+        let inner = registry::join(key, || open(client, service, layouts, cache_dir)).await?;
         Ok(Directory { inner })
     }
 }

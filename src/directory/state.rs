@@ -22,7 +22,7 @@ use std::time::SystemTime;
 use super::merge;
 use crate::format::{DecodeError, Format, KeyRange};
 use crate::instance::Instance;
-use crate::snapshot::{Freshness, InstanceKey, Instances, Snapshot, ModRevisions};
+use crate::snapshot::{Freshness, InstanceKey, Instances, ModRevisions, Snapshot};
 
 /// A key as a list page or an event shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
