@@ -142,7 +142,7 @@ pub(super) fn message_in(headers: &HeaderMap) -> String {
 /// refused with. Either refusal comes before anything is done, so this holds for writes too.
 pub(super) fn name_old_token(headers: &mut HeaderMap) {
     if code_in(headers) == Some(Code::InvalidArgument)
-        && message_in(headers).contains(super::OLD_TOKEN)
+        && message_in(headers).contains(super::handle::OLD_TOKEN)
     {
         let code = HeaderValue::from(Code::Unauthenticated as i32);
         headers.insert(GRPC_STATUS, code);

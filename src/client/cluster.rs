@@ -5,8 +5,9 @@ use etcd_client::{
     MemberRemoveResponse, MemberUpdateResponse, StatusResponse,
 };
 
+use super::handle::Client;
+use super::members;
 use super::wire::Route;
-use super::{Client, members};
 use crate::error::Result;
 
 /// The cluster's members. Errors as for [`Client::put`].

@@ -5,7 +5,7 @@ use etcd_client::{
     PutOptions, PutResponse,
 };
 
-use super::{Client, shown};
+use super::handle::{Client, shown};
 use crate::error::Result;
 
 /// Keys and values. Each call fails with [`Error::Timeout`](crate::Error::Timeout) after

@@ -2,7 +2,7 @@
 
 use etcd_client::{Compare, TxnOp, TxnResponse};
 
-use super::Client;
+use super::handle::Client;
 use crate::error::Result;
 
 /// A transaction: if all comparisons hold, the `and_then` operations, otherwise the `or_else`

@@ -2,8 +2,8 @@
 
 use etcd_client::Compare;
 
-use super::Client;
-use super::claim::Claim;
+use super::queue::Claim;
+use crate::client::handle::Client;
 use crate::error::{Error, Result};
 
 /// A lock that is held, from [`Client::lock`].

@@ -4,12 +4,13 @@ use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use etcd_client::{Compare, GetOptions, SortOrder, SortTarget};
+use etcd_client::{Compare, GetOptions, KeyValue, SortOrder, SortTarget};
 use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 
-use super::claim::{Claim, queue};
-use super::{Client, KeyValue, Watch, WatchOptions};
+use super::queue::{Claim, queue};
 use crate::backoff::Backoff;
+use crate::client::handle::Client;
+use crate::client::watch::{Watch, WatchOptions};
 use crate::error::{Error, Result};
 
 /// Being the leader, from [`Client::campaign`].

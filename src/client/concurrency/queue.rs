@@ -8,15 +8,20 @@ use std::fmt;
 use std::future::Future;
 use std::time::Duration;
 
-use etcd_client::{Compare, CompareOp, GetOptions, SortOrder, SortTarget, TxnOp, TxnOpResponse};
+use etcd_client::{
+    Compare, CompareOp, GetOptions, KeyValue, PutOptions, SortOrder, SortTarget, TxnOp,
+    TxnOpResponse, WatchFilterType,
+};
 use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
-use super::{Client, KeepAlive, KeyValue, PutOptions, WatchFilterType, WatchOptions, shown};
 use crate::backoff::Backoff;
+use crate::client::handle::{Client, shown};
+use crate::client::keep_alive::KeepAlive;
+use crate::client::watch::WatchOptions;
 use crate::error::{Error, Result};
 
 /// A claim, while it is not given up. Dropped, it is: in the background, as well as that goes.

@@ -6,7 +6,8 @@ use etcd_client::{Event, GetOptions, WatchStream};
 use tokio::time::{Instant, sleep, sleep_until};
 use tonic::{Code, Status};
 
-use super::{Client, WatchOptions, WatchResponse, shown};
+use super::options::{WatchOptions, WatchResponse};
+use crate::client::handle::{Client, OLD_TOKEN, shown};
 use crate::error::{Error, Result};
 
 /// How long a stream may be silent before etcd is asked whether it is still there: often enough
@@ -337,7 +338,7 @@ fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
 
 fn reason_status(reason: &str) -> Status {
     // The texts of etcd's `rpctypes`.
-    let code = if reason.contains("invalid auth token") || reason.contains(super::OLD_TOKEN) {
+    let code = if reason.contains("invalid auth token") || reason.contains(OLD_TOKEN) {
         Code::Unauthenticated
     } else if reason.contains("permission denied") {
         Code::PermissionDenied

@@ -1,5 +1,8 @@
 //! A watch that resumes by itself.
 
+mod options;
+mod raw;
+
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -9,9 +12,12 @@ use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use tokio::time::{Instant, sleep};
 use tonic::Code;
 
-use super::{Client, RawWatch, WatchOptions, WatchResponse};
+use super::handle::Client;
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
+
+pub use options::{WatchOptions, WatchResponse};
+pub(crate) use raw::RawWatch;
 
 /// A stream that lived this long was no part of the trouble before it; the pauses start anew.
 const SETTLED: Duration = Duration::from_secs(10);

@@ -1,0 +1,8 @@
+//! Locks and elections, as in Go's `go.etcd.io/etcd/client/v3/concurrency`.
+
+mod election;
+mod lock;
+mod queue;
+
+pub use election::{Leaders, Leadership};
+pub use lock::Lock;
