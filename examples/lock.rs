@@ -1,4 +1,4 @@
-//! Work that only one process may do at a time. `cargo run --example lock`, several times at once.
+//! Work that only one process may do at a time. Run `cargo run --example lock` several times at once.
 
 use std::time::Duration;
 
@@ -6,24 +6,26 @@ use goo_etcd::{Client, Config, TxnOp};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("lock", Config::from_env()?).await?;
-    // 10 s after this process was last heard of, another may have it.
-    let lock = client.lock("nightly-report", 10).await?;
+    let client = Client::connect("lock", Config::from_env()?).await?;
+    // If this process dies, another one gets the lock after 10 s.
+    let lock = client
+        .lock("nightly-report", Duration::from_secs(10))
+        .await?;
     println!("locked");
     tokio::select! {
         () = work() => {}
-        // The work stops: it is not ours any more.
-        why = lock.lost() => return Err(why),
+        // The work stops, because another process may hold the lock now.
+        reason = lock.lost() => return Err(reason),
     }
-    // What must not be done twice is done only while the lock is held, as etcd sees it.
+    // etcd executes the write only if this process holds the lock at that moment.
     let done = TxnOp::put("report", "done", None);
-    let answer = client
+    let response = client
         .txn()
-        .when([lock.guard()])
+        .when([lock.ownership()])
         .and_then([done])
         .commit()
         .await?;
-    println!("written: {}", answer.succeeded());
+    println!("written: {}", response.succeeded());
     lock.unlock().await?;
     println!("unlocked");
     client.close().await

@@ -1,74 +1,79 @@
-//! The named clients of this process: connected once at start, found by name everywhere, closed
-//! together on exit.
+//! The named clients of this process.
+//!
+//! Connect each client once at startup with [`register`] or [`register_default`], find it by name
+//! everywhere with [`get_client`] or [`default`], and close all of them on exit with [`close_all`].
+//! All functions are also exported at the root of the crate.
+//!
+//! ```no_run
+//! # async fn example() -> goo_etcd::Result<()> {
+//! use goo_etcd::{Config, clients};
+//!
+//! clients::register_default(Config::default()).await?;
+//! let other = Config::builder().endpoints(["etcd.other:2379"]).build()?;
+//! clients::register("other", other).await?;
+//!
+//! clients::default()?.put("here", "1", None).await?;
+//! clients::get_client("other")?.put("there", "1", None).await?;
+//! clients::close_all().await?;
+//! # Ok(())
+//! # }
+//! ```
 
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use parking_lot::RwLock;
 
 use crate::client::Client;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// The name under which [`register_default`] registers.
+/// The name that [`register_default`] uses.
 const DEFAULT: &str = "default";
 
 static CLIENTS: Registry = Registry(RwLock::new(Clients::new()));
 
-/// Connects a client and keeps it under this name.
-///
-/// Dropping the future registers nothing.
+/// Connects a client and registers it under this name. Dropping the future registers nothing.
 ///
 /// # Errors
 ///
-/// [`Error::ClientAlreadyRegistered`] when there is one of this name, which stays in place;
-/// [`Error::Closed`] when [`close_all`] was called meanwhile, and then nothing is kept; otherwise those of
-/// [`Client::new`].
-///
-/// ```no_run
-/// # async fn example() -> goo_etcd::Result<()> {
-/// use goo_etcd::Config;
-///
-/// goo_etcd::register_default(Config::default()).await?;
-/// let other = Config::builder().endpoints(["etcd.other:2379"]).build()?;
-/// goo_etcd::register("other", other).await?;
-///
-/// goo_etcd::default()?.put("here", "1", None).await?;
-/// goo_etcd::get_client("other")?.put("there", "1", None).await?;
-/// goo_etcd::close_all().await?;
-/// # Ok(())
-/// # }
-/// ```
+/// - [`Error::ClientAlreadyRegistered`]: the name is taken. The registered client stays.
+/// - [`Error::Closed`]: [`close_all`] was called while the client was connecting. The client is
+///   closed.
+/// - The errors of [`Client::connect`].
 pub async fn register(name: impl Into<String>, config: Config) -> Result<()> {
     CLIENTS.register(name.into(), config, false).await
 }
 
-/// Connects a client, keeps it under the name `default`, and makes it the default one.
+/// Connects a client, registers it under the name `default`, and makes it the default client.
 ///
 /// # Errors
 ///
-/// As for [`register`].
+/// The errors of [`register`].
 pub async fn register_default(config: Config) -> Result<()> {
     CLIENTS.register(DEFAULT.to_owned(), config, true).await
 }
 
-/// Forgets the client of this name and closes it, for everyone who holds a clone. If it was the
-/// default one, there is none then.
+/// Removes the client of this name and closes it and all its clones. If it was the default client,
+/// no client is the default afterwards.
 ///
 /// # Errors
 ///
-/// [`Error::UnknownClient`]; what [`Client::close`] fails with, and it is forgotten even so.
+/// - [`Error::UnknownClient`]: no client has this name.
+/// - The errors of [`Client::close`]. The client is removed nevertheless.
 pub async fn unregister(name: impl AsRef<str>) -> Result<()> {
-    let client = CLIENTS.write().remove(name.as_ref())?;
+    let client = CLIENTS.0.write().remove(name.as_ref())?;
     client.close().await
 }
 
-/// Forgets the default client and closes it; there is none then.
+/// Removes the default client and closes it. No client is the default afterwards.
 ///
 /// # Errors
 ///
-/// [`Error::NoDefaultClient`]; otherwise as for [`unregister`].
+/// - [`Error::NoDefaultClient`]: no client is the default.
+/// - The errors of [`unregister`].
 pub async fn unregister_default() -> Result<()> {
     let client = {
-        let mut clients = CLIENTS.write();
+        let mut clients = CLIENTS.0.write();
         let name = clients.default_name()?.to_owned();
         clients.remove(&name)?
     };
@@ -79,31 +84,31 @@ pub async fn unregister_default() -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::UnknownClient`], with the names that are known.
+/// [`Error::UnknownClient`], which lists the registered names.
 pub fn get_client(name: impl AsRef<str>) -> Result<Client> {
-    CLIENTS.read().get(name.as_ref()).cloned()
+    CLIENTS.0.read().get(name.as_ref()).cloned()
 }
 
-/// Makes the client of this name the default one.
+/// Makes the client of this name the default client.
 ///
 /// # Errors
 ///
-/// [`Error::UnknownClient`]; the default stays as it was.
+/// [`Error::UnknownClient`]. The default client does not change.
 pub fn set_default(name: impl AsRef<str>) -> Result<()> {
-    CLIENTS.write().set_default(name.as_ref())
+    CLIENTS.0.write().set_default(name.as_ref())
 }
 
-/// The default client: the one of [`register_default`], or of the last [`set_default`].
+/// The default client: the client of [`register_default`], or of the latest [`set_default`].
 ///
 /// # Errors
 ///
 /// [`Error::NoDefaultClient`].
 pub fn default() -> Result<Client> {
-    let clients = CLIENTS.read();
+    let clients = CLIENTS.0.read();
     clients.get(clients.default_name()?).cloned()
 }
 
-/// The `etcd-client` beneath the default client.
+/// The raw `etcd-client` of the default client, as from [`Client::client`].
 ///
 /// # Errors
 ///
@@ -112,51 +117,48 @@ pub fn get_default_client() -> Result<etcd_client::Client> {
     Ok(default()?.client())
 }
 
-/// Closes all clients and forgets them, those included that are just being registered. One that fails
-/// keeps none of the others open.
+/// Removes and closes all clients, including clients that are still connecting. A client that fails
+/// to close does not keep the others open.
 ///
 /// # Errors
 ///
-/// [`Error::CloseAll`] with each failure; all are closed and forgotten even so.
+/// [`Error::CloseAll`] with each failure. All clients are removed and closed nevertheless.
 pub async fn close_all() -> Result<()> {
     CLIENTS.close_all().await
 }
 
-/// Tests the default client's connection, as [`Client::ping`].
+/// Tests the connection of the default client, as [`Client::ping`] does.
 ///
 /// # Errors
 ///
-/// [`Error::NoDefaultClient`]; otherwise those of [`Client::ping`].
+/// - [`Error::NoDefaultClient`]: no client is the default.
+/// - The errors of [`Client::ping`].
 pub async fn ping() -> Result<()> {
     default()?.ping().await
 }
 
-/// The lock is held for lookups in memory only, never while anything is awaited.
+/// The clients of the process. The lock is held for lookups in memory, never across an await.
 struct Registry(RwLock<Clients>);
 
 struct Clients {
     by_name: BTreeMap<String, Client>,
     /// A name in `by_name`.
     default: Option<String>,
-    /// How often all were closed: who has begun to register before that must not come after it.
-    closed: u64,
+    /// The number of calls of [`close_all`]. A client that started to connect before such a call
+    /// must not be added after it.
+    close_count: u64,
 }
 
 impl Registry {
-    // Nothing under this lock can panic half-way through a change, so a poisoned one is sound.
-    fn read(&self) -> RwLockReadGuard<'_, Clients> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Clients> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
     async fn register(&self, name: String, config: Config, as_default: bool) -> Result<()> {
-        let begun = self.read().vacant(&name)?;
-        let client = Client::new(name, config).await?;
-        // Another may have taken the name meanwhile, and then that one stays; or all were closed.
-        let added = self.write().add(client.clone(), begun, as_default);
+        let close_count = {
+            let clients = self.0.read();
+            clients.ensure_vacant(&name)?;
+            clients.close_count
+        };
+        let client = Client::connect(name, config).await?;
+        // Meanwhile the name may have been taken, or all clients closed.
+        let added = self.0.write().add(client.clone(), close_count, as_default);
         if added.is_err() {
             client.close().await?;
         }
@@ -164,12 +166,12 @@ impl Registry {
     }
 
     async fn close_all(&self) -> Result<()> {
-        let clients = self.write().take();
+        let clients = self.0.write().take_all();
         close_each(clients, async |client| client.close().await).await
     }
 }
 
-/// Each in turn, whether or not those before it fail.
+/// Closes one client after the other, whether or not earlier ones fail.
 async fn close_each<C>(
     clients: BTreeMap<String, C>,
     close: impl AsyncFn(C) -> Result<()>,
@@ -191,38 +193,38 @@ impl Clients {
         Clients {
             by_name: BTreeMap::new(),
             default: None,
-            closed: 0,
+            close_count: 0,
         }
     }
 
-    fn known(&self) -> Vec<String> {
+    fn names(&self) -> Vec<String> {
         self.by_name.keys().cloned().collect()
     }
 
-    fn unknown(&self, name: &str) -> Error {
+    fn unknown_client(&self, name: &str) -> Error {
         Error::UnknownClient {
             name: name.to_owned(),
-            known: self.known(),
+            known: self.names(),
         }
     }
 
-    /// That there is none of this name, and as of when.
-    fn vacant(&self, name: &str) -> Result<u64> {
+    fn ensure_vacant(&self, name: &str) -> Result<()> {
         if self.by_name.contains_key(name) {
             return Err(Error::ClientAlreadyRegistered {
                 name: name.to_owned(),
             });
         }
-        Ok(self.closed)
+        Ok(())
     }
 
-    fn add(&mut self, client: Client, begun: u64, as_default: bool) -> Result<()> {
-        if begun != self.closed {
+    /// Adds a client that started to connect when `close_count` had this value.
+    fn add(&mut self, client: Client, close_count: u64, as_default: bool) -> Result<()> {
+        if close_count != self.close_count {
             return Err(Error::Closed {
                 name: client.name().to_owned(),
             });
         }
-        self.vacant(client.name())?;
+        self.ensure_vacant(client.name())?;
         if as_default {
             self.default = Some(client.name().to_owned());
         }
@@ -230,15 +232,16 @@ impl Clients {
         Ok(())
     }
 
-    /// All of them, to be closed.
-    fn take(&mut self) -> BTreeMap<String, Client> {
-        self.closed += 1;
+    fn take_all(&mut self) -> BTreeMap<String, Client> {
+        self.close_count += 1;
         self.default = None;
         std::mem::take(&mut self.by_name)
     }
 
     fn get(&self, name: &str) -> Result<&Client> {
-        self.by_name.get(name).ok_or_else(|| self.unknown(name))
+        self.by_name
+            .get(name)
+            .ok_or_else(|| self.unknown_client(name))
     }
 
     fn remove(&mut self, name: &str) -> Result<Client> {
@@ -249,7 +252,7 @@ impl Clients {
                 }
                 Ok(client)
             }
-            None => Err(self.unknown(name)),
+            None => Err(self.unknown_client(name)),
         }
     }
 
@@ -257,7 +260,7 @@ impl Clients {
         self.default
             .as_deref()
             .ok_or_else(|| Error::NoDefaultClient {
-                known: self.known(),
+                known: self.names(),
             })
     }
 
@@ -270,15 +273,15 @@ impl Clients {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
 
     use super::*;
 
     #[tokio::test]
-    async fn given_some_that_fail_to_close_then_all_are_closed_and_each_failure_is_told() {
+    async fn close_each_reports_every_failure() {
         let closed = Mutex::new(Vec::new());
         let close = async |client: u8| {
-            closed.lock().unwrap().push(client);
+            closed.lock().push(client);
             match client % 2 {
                 0 => Ok(()),
                 _ => Err(Error::invalid("farewell", client.to_string(), "no")),
@@ -287,7 +290,7 @@ mod tests {
         let clients = [("a", 1), ("b", 2), ("c", 3), ("d", 4)];
         let clients = clients.map(|(name, client)| (name.to_owned(), client));
         let error = close_each(clients.into(), close).await.unwrap_err();
-        assert_eq!(*closed.lock().unwrap(), [1, 2, 3, 4]);
+        assert_eq!(*closed.lock(), [1, 2, 3, 4]);
         let text = error.to_string();
         for part in ["\"a\" (invalid farewell", "\"c\" (invalid farewell"] {
             assert!(text.contains(part), "{text}");

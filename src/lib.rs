@@ -20,7 +20,7 @@
 //! # async fn serve(greeter: impl Greeter) -> Result<(), Box<dyn std::error::Error>> {
 //! // Bound before it registers: whoever finds it can connect.
 //! let incoming = TcpIncoming::bind("0.0.0.0:50051".parse()?)?;
-//! let client = Client::new("server", Config::from_env()?).await?;
+//! let client = Client::connect("server", Config::from_env()?).await?;
 //! let registration = Registrar::new(&client)
 //!     .register(Instance::new("greeter", "10.0.0.5:50051").zone("eu-1a"))
 //!     .await?;
@@ -44,7 +44,7 @@
 //! use helloworld::greeter::{HelloRequest, greeter_client::GreeterClient};
 //!
 //! # async fn greet() -> Result<(), Box<dyn std::error::Error>> {
-//! let client = Client::new("client", Config::from_env()?).await?;
+//! let client = Client::connect("client", Config::from_env()?).await?;
 //! let channel = BalancedChannel::connect(&client, "greeter").await?;
 //! let mut greeter = GreeterClient::new(channel);
 //! let reply = greeter.say_hello(HelloRequest { name: "you".into() }).await?;
@@ -58,7 +58,7 @@
 //! - [`Directory::balance_channel`] feeds tonic's own balancing, [`Directory::discover`] a tower
 //!   balancer of yours, and [`Directory::changes`] anything else.
 //! - [`Client`] is etcd itself: keys, leases, transactions, locks, elections, watches ([`Watch`] resumes by itself). The
-//!   clients of a process can have names: [`register`], [`get_client`], [`close_all`].
+//!   clients of a process can have names: see [`clients`].
 //! - [`Config`] comes from code, from the [environment](Config::from_env), or from a file through serde.
 //! - [`mod@format`] is how an instance is written in etcd: by default as Go's
 //!   `go.etcd.io/etcd/client/v3/naming` does, or as go-zero, kratos, kitex, go-micro or dubbo-go do, or
@@ -77,7 +77,7 @@
 mod backoff;
 pub mod balance;
 pub mod client;
-mod clients;
+pub mod clients;
 mod config;
 mod directory;
 mod error;
@@ -96,6 +96,7 @@ pub use client::{
     Leaders, Leadership, Lock, PutOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, Watch,
     WatchOptions, WatchResponse,
 };
+#[doc(no_inline)]
 pub use clients::{
     close_all, default, get_client, get_default_client, ping, register, register_default,
     set_default, unregister, unregister_default,

@@ -244,7 +244,7 @@ async fn given_a_client_that_waits_for_nobody_then_its_first_calls_authenticate_
     let etcd = Etcd::start().await?;
     secure(&etcd).await?;
     let before = authentications(&etcd).await?;
-    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2"))?;
     assert_eq!(authentications(&etcd).await?, before);
     let puts = (0..64).map(|n| client.put(format!("app/{n}"), "1", None));
     futures::future::try_join_all(puts).await?;
@@ -274,7 +274,7 @@ async fn given_a_client_that_waits_for_nobody_and_a_wrong_password_then_each_cal
     let etcd = Etcd::start().await?;
     secure(&etcd).await?;
     let before = authentications(&etcd).await?;
-    let client = Client::connect_lazy("wrong", user(vec![etcd.endpoint()], "hunter3")).await?;
+    let client = Client::connect_lazy("wrong", user(vec![etcd.endpoint()], "hunter3"))?;
     for done in 1..4 {
         let error = client.get("app/a", None).await.unwrap_err();
         let text = format!("{error} {error:?} {client:?}");
@@ -290,7 +290,7 @@ async fn given_a_client_that_waits_for_nobody_and_a_wrong_password_then_each_cal
 async fn given_a_client_that_waits_for_nobody_when_etcd_asks_for_no_user_then_it_goes_on_without()
 -> TestResult {
     let etcd = Etcd::start().await?;
-    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2"))?;
     client.put("other", "1", None).await?;
     assert_eq!(client.get("other", None).await?.count(), 1);
     Ok(())
@@ -317,7 +317,7 @@ async fn given_a_cache_and_a_user_without_permission_then_a_directory_is_refused
     drop((directory, client));
     secure(&etcd).await?;
     // Of the same name, so that it finds the file.
-    let client = Client::connect_lazy("test", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let client = Client::connect_lazy("test", user(vec![etcd.endpoint()], "hunter2"))?;
     let refused = open(&client).await.unwrap_err();
     assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
     Ok(())
@@ -381,7 +381,7 @@ async fn given_a_token_that_expires_between_two_renewals_then_the_lease_is_kept(
         }
         drop(kept);
         // And a lock, which would be told that it is lost.
-        let lock = client.lock("app/lock", 12).await?;
+        let lock = client.lock("app/lock", Duration::from_secs(12)).await?;
         sleep(Duration::from_secs(14)).await;
         assert!(lock.is_held());
         lock.unlock().await?;
@@ -397,7 +397,7 @@ async fn given_a_user_when_authentication_is_turned_on_later_then_all_goes_on() 
         let etcd = builder.start().await?;
         let config = user(vec![etcd.endpoint()], "hunter2");
         let early = Client::new("early", config.clone()).await?;
-        let lazy = Client::connect_lazy("lazy", config).await?;
+        let lazy = Client::connect_lazy("lazy", config)?;
         let mut watches = Vec::new();
         let mut kept = Vec::new();
         for client in [&early, &lazy] {

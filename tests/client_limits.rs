@@ -3,6 +3,8 @@
 #[allow(dead_code, reason = "each file of tests uses a part of it")]
 mod support;
 
+use std::time::Duration;
+
 use futures::StreamExt;
 use goo_etcd::client::LeaseTimeToLiveOptions;
 use goo_etcd::testing::{Etcd, Proxy};
@@ -44,7 +46,13 @@ async fn given_a_request_over_the_limit_then_every_call_says_so_and_the_client_g
     names_the_limit(client.watch(large.clone(), None).await, field, 1000);
     let urls = ["http://a".repeat(200)];
     names_the_limit(client.member_add(urls).await, field, 1000);
-    names_the_limit(client.campaign("e", large.clone(), 60).await, field, 1000);
+    names_the_limit(
+        client
+            .campaign("e", large.clone(), Duration::from_secs(60))
+            .await,
+        field,
+        1000,
+    );
     // etcd-client's own calls as well.
     let raw = client.client().lock(large, None).await.unwrap_err();
     assert!(raw.to_string().contains(field), "{raw}");

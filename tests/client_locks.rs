@@ -33,7 +33,7 @@ async fn given_many_that_want_a_lock_then_each_holds_it_alone_while_members_die(
         let enough = enough.clone();
         tasks.spawn(async move {
             while !enough.load(Ordering::SeqCst) {
-                let lock = client.lock("busy", 30).await.unwrap();
+                let lock = client.lock("busy", Duration::from_secs(30)).await.unwrap();
                 assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0);
                 sleep(Duration::from_millis(20)).await;
                 assert!(lock.is_held());
@@ -103,11 +103,16 @@ async fn given_leases_just_granted_then_none_is_said_to_be_gone_whoever_leads() 
 async fn given_a_lock_then_others_wait_for_it_those_of_etcd_too_and_get_it_in_turn() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
-    let first = client.lock("l", 10).await?;
-    assert!(client.try_lock("l", 10).await?.is_none());
+    let first = client.lock("l", Duration::from_secs(10)).await?;
+    assert!(
+        client
+            .try_lock("l", Duration::from_secs(10))
+            .await?
+            .is_none()
+    );
     let second = tokio::spawn({
         let client = client.clone();
-        async move { client.lock("l", 10).await }
+        async move { client.lock("l", Duration::from_secs(10)).await }
     });
     eventually("it is in the queue", async || {
         let prefix = GetOptions::new().with_prefix();
@@ -134,9 +139,12 @@ async fn given_a_lock_then_others_wait_for_it_those_of_etcd_too_and_get_it_in_tu
     soon("the third has it", third).await??;
     // And whoever gives up waiting leaves the queue.
     assert!(
-        timeout(Duration::from_millis(300), client.lock("l", 60))
-            .await
-            .is_err()
+        timeout(
+            Duration::from_millis(300),
+            client.lock("l", Duration::from_secs(60))
+        )
+        .await
+        .is_err()
     );
     eventually("nobody waits", async || {
         leases(&etcd).await.unwrap() == [lease]
@@ -149,10 +157,14 @@ async fn given_a_lock_then_others_wait_for_it_those_of_etcd_too_and_get_it_in_tu
 async fn given_a_lock_whose_lease_is_lost_then_it_says_so_and_its_guard_fails() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
-    let lock = client.lock("l", 3).await?;
+    let lock = client.lock("l", Duration::from_secs(3)).await?;
     let guarded = |lock: &goo_etcd::Lock| {
         let put = TxnOp::put("report", "mine", None);
-        client.txn().when([lock.guard()]).and_then([put]).commit()
+        client
+            .txn()
+            .when([lock.ownership()])
+            .and_then([put])
+            .commit()
     };
     assert!(guarded(&lock).await?.succeeded());
     assert!(
@@ -172,7 +184,7 @@ async fn given_a_lock_whose_lease_is_lost_then_it_says_so_and_its_guard_fails() 
     lock.unlock().await?;
 
     // Cut off from etcd for the whole TTL, it may be somebody else's.
-    let lock = client.lock("l", 3).await?;
+    let lock = client.lock("l", Duration::from_secs(3)).await?;
     etcd.kill().await?;
     let why = soon("it is lost", lock.lost()).await;
     assert!(matches!(why, Error::LeaseUnconfirmed { .. }), "{why}");
@@ -199,14 +211,17 @@ async fn given_a_waiter_that_lost_its_place_then_it_ends_and_is_not_given_the_lo
     let client = connect(etcd.endpoint()).await;
     for deleted in [false, true] {
         for campaigns in [false, true] {
-            let first = client.lock("l", 60).await?;
+            let first = client.lock("l", Duration::from_secs(60)).await?;
             let waiting = tokio::spawn({
                 let client = client.clone();
                 async move {
                     if campaigns {
-                        client.campaign("l", "me", 60).await.map(drop)
+                        client
+                            .campaign("l", "me", Duration::from_secs(60))
+                            .await
+                            .map(drop)
                     } else {
-                        client.lock("l", 60).await.map(drop)
+                        client.lock("l", Duration::from_secs(60)).await.map(drop)
                     }
                 }
             });
@@ -242,18 +257,21 @@ async fn given_a_key_that_somebody_deletes_then_its_lock_or_leadership_is_lost_a
 -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
-    let lock = client.lock("l", 60).await?;
+    let lock = client.lock("l", Duration::from_secs(60)).await?;
     client.delete(lock.key(), None).await?;
     let why = timeout(Duration::from_secs(10), lock.lost()).await?;
     assert_eq!(why.code(), Some(Code::FailedPrecondition), "{why}");
     assert!(!lock.is_held());
     // The next one is not kept waiting for that lease.
-    let next = client.try_lock("l", 60).await?.ok_or("it is free")?;
+    let next = client
+        .try_lock("l", Duration::from_secs(60))
+        .await?
+        .ok_or("it is free")?;
     assert!(next.is_held());
     lock.unlock().await?;
     assert!(next.is_held());
 
-    let leader = client.campaign("e", "me", 60).await?;
+    let leader = client.campaign("e", "me", Duration::from_secs(60)).await?;
     leader.proclaim("still me").await?;
     assert!(leader.is_held());
     client.delete(leader.key(), None).await?;
@@ -271,13 +289,16 @@ async fn given_a_holder_cut_off_from_etcd_then_it_knows_before_another_has_the_l
 {
     let etcd = Etcd::start().await?;
     let way = Proxy::start(etcd.endpoint()).await?;
-    let lock = connect(way.endpoint()).await.lock("l", 10).await?;
+    let lock = connect(way.endpoint())
+        .await
+        .lock("l", Duration::from_secs(10))
+        .await?;
     way.cut().await;
     let other = connect(etcd.endpoint()).await;
     let theirs = soon("it is free", async {
         loop {
             // On a machine that is busy a try may take too long.
-            if let Ok(Some(theirs)) = other.try_lock("l", 10).await {
+            if let Ok(Some(theirs)) = other.try_lock("l", Duration::from_secs(10)).await {
                 return theirs;
             }
             sleep(Duration::from_millis(20)).await;
@@ -403,7 +424,7 @@ async fn given_an_etcd_without_room_then_a_lease_that_is_gone_is_said_to_be() ->
     let client = connect(etcd.endpoint()).await;
     let lease = client.grant(3).await?.id();
     let mut kept = client.keep_alive(lease).await?;
-    let lock = client.lock("l", 3).await?;
+    let lock = client.lock("l", Duration::from_secs(3)).await?;
     etcd.client()
         .await?
         .alarm(AlarmAction::Activate, AlarmType::Nospace, None)
@@ -466,11 +487,17 @@ async fn given_an_election_then_all_see_who_leads_with_which_value() -> TestResu
         leader.value_str().unwrap().to_owned()
     };
     assert!(client.leader("e").await?.is_none());
-    let first = client.campaign("e", "first", 10).await?;
+    let first = client
+        .campaign("e", "first", Duration::from_secs(10))
+        .await?;
     assert_eq!(next().await, "first");
     let second = tokio::spawn({
         let client = client.clone();
-        async move { client.campaign("e", "second", 10).await }
+        async move {
+            client
+                .campaign("e", "second", Duration::from_secs(10))
+                .await
+        }
     });
     first.proclaim("first still").await?;
     assert_eq!(next().await, "first still");
@@ -481,7 +508,7 @@ async fn given_an_election_then_all_see_who_leads_with_which_value() -> TestResu
     );
     assert!(!second.is_finished());
 
-    let of_old = first.guard();
+    let of_old = first.ownership();
     first.resign().await?;
     let second = soon("the second leads", second).await??;
     assert_eq!(next().await, "second");

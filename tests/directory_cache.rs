@@ -20,7 +20,7 @@ async fn lazy(etcd: &Etcd) -> goo_etcd::Result<Client> {
         .endpoints([etcd.endpoint()])
         .request_timeout(Duration::from_secs(2))
         .build()?;
-    Client::connect_lazy("main", config).await
+    Client::connect_lazy("main", config)
 }
 
 async fn cached(client: &Client, folder: &Path) -> goo_etcd::Result<Directory> {

@@ -115,7 +115,7 @@ async fn given_one_that_failed_or_was_closed_then_the_next_is_made_anew() -> Tes
         .endpoints([etcd.endpoint()])
         .request_timeout(Duration::from_millis(500))
         .build()?;
-    let client = Client::connect_lazy("main", config).await?;
+    let client = Client::connect_lazy("main", config)?;
     etcd.kill().await?;
     let failed = Directory::watch(&client, "greeter").await;
     assert!(failed.is_err(), "{failed:?}");

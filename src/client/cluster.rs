@@ -10,17 +10,24 @@ use super::members;
 use super::wire::Route;
 use crate::error::Result;
 
-/// The cluster's members. Errors as for [`Client::put`].
+/// The cluster's members. The calls fail like [`Client::put`].
 impl Client {
-    /// The status of the member at this endpoint, and of no other: it is asked over a connection
-    /// of its own. The endpoint is written as in [`Config::endpoints`](crate::Config::endpoints)
-    /// and need not be one of them. TLS and the user are as configured. From 3.5.28 and 3.6.9 on etcd tells it
-    /// only to root where it asks for users, as it does with [`member_list`](Self::member_list).
+    /// The status of the member at this endpoint, over a separate connection to it.
+    ///
+    /// The endpoint has the form of [`Config::endpoints`](crate::Config::endpoints) and need not be
+    /// one of them. TLS and the user are as configured. With authentication enabled, etcd from
+    /// 3.5.28 and 3.6.9 on answers only the root user, here and in
+    /// [`member_list`](Self::member_list).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for an endpoint that cannot be parsed, and the
+    /// errors of [`Client::put`].
     pub async fn status(&self, endpoint: impl AsRef<str>) -> Result<StatusResponse> {
         let endpoint = endpoint.as_ref();
         let operation = || format!("status of {endpoint}");
         let route = Route {
-            // Its connection ends with the call.
+            // The connection is closed after the call.
             only: Some(members::only(&self.inner.config, endpoint)?),
             tried: None,
         };
@@ -28,31 +35,31 @@ impl Client {
         self.call(operation, route.of(maintenance.status())).await
     }
 
-    /// The members of the cluster.
+    /// Lists the members of the cluster.
     pub async fn member_list(&self) -> Result<MemberListResponse> {
         let mut cluster = self.inner.transport.cluster.clone();
         self.call(|| "list members".to_owned(), cluster.member_list())
             .await
     }
 
-    /// Adds a voting member that will be reached by its peers under these URLs.
+    /// Adds a voting member, which its peers reach under these URLs.
     pub async fn member_add<U: Into<String>>(
         &self,
         peer_urls: impl IntoIterator<Item = U>,
     ) -> Result<MemberAddResponse> {
-        self.add(peer_urls, None).await
+        self.add_member(peer_urls, None).await
     }
 
-    /// Adds a learner: it receives the log and has no vote until it is promoted.
+    /// Adds a learner, which receives the log but has no vote until it is promoted.
     pub async fn member_add_as_learner<U: Into<String>>(
         &self,
         peer_urls: impl IntoIterator<Item = U>,
     ) -> Result<MemberAddResponse> {
-        self.add(peer_urls, Some(MemberAddOptions::new().with_is_learner()))
+        self.add_member(peer_urls, Some(MemberAddOptions::new().with_is_learner()))
             .await
     }
 
-    async fn add<U: Into<String>>(
+    async fn add_member<U: Into<String>>(
         &self,
         peer_urls: impl IntoIterator<Item = U>,
         options: Option<MemberAddOptions>,
@@ -66,7 +73,8 @@ impl Client {
         .await
     }
 
-    /// Gives the learner with this id a vote, once it has caught up; until then etcd refuses.
+    /// Promotes the learner with this id to a voting member. etcd refuses until the learner has
+    /// caught up with the log.
     pub async fn member_promote(&self, id: u64) -> Result<MemberPromoteResponse> {
         let mut cluster = self.inner.transport.cluster.clone();
         self.call(
@@ -86,7 +94,7 @@ impl Client {
         .await
     }
 
-    /// Changes the URLs under which the member with this id is reached by its peers.
+    /// Replaces the URLs under which peers reach the member with this id.
     pub async fn member_update<U: Into<String>>(
         &self,
         id: u64,

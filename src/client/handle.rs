@@ -1,4 +1,4 @@
-//! The client itself: its connection, its end, and how each of its calls is bounded.
+//! [`Client`]: how it is created and closed, and the bounds that every call gets.
 
 use std::fmt;
 use std::future::Future;
@@ -6,7 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::transport::{self, Transport};
@@ -16,27 +16,30 @@ use crate::balance::Tried;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// How long a member is given to open a stream before another is asked. What etcd does for it takes
+/// How long one member may take to open a stream before another is tried. etcd itself needs
 /// milliseconds.
-pub(super) const STREAM_OPENS_WITHIN: Duration = Duration::from_millis(1500);
+pub(super) const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// What etcd says of a token that is older than its users and roles (`ErrAuthOldRevision`).
+/// etcd's message for a token older than its users and roles (`ErrAuthOldRevision`).
 pub(super) const OLD_TOKEN: &str = "revision of auth store is old";
 
 /// A client of one etcd cluster.
 ///
-/// Clones are cheap and share the connection, which ends with [`close`](Client::close), or when
-/// the last clone and everything made from it are gone. Dropping the future of a call abandons
-/// the call; a write that was under way may have happened or not.
+/// Clones are cheap and share the connections. The connections end with [`close`](Client::close),
+/// or when the last clone and everything created from it (watches, locks, registrars, directories)
+/// are dropped.
+///
+/// Dropping the future of a call cancels the call. A write that was in progress may or may not have
+/// been applied.
 ///
 /// ```no_run
 /// # async fn example() -> goo_etcd::Result<()> {
 /// use goo_etcd::{Client, Config, GetOptions};
 ///
-/// let client = Client::new("main", Config::default()).await?;
+/// let client = Client::connect("main", Config::default()).await?;
 /// client.put("config/a", "1", None).await?;
-/// let answer = client.get("config/", GetOptions::new().with_prefix()).await?;
-/// assert_eq!(answer.kvs()[0].value(), b"1");
+/// let response = client.get("config/", GetOptions::new().with_prefix()).await?;
+/// assert_eq!(response.kvs()[0].value(), b"1");
 /// client.close().await?;
 /// # Ok(())
 /// # }
@@ -54,39 +57,50 @@ pub(super) struct Inner {
 }
 
 impl Client {
-    /// Connects to etcd. The name appears in errors and logs; it need not be unique.
+    /// Connects to etcd. `name` appears in errors and logs; it need not be unique.
     ///
-    /// Returns when a member has answered. While none does, it keeps trying for
-    /// [`Config::dial_timeout`].
+    /// Returns once a member has responded. Until then the client retries, for at most
+    /// [`Config::dial_timeout`] (5 s by default). Dropping the future closes the connections.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for what [`Config::validate`] refuses and for unreadable certificates,
-    /// [`Error::Unreachable`] when no member answered in time, [`Error::Rpc`] at once when etcd
-    /// refuses the user.
-    pub async fn new(name: impl Into<String>, config: Config) -> Result<Self> {
-        let (name, closed) = begin(name, &config)?;
-        // Nothing stays behind when this fails or is dropped half-way.
+    /// - [`Error::Invalid`]: `name` is empty, [`Config::validate`] refuses the configuration, or a
+    ///   certificate cannot be read.
+    /// - [`Error::Unreachable`]: no member responded in time.
+    /// - [`Error::Rpc`], at once: etcd refuses the user.
+    pub async fn connect(name: impl Into<String>, config: Config) -> Result<Self> {
+        let (name, closed) = validate(name, &config)?;
+        // Stops the background tasks if connecting fails or this future is dropped.
         let guard = closed.clone().drop_guard();
         let transport = Transport::connect(&config, &closed).await?;
         guard.disarm();
-        Ok(Self::of(name, config, transport, closed))
+        Ok(Self::from_parts(name, config, transport, closed))
     }
 
-    /// The same without waiting for a member to answer: for a process that may be started before etcd
-    /// is there, or while it is away. It connects in the background, for as long as it takes.
+    /// The same as [`connect`](Self::connect), named as in the Go library.
     ///
-    /// Calls wait for a member within their time, and the first one authenticates. So
-    /// [`Registrar::register_eventually`](crate::Registrar::register_eventually) gets there once etcd
-    /// does, and a directory with a [`cache_dir`](crate::DirectoryBuilder::cache_dir) serves what was
-    /// last known until then. The raw [`client`](Self::client) has the user from the first call of this
-    /// one on.
+    /// # Errors
+    ///
+    /// The errors of [`connect`](Self::connect).
+    pub async fn new(name: impl Into<String>, config: Config) -> Result<Self> {
+        Self::connect(name, config).await
+    }
+
+    /// Creates a client that connects in the background and retries until it is closed. Use it in a
+    /// process that may start before etcd does, or while etcd is down.
+    ///
+    /// Calls wait for a connected member within their own time limit, and the first call
+    /// authenticates. With such a client,
+    /// [`Registrar::register_eventually`](crate::Registrar::register_eventually) registers once
+    /// etcd is reachable, and a directory with a [`cache_dir`](crate::DirectoryBuilder::cache_dir)
+    /// serves the last known instances until then. The raw [`client`](Self::client) is
+    /// authenticated only after the first call of this client.
     ///
     /// ```no_run
     /// # async fn example() -> goo_etcd::Result<()> {
     /// use goo_etcd::{Client, Config, Instance, Registrar};
     ///
-    /// let client = Client::connect_lazy("main", Config::default()).await?;
+    /// let client = Client::connect_lazy("main", Config::default())?;
     /// let instance = Instance::new("greeter", "10.0.0.5:50051");
     /// let registration = Registrar::new(&client).register_eventually(instance)?;
     /// # Ok(())
@@ -95,15 +109,24 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`], as for [`new`](Self::new). What only etcd can tell, such as a wrong password,
-    /// each call says.
-    pub async fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
-        let (name, closed) = begin(name, &config)?;
-        let transport = Transport::lazy(&config, &closed).await?;
-        Ok(Self::of(name, config, transport, closed))
+    /// [`Error::Invalid`], as for [`connect`](Self::connect). Errors that only etcd can report,
+    /// such as a wrong password, are returned by each call.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime, because the connections are background tasks.
+    pub fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
+        let (name, closed) = validate(name, &config)?;
+        let transport = Transport::lazy(&config, &closed)?;
+        Ok(Self::from_parts(name, config, transport, closed))
     }
 
-    fn of(name: String, config: Config, transport: Transport, closed: CancellationToken) -> Self {
+    fn from_parts(
+        name: String,
+        config: Config,
+        transport: Transport,
+        closed: CancellationToken,
+    ) -> Self {
         Client {
             inner: Arc::new(Inner {
                 name,
@@ -114,37 +137,39 @@ impl Client {
         }
     }
 
-    /// What tells this client and its clones from the others that are there.
+    /// A number that this client shares with its clones and with no other client that exists.
     pub(crate) fn identity(&self) -> usize {
         Arc::as_ptr(&self.inner).addr()
     }
 
-    /// The name given to [`Client::new`].
+    /// The name given to [`Client::connect`].
     pub fn name(&self) -> &str {
         &self.inner.name
     }
 
-    /// How long a call may take.
+    /// The time limit of a call, [`Config::request_timeout`].
     pub(crate) fn request_timeout(&self) -> Duration {
         self.inner.config.request_timeout
     }
 
-    /// The `etcd-client` beneath, for what this crate does not wrap. It shares the connections,
-    /// the user and the limits of messages, and reads no answer of more than 4 MiB, whatever
-    /// [`Config::max_call_recv_msg_size`] is; only its `kv_client()` and `watch_client()` can be told to
-    /// read larger ones, by `max_decoding_message_size`. Its calls have no time limit, and its errors are
-    /// its own. After [`close`](Self::close) its calls fail, and its open streams end.
+    /// A raw `etcd-client`, with the etcd APIs that this crate does not wrap. The raw client shares
+    /// the connections, the user and the message limits of this one.
+    ///
+    /// Its calls have no time limit and return errors of `etcd-client`. Responses are limited to 4
+    /// MiB, even where [`Config::max_call_recv_msg_size`] allows more. Only `kv_client()` and
+    /// `watch_client()` can lift that limit, with `max_decoding_message_size`. After
+    /// [`close`](Self::close) its calls fail and its open streams end.
     pub fn client(&self) -> etcd_client::Client {
         self.inner.transport.raw.clone()
     }
 
-    /// Closes the connections. Every call under way and every open [`Watch`] and [`KeepAlive`],
-    /// of all clones, ends with [`Error::Closed`], as does everything tried later. Closing twice
-    /// is fine.
+    /// Closes the connections of this client and all its clones. Calls in progress, open watches
+    /// and keep-alives, and everything tried later end with [`Error::Closed`]. Closing twice is
+    /// harmless.
     ///
     /// # Errors
     ///
-    /// None today; the signature leaves room for a farewell that takes a round trip.
+    /// None today. The signature allows for a farewell that takes a round trip.
     pub async fn close(&self) -> Result<()> {
         self.inner.closed.cancel();
         self.inner.transport.wire.close();
@@ -156,57 +181,60 @@ impl Client {
         self.inner.closed.is_cancelled()
     }
 
-    /// Tests the connection: one round trip to a member.
+    /// Tests the connection with one round trip to a member.
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] without an answer in [`Config::request_timeout`], [`Error::Rpc`] when
-    /// the way to it fails, [`Error::Closed`].
+    /// - [`Error::Timeout`]: no response within [`Config::request_timeout`].
+    /// - [`Error::Rpc`]: no member is connected, or the call failed.
+    /// - [`Error::Closed`]: the client was closed.
     pub async fn ping(&self) -> Result<()> {
         let mut maintenance = self.inner.transport.maintenance.clone();
-        self.bounded(|| "ping".to_owned(), async {
+        self.with_timeout(|| "ping".to_owned(), async {
             transport::answered(maintenance.status().await, "ping")
         })
         .await
     }
 
-    /// One call to etcd: bounded in time, ended by `close`, its error with what was tried.
+    /// Makes one call to etcd: with a time limit, ended by `close`, and with `operation` in its
+    /// error.
     pub(super) async fn call<T>(
         &self,
         operation: impl Fn() -> String,
         call: impl Future<Output = Result<T, etcd_client::Error>>,
     ) -> Result<T> {
-        // By reference from here on: whoever takes a future by value makes room for it twice.
+        // Passed on by reference, because an async fn that takes a future by value stores it twice.
         let call = pin!(call);
-        self.bounded(&operation, async {
+        self.with_timeout(&operation, async {
             call.await
                 .map_err(|error| Error::from_etcd(operation(), error))
         })
         .await
     }
 
-    pub(super) async fn bounded<T>(
+    /// Authenticates if needed, then runs `work`, both within `request_timeout`.
+    pub(super) async fn with_timeout<T>(
         &self,
         operation: impl Fn() -> String,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        let after = self.inner.config.request_timeout;
+        let limit = self.request_timeout();
         let work = pin!(work);
-        self.unless_closed(async {
+        self.or_closed(async {
             let work = async {
                 self.inner.transport.sign_in(&self.inner.config).await?;
                 work.await
             };
-            match tokio::time::timeout(after, work).await {
+            match timeout(limit, work).await {
                 Ok(result) => result,
-                Err(_) => Err(self.late(operation(), after)),
+                Err(_) => Err(self.timeout_error(operation(), limit)),
             }
         })
         .await
     }
 
-    /// What a call that got no answer in time failed of.
-    fn late(&self, operation: String, after: Duration) -> Error {
+    /// The error of a call without a response: the reason why no member is connected, if none is.
+    fn timeout_error(&self, operation: String, after: Duration) -> Error {
         match self.inner.transport.wire.unready() {
             Some(reason) => Error::Rpc {
                 operation,
@@ -218,22 +246,21 @@ impl Client {
         }
     }
 
-    /// Opens a stream. A member that cannot, or does not in time, is left for another, until the
-    /// time of a request is over; one that is going down may end the new stream in any way that a read is
-    /// sent again for.
-    pub(super) async fn opened_stream<T, F: Future<Output = Result<T>>>(
+    /// Opens a stream within `request_timeout`. Moves on to another member when one fails
+    /// transiently, or does not open the stream within [`STREAM_OPEN_TIMEOUT`].
+    pub(super) async fn open_stream<T, F: Future<Output = Result<T>>>(
         &self,
         operation: impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
-        self.opened_stream_within(STREAM_OPENS_WITHIN, operation, open)
+        self.open_stream_within(STREAM_OPEN_TIMEOUT, operation, open)
             .await
     }
 
-    /// The same, with so long for each member.
-    pub(super) async fn opened_stream_within<T, F: Future<Output = Result<T>>>(
+    /// [`open_stream`](Self::open_stream) with another time limit for each member.
+    pub(super) async fn open_stream_within<T, F: Future<Output = Result<T>>>(
         &self,
-        within: Duration,
+        per_member: Duration,
         operation: impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
@@ -241,49 +268,66 @@ impl Client {
             only: None,
             tried: Some(Tried::default()),
         };
-        let attempts = route.of(async {
-            let mut pauses = Backoff::for_etcd();
-            let (begun, limit) = (Instant::now(), self.request_timeout());
-            loop {
-                // Whoever waits for it has time left to be told.
-                let is_late = || begun.elapsed() >= limit / 2;
-                // Boxed: rare, and large.
-                match tokio::time::timeout(within, Box::pin(open())).await {
-                    Ok(Err(error)) if error.code().is_some_and(wire::is_passing) => {
-                        tracing::debug!(%error, "a stream was not opened");
-                        // Not what a cluster says that is choosing a leader, for as long as that takes:
-                        // what every member keeps saying is told, and not that time ran out.
-                        if error.code() != Some(tonic::Code::Unavailable) && is_late() {
-                            return Err(error);
-                        }
-                    }
-                    Ok(result) => return result,
-                    Err(_) => tracing::debug!(operation = operation(), "no answer to a new stream"),
-                }
-                if is_late() && self.inner.transport.wire.unready().is_some() {
-                    return Err(self.late(operation(), begun.elapsed()));
-                }
-                tokio::time::sleep(pauses.next()).await;
-            }
-        });
-        let attempts = pin!(attempts);
-        self.bounded(&operation, attempts).await
+        let opened = pin!(route.of(self.open_on_any_member(per_member, &operation, open)));
+        self.with_timeout(&operation, opened).await
     }
 
-    /// The work's result, or [`Error::Closed`] as soon as the client is closed.
-    pub(super) async fn unless_closed<T>(
+    /// Calls `open` until it succeeds or fails for good.
+    ///
+    /// From half of `request_timeout` on, a failure ends the attempts if it says more than a
+    /// time-out would. `Unavailable` does not: a cluster that elects a leader says so until it has
+    /// one.
+    async fn open_on_any_member<T, F: Future<Output = Result<T>>>(
         &self,
-        work: impl Future<Output = Result<T>>,
+        per_member: Duration,
+        operation: &impl Fn() -> String,
+        open: impl Fn() -> F,
     ) -> Result<T> {
+        let mut backoff = Backoff::for_etcd();
+        let started = Instant::now();
+        loop {
+            // Boxed, because the future is large and opening a stream is rare.
+            let failure = match timeout(per_member, Box::pin(open())).await {
+                Ok(Err(error)) if error.code().is_some_and(wire::is_passing) => {
+                    tracing::debug!(%error, "cannot open a stream, trying another member");
+                    Some(error)
+                }
+                Ok(result) => return result,
+                Err(_) => {
+                    let operation = operation();
+                    tracing::debug!(
+                        operation,
+                        "no response to a new stream, trying another member"
+                    );
+                    None
+                }
+            };
+            if started.elapsed() >= self.request_timeout() / 2 {
+                match failure {
+                    Some(error) if error.code() != Some(tonic::Code::Unavailable) => {
+                        return Err(error);
+                    }
+                    _ if self.inner.transport.wire.unready().is_some() => {
+                        return Err(self.timeout_error(operation(), started.elapsed()));
+                    }
+                    _ => {}
+                }
+            }
+            sleep(backoff.next()).await;
+        }
+    }
+
+    /// The result of `work`, or [`Error::Closed`] as soon as the client is closed.
+    pub(super) async fn or_closed<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let mut work = pin!(work);
         tokio::select! {
             biased;
-            () = self.inner.closed.cancelled() => Err(self.closed()),
+            () = self.inner.closed.cancelled() => Err(self.closed_error()),
             result = &mut work => result,
         }
     }
 
-    pub(super) fn closed(&self) -> Error {
+    pub(super) fn closed_error(&self) -> Error {
         Error::Closed {
             name: self.inner.name.clone(),
         }
@@ -300,8 +344,8 @@ impl fmt::Debug for Client {
     }
 }
 
-/// What can be said of a client before anything is sent.
-fn begin(name: impl Into<String>, config: &Config) -> Result<(String, CancellationToken)> {
+/// Checks the arguments of a constructor, without sending anything.
+fn validate(name: impl Into<String>, config: &Config) -> Result<(String, CancellationToken)> {
     let name = name.into();
     if name.is_empty() {
         return Err(Error::invalid("name", "", "a client needs a name"));
@@ -310,7 +354,7 @@ fn begin(name: impl Into<String>, config: &Config) -> Result<(String, Cancellati
     Ok((name, CancellationToken::new()))
 }
 
-/// A key as errors and logs show it.
-pub(super) fn shown(key: &[u8]) -> String {
+/// A key as errors and logs show it: quoted, with invalid UTF-8 replaced.
+pub(super) fn display_key(key: &[u8]) -> String {
     format!("{:?}", String::from_utf8_lossy(key))
 }

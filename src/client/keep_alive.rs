@@ -1,90 +1,224 @@
-//! A lease that is kept alive in the background.
+//! Renewing leases: once, on behalf of a registrar, or in the background.
 
 use std::fmt;
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use etcd_client::LeaseKeepAliveResponse;
-use futures::stream::{BoxStream, Stream, StreamExt, unfold};
+use etcd_client::{LeaseKeepAliveResponse, LeaseKeepAliveStream, LeaseKeeper};
+use futures::stream::{Stream, StreamExt};
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
+use tonic::{Code, Status};
 
-use super::handle::Client;
-use super::lease::{ABOVE_0, Link, check, is_over, keeping};
+use super::handle::{Client, OLD_TOKEN, STREAM_OPEN_TIMEOUT};
+use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
 use super::wire::Route;
 use crate::backoff::Backoff;
 use crate::balance::Tried;
 use crate::error::{Error, Result};
 
-/// Keeping leases alive.
+/// Renewals. The calls fail as those on [leases](Client::grant) do.
 impl Client {
-    /// Keeps a lease alive: a task of its own renews it at a third of its TTL, whether the stream
-    /// is polled or not, until the [`KeepAlive`] is dropped. Returns after the first renewal.
+    /// Renews a lease once. The response has its new TTL.
+    pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
+        validate_id(id, ABOVE_0)?;
+        self.open_stream(|| operation(id), || self.renew_confirmed(id, None))
+            .await
+            .map(|(response, _)| response)
+    }
+
+    /// Keeps a lease alive: a background task renews it every third of its TTL until the
+    /// [`KeepAlive`] is dropped, whether or not the stream is polled. Returns after the first
+    /// renewal.
     pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
-        check(id, ABOVE_0)?;
+        validate_id(id, ABOVE_0)?;
         let open = || async {
-            let sent = Instant::now();
-            let (first, link) = self.renewed(id, None).await?;
-            Ok((sent, first, link))
+            let sent_at = Instant::now();
+            let (first, stream) = self.renew_confirmed(id, None).await?;
+            Ok((sent_at, first, stream))
         };
-        let (sent, first, link) = self.opened_stream(|| keeping(id), open).await?;
-        let keeping = Keeping {
+        let (sent_at, first, stream) = self.open_stream(|| operation(id), open).await?;
+        let renewer = Renewer {
             client: self.clone(),
             id,
-            link: Some(link),
-            ttl: seconds(first.ttl()),
-            renewed: sent,
+            stream: Some(stream),
+            ttl: granted_ttl(&first),
+            renewed_at: sent_at,
         };
-        let (answers, latest) = watch::channel(Ok(first));
-        Ok(KeepAlive::new(
-            latest,
-            AbortOnDropHandle::new(tokio::spawn(keeping.run(answers))),
-        ))
+        let (responses, latest) = watch::channel(Ok(first));
+        Ok(KeepAlive {
+            responses: WatchStream::new(latest),
+            _renewer: AbortOnDropHandle::new(tokio::spawn(renewer.run(responses))),
+        })
+    }
+
+    /// Renews a lease for a registrar: on `stream`, which the previous renewal returned, or else on
+    /// a new one, on any member. Each member may take `per_member` to respond, at most
+    /// [`STREAM_OPEN_TIMEOUT`].
+    ///
+    /// A response that the lease is gone is not confirmed, because the registrar then grants a new
+    /// lease anyway. The probe would create a lease with the same id for a moment. If this process
+    /// died before revoking it, keys put under it in that moment would stay until it expires.
+    pub(crate) async fn renew(
+        &self,
+        id: i64,
+        stream: Option<RenewalStream>,
+        per_member: Duration,
+    ) -> Result<RenewalStream> {
+        let per_member = per_member.min(STREAM_OPEN_TIMEOUT);
+        if let Some(stream) = stream {
+            let renewal = Box::pin(self.renew_unconfirmed(id, Some(stream)));
+            match timeout(per_member, self.or_closed(renewal)).await {
+                Ok(Ok((_, stream))) => return Ok(stream),
+                Ok(Err(error)) if is_final(&error) => return Err(error),
+                Ok(Err(error)) => tracing::debug!(%error, "lost a stream of renewals"),
+                Err(_) => tracing::debug!(id, "no response to a renewal, trying another member"),
+            }
+        }
+        let renew = || self.renew_unconfirmed(id, None);
+        self.open_stream_within(per_member, || operation(id), renew)
+            .await
+            .map(|(_, stream)| stream)
+    }
+
+    /// Renews a lease once, and confirms a response that it is gone.
+    async fn renew_confirmed(
+        &self,
+        id: i64,
+        stream: Option<RenewalStream>,
+    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
+        match self.renew_unconfirmed(id, stream).await {
+            Err(Error::LeaseNotFound { .. }) => Err(self.confirm_gone(id).await),
+            renewed => renewed,
+        }
+    }
+
+    /// Renews a lease once, on `stream` or a new one. After a failure the stream is dropped, so
+    /// that a late response is never taken for the response to the next renewal.
+    async fn renew_unconfirmed(
+        &self,
+        id: i64,
+        stream: Option<RenewalStream>,
+    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
+        if let Some(stream) = stream {
+            match self.renew_on(stream).await {
+                // A stream keeps the token that it was opened with, and etcd checks that token at
+                // each renewal (from 3.5.28 and 3.6.9 on). A new stream gets a fresh token, so its
+                // refusal is final.
+                Err(error) if is_refusal(&error) => {
+                    tracing::debug!(%error, "a stream of renewals was refused, opening another");
+                }
+                result => return result,
+            }
+        }
+        let stream = self.open_renewal_stream(id).await?;
+        self.renew_on(stream).await
+    }
+
+    async fn open_renewal_stream(&self, id: i64) -> Result<RenewalStream> {
+        let mut lease = self.inner.transport.lease.clone();
+        match lease.keep_alive(id).await {
+            Ok((keeper, responses)) => Ok(RenewalStream {
+                id,
+                keeper,
+                responses,
+            }),
+            Err(error) => Err(lease_error(operation(id), id, error)),
+        }
+    }
+
+    async fn renew_on(
+        &self,
+        mut stream: RenewalStream,
+    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
+        let id = stream.id;
+        match stream.renew().await? {
+            response if response.ttl() == PROBE_TTL => Err(self.revoke_probe(id).await),
+            response if response.ttl() > 0 => Ok((response, stream)),
+            _ => Err(Error::LeaseNotFound { id }),
+        }
+    }
+
+    /// Confirms with a probe that a lease is gone, and returns the error of its renewal.
+    ///
+    /// A leader answers a renewal from the log entries that it has applied. A new leader may not
+    /// have applied the grant yet and then says that the lease does not exist (etcd#6978; seen with
+    /// 3.5.1). A grant goes through the log, so etcd refuses to grant an id that exists.
+    async fn confirm_gone(&self, id: i64) -> Error {
+        match self.grant_raw(PROBE_TTL, id).await {
+            Ok(_) => self.revoke_probe(id).await,
+            Err(refused) if refused.code() == Some(Code::FailedPrecondition) => Error::Rpc {
+                operation: operation(id),
+                status: Box::new(Status::unavailable(
+                    "the lease exists, but the new leader has not applied its grant yet",
+                )),
+            },
+            // An etcd without space grants nothing until it has space again, so the probe says
+            // nothing and the renewal's own response counts.
+            Err(refused) if is_out_of_space(&refused) => Error::LeaseNotFound { id },
+            // The probe may have been granted nevertheless; the next renewal finds it by its TTL.
+            Err(unknown) => unknown,
+        }
+    }
+
+    /// Revokes the probe that has replaced a lease, and returns the error for the lease. A probe
+    /// that cannot be revoked is recognised by its TTL until it expires.
+    async fn revoke_probe(&self, id: i64) -> Error {
+        if let Err(error) = self.revoke(id).await {
+            tracing::debug!(%error, "cannot revoke a probe lease, leaving it to expire");
+        }
+        Error::LeaseNotFound { id }
+    }
+}
+
+/// A stream to one member on which a lease is renewed.
+pub(crate) struct RenewalStream {
+    id: i64,
+    keeper: LeaseKeeper,
+    responses: LeaseKeepAliveStream,
+}
+
+impl RenewalStream {
+    /// Sends one renewal and waits for its response.
+    async fn renew(&mut self) -> Result<LeaseKeepAliveResponse> {
+        let failed = |error| lease_error(operation(self.id), self.id, error);
+        self.keeper.keep_alive().await.map_err(failed)?;
+        let response = self.responses.message().await.map_err(failed)?;
+        response.ok_or_else(|| Error::Rpc {
+            operation: operation(self.id),
+            status: Box::new(Status::unavailable("the server ended the stream")),
+        })
     }
 }
 
 /// The renewals of a lease, from [`Client::keep_alive`].
 ///
-/// Yields the latest answer; those that nobody fetched in time are skipped, so it may be left
-/// unpolled. While etcd cannot be reached it keeps trying. Once the TTL has passed since the last
-/// renewal that was answered was sent, the lease may have expired: in that moment, whatever is being
-/// tried then, the stream yields [`Error::LeaseUnconfirmed`], once; and it goes on, since a restarted
-/// etcd extends its leases. It ends with [`Error::LeaseNotFound`] when etcd says that the lease is gone,
-/// with [`Error::Closed`] when the client is closed, or with [`Error::Rpc`] when etcd refuses the user.
+/// A stream of the responses. A response that is not fetched before the next one is skipped, so the
+/// stream may be left unpolled. While etcd cannot be reached, the renewals are retried. The errors:
 ///
-/// Dropping it stops the renewals; the lease then expires in its time.
-#[must_use = "the lease is kept alive only while this is held"]
+/// - [`Error::LeaseUnconfirmed`], once per loss: no renewal was confirmed for a whole TTL, so the
+///   lease may have expired. The item comes at that moment. The stream goes on, because a restarted
+///   etcd extends its leases.
+/// - [`Error::LeaseNotFound`]: etcd says that the lease is gone. The stream ends.
+/// - [`Error::Closed`]: the client was closed. The stream ends.
+/// - [`Error::Rpc`]: etcd refuses the user. The stream ends.
+///
+/// Dropping it stops the renewals, and the lease expires after its TTL.
+#[must_use = "dropping a `KeepAlive` stops the renewals, and the lease expires"]
 pub struct KeepAlive {
-    answers: BoxStream<'static, Result<LeaseKeepAliveResponse>>,
-    _renewals: AbortOnDropHandle<()>,
-}
-
-impl KeepAlive {
-    fn new(
-        mut latest: watch::Receiver<Result<LeaseKeepAliveResponse>>,
-        renewals: AbortOnDropHandle<()>,
-    ) -> Self {
-        // The first answer is there already, and is yielded too.
-        latest.mark_changed();
-        let answers = unfold(latest, |mut latest| async {
-            latest.changed().await.ok()?;
-            let answer = latest.borrow_and_update().clone();
-            Some((answer, latest))
-        });
-        KeepAlive {
-            answers: answers.boxed(),
-            _renewals: renewals,
-        }
-    }
+    responses: WatchStream<Result<LeaseKeepAliveResponse>>,
+    _renewer: AbortOnDropHandle<()>,
 }
 
 impl Stream for KeepAlive {
     type Item = Result<LeaseKeepAliveResponse>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.answers.poll_next_unpin(cx)
+        self.responses.poll_next_unpin(cx)
     }
 }
 
@@ -94,94 +228,123 @@ impl fmt::Debug for KeepAlive {
     }
 }
 
-struct Keeping {
+/// The task behind a [`KeepAlive`].
+struct Renewer {
     client: Client,
     id: i64,
-    link: Option<Link>,
+    stream: Option<RenewalStream>,
     ttl: Duration,
-    /// When the last renewal that was answered had been sent: the lease lasts a TTL from
-    /// then on at least.
-    renewed: Instant,
+    /// When the last confirmed renewal was sent. The lease lasts at least a TTL from then on.
+    renewed_at: Instant,
 }
 
-impl Keeping {
-    async fn run(mut self, answers: watch::Sender<Result<LeaseKeepAliveResponse>>) {
+impl Renewer {
+    async fn run(mut self, responses: watch::Sender<Result<LeaseKeepAliveResponse>>) {
         let client = self.client.clone();
         loop {
-            match client.unless_closed(self.round(&answers)).await {
-                Ok(answer) => drop(answers.send_replace(Ok(answer))),
-                Err(error) => {
-                    drop(answers.send_replace(Err(error)));
-                    return;
-                }
+            let renewed = client.or_closed(self.renew_once_due(&responses)).await;
+            let is_over = renewed.is_err();
+            drop(responses.send_replace(renewed));
+            if is_over {
+                return;
             }
         }
     }
 
-    /// Waits until it is time, and renews the lease or learns that it is gone. When it may have expired
-    /// before that, it tells.
-    async fn round(
+    /// Waits until a renewal is due, and renews the lease. Reports meanwhile, if no renewal
+    /// succeeds within the TTL, that the lease may have expired.
+    async fn renew_once_due(
         &mut self,
-        answers: &watch::Sender<Result<LeaseKeepAliveResponse>>,
+        responses: &watch::Sender<Result<LeaseKeepAliveResponse>>,
     ) -> Result<LeaseKeepAliveResponse> {
-        let (id, renewed, ttl) = (self.id, self.renewed, self.ttl);
-        let (tell, failed) = watch::channel("a renewal is not answered".to_owned());
+        let (id, renewed_at, ttl) = (self.id, self.renewed_at, self.ttl);
+        let last_error = Mutex::new("no response to a renewal".to_owned());
         let mut renewal = pin!(async {
             sleep(ttl / 3).await;
-            self.renew(&tell).await
+            self.renew_until_final(&last_error).await
         });
-        // Whatever is under way then: etcd gives what hangs on the lease to others in that moment.
-        let expires = sleep(ttl.saturating_sub(renewed.elapsed()));
+        // The renewal keeps running: at the same moment etcd hands the keys of the lease to others.
+        let expired = sleep(ttl.saturating_sub(renewed_at.elapsed()));
         tokio::select! {
             biased;
             result = &mut renewal => return result,
-            () = expires => {}
+            () = expired => {}
         }
-        let reason = failed.borrow().clone();
-        drop(answers.send_replace(Err(Error::LeaseUnconfirmed {
+        let reason = last_error.lock().clone();
+        drop(responses.send_replace(Err(Error::LeaseUnconfirmed {
             id,
-            after: renewed.elapsed(),
+            after: renewed_at.elapsed(),
             reason,
         })));
         renewal.await
     }
 
-    /// Tries until the lease is renewed or is gone, and tells how the last try failed.
-    async fn renew(&mut self, tell: &watch::Sender<String>) -> Result<LeaseKeepAliveResponse> {
+    /// Retries until the lease is renewed or the failure is final, and keeps the latest failure in
+    /// `last_error`.
+    async fn renew_until_final(
+        &mut self,
+        last_error: &Mutex<String>,
+    ) -> Result<LeaseKeepAliveResponse> {
         // A hung member must leave time for others within the TTL.
-        let one_try = (self.ttl / 3).min(self.client.inner.config.request_timeout);
-        let tried = Tried::default();
-        let mut pauses = Backoff::for_etcd();
+        let limit = (self.ttl / 3).min(self.client.request_timeout());
+        let route = Route {
+            only: None,
+            tried: Some(Tried::default()),
+        };
+        let mut backoff = Backoff::for_etcd();
         loop {
-            let sent = Instant::now();
-            let route = Route {
-                only: None,
-                tried: Some(tried.clone()),
-            };
-            let try_once = route.of(self.client.renewed(self.id, self.link.take()));
-            let error = match timeout(one_try, try_once).await {
-                Ok(Ok((answer, link))) => {
-                    self.link = Some(link);
-                    self.ttl = seconds(answer.ttl());
-                    self.renewed = sent;
-                    return Ok(answer);
+            let sent_at = Instant::now();
+            let renewal = self.client.renew_confirmed(self.id, self.stream.take());
+            let error = match timeout(limit, route.clone().of(renewal)).await {
+                Ok(Ok((response, stream))) => {
+                    self.stream = Some(stream);
+                    self.ttl = granted_ttl(&response);
+                    self.renewed_at = sent_at;
+                    return Ok(response);
                 }
                 Ok(Err(error)) => error,
                 Err(_) => Error::Timeout {
-                    operation: keeping(self.id),
-                    after: one_try,
+                    operation: operation(self.id),
+                    after: limit,
                 },
             };
-            if is_over(&error) {
+            if is_final(&error) {
                 return Err(error);
             }
-            tell.send_replace(error.to_string());
-            sleep(pauses.next()).await;
+            *last_error.lock() = error.to_string();
+            sleep(backoff.next()).await;
         }
     }
 }
 
-fn seconds(ttl: i64) -> Duration {
-    // etcd answers with one second or more for a lease that is there.
-    Duration::from_secs(ttl.max(1).unsigned_abs())
+/// Whether no further renewal can succeed.
+pub(super) fn is_final(error: &Error) -> bool {
+    matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
+}
+
+/// Whether etcd refused the user or the user's token.
+fn is_refusal(error: &Error) -> bool {
+    match error.code() {
+        Some(Code::Unauthenticated | Code::PermissionDenied) => true,
+        // On an open stream etcd uses this code for a token older than the latest change of its
+        // users and roles.
+        Some(Code::InvalidArgument) => error.to_string().contains(OLD_TOKEN),
+        _ => false,
+    }
+}
+
+/// Whether etcd has reached its space quota. An overloaded etcd uses the same code, and recovers.
+fn is_out_of_space(error: &Error) -> bool {
+    matches!(error, Error::Rpc { status, .. }
+        if status.code() == Code::ResourceExhausted
+            && !status.message().contains("too many requests"))
+}
+
+/// The TTL in a response; at least one second, as for every lease that exists.
+fn granted_ttl(response: &LeaseKeepAliveResponse) -> Duration {
+    Duration::from_secs(response.ttl().max(1).unsigned_abs())
+}
+
+fn operation(id: i64) -> String {
+    format!("keep lease {id:x} alive")
 }

@@ -5,17 +5,19 @@ use etcd_client::{
     PutOptions, PutResponse,
 };
 
-use super::handle::{Client, shown};
+use super::handle::{Client, display_key};
 use crate::error::Result;
 
-/// Keys and values. Each call fails with [`Error::Timeout`](crate::Error::Timeout) after
-/// [`Config::request_timeout`](crate::Config::request_timeout), with
-/// [`Error::Closed`](crate::Error::Closed) once the client is closed, and with
-/// [`Error::Rpc`](crate::Error::Rpc) when etcd refuses it or cannot be reached.
+/// Keys and values. Each call fails with
+///
+/// - [`Error::Timeout`](crate::Error::Timeout): no response within
+///   [`Config::request_timeout`](crate::Config::request_timeout) (5 s by default).
+/// - [`Error::Closed`](crate::Error::Closed): the client was closed.
+/// - [`Error::Rpc`](crate::Error::Rpc): etcd refuses the call or cannot be reached.
 impl Client {
-    /// Stores a value under a key. Options: the lease it hangs on, the previous value.
+    /// Stores a value under a key. The options can attach a lease and ask for the previous value.
     ///
-    /// After a timeout or a lost connection the value may be stored or not.
+    /// After a timeout or a lost connection, the value may or may not have been stored.
     pub async fn put(
         &self,
         key: impl Into<Vec<u8>>,
@@ -25,13 +27,14 @@ impl Client {
         let key = key.into();
         let mut kv = self.inner.transport.kv.clone();
         self.call(
-            || format!("put {}", shown(&key)),
+            || format!("put {}", display_key(&key)),
             kv.put(key.as_slice(), value, options.into()),
         )
         .await
     }
 
-    /// Reads a key, or with options a range of keys: by prefix, at a revision, sorted, limited.
+    /// Reads a key. With options it reads a range of keys, by prefix, at a revision, sorted or
+    /// limited.
     pub async fn get(
         &self,
         key: impl Into<Vec<u8>>,
@@ -40,16 +43,16 @@ impl Client {
         let key = key.into();
         let mut kv = self.inner.transport.kv.clone();
         self.call(
-            || format!("get {}", shown(&key)),
+            || format!("get {}", display_key(&key)),
             kv.get(key.as_slice(), options.into()),
         )
         .await
     }
 
-    /// Deletes a key, or with options a range of keys. That nothing was there is no error:
-    /// the answer has the number of keys deleted.
+    /// Deletes a key, or with options a range of keys. The response has the number of deleted keys;
+    /// a missing key is no error.
     ///
-    /// After a timeout or a lost connection the keys may be deleted or not.
+    /// After a timeout or a lost connection, the keys may or may not have been deleted.
     pub async fn delete(
         &self,
         key: impl Into<Vec<u8>>,
@@ -58,13 +61,13 @@ impl Client {
         let key = key.into();
         let mut kv = self.inner.transport.kv.clone();
         self.call(
-            || format!("delete {}", shown(&key)),
+            || format!("delete {}", display_key(&key)),
             kv.delete(key.as_slice(), options.into()),
         )
         .await
     }
 
-    /// Forgets the history before this revision. Watches that start before it fail with
+    /// Compacts the history before this revision. Watches that start before it then fail with
     /// [`Error::Compacted`](crate::Error::Compacted).
     pub async fn compact(
         &self,

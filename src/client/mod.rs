@@ -1,21 +1,22 @@
-//! One connection to an etcd cluster.
+//! A client of one etcd cluster.
 //!
-//! [`Client`] wraps `etcd-client`: every method takes `&self`, every call is bounded by
-//! [`Config::request_timeout`](crate::Config::request_timeout), and every error says what was tried.
-//! [`Watch`], [`KeepAlive`], [`Lock`] and [`Leadership`] survive the loss of their stream.
+//! [`Client`] wraps `etcd-client`. Every method takes `&self`, every call is bounded by
+//! [`Config::request_timeout`](crate::Config::request_timeout), and every error says which
+//! operation failed. [`Watch`], [`KeepAlive`], [`Lock`] and [`Leadership`] survive the loss of
+//! their stream.
 //!
 //! ```text
-//!   Client --> etcd-client: messages, the user's token
+//!   Client --> etcd-client        encodes messages, adds the user's token
 //!                |
 //!                v
-//!              wire: reads again or beside on another member, limits, gzip, debug log
+//!              transport          retries and hedges reads; message limits, gzip, debug log
 //!                |
 //!                v
-//!              BalancedChannel: members kept connected, one of them picked  <-- members: auto sync
+//!              BalancedChannel    keeps the members connected and picks one  <-- auto sync
 //! ```
 //!
-//! A call that may change something is sent again only where it provably reached no member. Members are
-//! chosen by peak EWMA, so that one that hangs or is far away gets little, and fast ones much.
+//! A call that may change something is repeated only if it provably reached no member. Members are
+//! picked by peak EWMA, so that a hung or distant member gets few calls.
 
 mod answer;
 mod call_log;
@@ -44,7 +45,7 @@ pub use etcd_client::{
 };
 pub use handle::Client;
 pub use keep_alive::KeepAlive;
-pub(crate) use lease::Link;
+pub(crate) use keep_alive::RenewalStream;
 pub use txn::Txn;
 pub(crate) use watch::RawWatch;
 pub use watch::{Watch, WatchOptions, WatchResponse};

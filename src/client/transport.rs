@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use futures::FutureExt;
 use tokio::sync::{OnceCell, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -39,11 +40,15 @@ impl Transport {
     }
 
     /// The same without waiting for anybody: the first call authenticates.
-    pub(super) async fn lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
+    pub(super) fn lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
         let (members, wire) = wire(config, closed)?;
-        // Without a user it asks nobody.
+        // Without a user `from_channel` sends nothing, and is ready at once.
         let raw = etcd_client::Client::from_channel(wire.channel(), Some(options()))
-            .await
+            .now_or_never()
+            .unwrap_or_else(|| {
+                let reason = "etcd-client waits for a member before the first call".to_owned();
+                Err(etcd_client::Error::InvalidArgs(reason))
+            })
             .map_err(|error| Error::from_etcd("connect", error))?;
         let signed_in = OnceCell::new_with(config.username.is_none().then_some(()));
         Self::begin(config, closed, members, wire, raw, signed_in)

@@ -5,23 +5,25 @@ use etcd_client::{Compare, TxnOp, TxnResponse};
 use super::handle::Client;
 use crate::error::Result;
 
-/// A transaction: if all comparisons hold, the `and_then` operations, otherwise the `or_else`
-/// operations, all at one revision. Made by [`Client::txn`]; nothing is sent before
-/// [`commit`](Txn::commit).
+/// A transaction, from [`Client::txn`].
+///
+/// If all comparisons hold, etcd executes the [`and_then`](Self::and_then) operations, otherwise
+/// the [`or_else`](Self::or_else) operations, all at one revision. etcd gets nothing before
+/// [`commit`](Self::commit).
 ///
 /// ```no_run
 /// # async fn example(client: goo_etcd::Client) -> goo_etcd::Result<()> {
 /// use goo_etcd::{Compare, CompareOp, TxnOp};
 ///
-/// // Create only where nothing is.
-/// let answer = client
+/// // Creates the key only if it does not exist.
+/// let response = client
 ///     .txn()
 ///     .when([Compare::create_revision("leader", CompareOp::Equal, 0)])
 ///     .and_then([TxnOp::put("leader", "me", None)])
 ///     .or_else([TxnOp::get("leader", None)])
 ///     .commit()
 ///     .await?;
-/// println!("elected: {}", answer.succeeded());
+/// println!("elected: {}", response.succeeded());
 /// # Ok(())
 /// # }
 /// ```
@@ -47,30 +49,31 @@ impl Client {
 }
 
 impl Txn {
-    /// Adds comparisons. All of them must hold; none at all hold always.
+    /// Adds comparisons, which must all hold. Without any comparison, the transaction succeeds.
     pub fn when(mut self, compares: impl IntoIterator<Item = Compare>) -> Self {
         self.compares.extend(compares);
         self
     }
 
-    /// Adds operations for when the comparisons hold.
+    /// Adds operations to execute if the comparisons hold.
     pub fn and_then(mut self, operations: impl IntoIterator<Item = TxnOp>) -> Self {
         self.success.extend(operations);
         self
     }
 
-    /// Adds operations for when they do not.
+    /// Adds operations to execute if a comparison does not hold.
     pub fn or_else(mut self, operations: impl IntoIterator<Item = TxnOp>) -> Self {
         self.failure.extend(operations);
         self
     }
 
-    /// Sends the transaction. The answer tells which branch was taken and has the results of its
-    /// operations.
+    /// Sends the transaction. The response says which branch was executed and has the results of
+    /// its operations.
     ///
     /// # Errors
     ///
-    /// As for [`Client::put`]; after a timeout or a lost connection it may have happened or not.
+    /// The errors of [`Client::put`]. After a timeout or a lost connection, the transaction may or
+    /// may not have been executed.
     pub async fn commit(self) -> Result<TxnResponse> {
         let Txn {
             client,
@@ -78,7 +81,7 @@ impl Txn {
             success,
             failure,
         } = self;
-        let (whens, thens, elses) = (compares.len(), success.len(), failure.len());
+        let (when, then, otherwise) = (compares.len(), success.len(), failure.len());
         let txn = etcd_client::Txn::new()
             .when(compares)
             .and_then(success)
@@ -86,7 +89,7 @@ impl Txn {
         let mut kv = client.inner.transport.kv.clone();
         client
             .call(
-                || format!("transaction of {whens} comparisons, {thens} and {elses} operations"),
+                || format!("transaction of {when} comparisons, {then} and {otherwise} operations"),
                 kv.txn(txn),
             )
             .await

@@ -51,7 +51,7 @@ use crate::snapshot::Snapshot;
 /// # async fn example() -> goo_etcd::Result<()> {
 /// use goo_etcd::{Client, Config, Directory};
 ///
-/// let client = Client::new("main", Config::builder().endpoints(["localhost:2379"]).build()?).await?;
+/// let client = Client::connect("main", Config::builder().endpoints(["localhost:2379"]).build()?).await?;
 /// let directory = Directory::watch(&client, "greeter").await?;
 /// for instance in directory.snapshot().instances() {
 ///     println!("{} with weight {}", instance.address, instance.weight);
@@ -249,7 +249,7 @@ impl DirectoryBuilder {
     /// # async fn example() -> goo_etcd::Result<()> {
     /// use goo_etcd::{BalancedChannel, Client, Config, Directory};
     ///
-    /// let client = Client::connect_lazy("main", Config::default()).await?;
+    /// let client = Client::connect_lazy("main", Config::default())?;
     /// let directory = Directory::builder(&client, "greeter")
     ///     .cache_dir("/var/cache/my-service")
     ///     .watch()

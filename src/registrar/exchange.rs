@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::state::{Action, Ensure, Held, Outcome, Verdict, is_ours};
 use crate::client::Client;
-use crate::client::{Compare, CompareOp, KeyValue, Link, PutOptions, TxnOp, TxnOpResponse};
+use crate::client::{
+    Compare, CompareOp, KeyValue, PutOptions, RenewalStream, TxnOp, TxnOpResponse,
+};
 use crate::error::{Error, Result};
 
 /// How often a transaction that lost a race against another writer is made anew before the registrar
@@ -17,7 +19,7 @@ pub(super) struct Exchange {
     client: Client,
     ttl: Duration,
     /// The stream of renewals, and the lease that it is for.
-    link: Mutex<Option<(i64, Link)>>,
+    link: Mutex<Option<(i64, RenewalStream)>>,
 }
 
 impl Exchange {
@@ -84,7 +86,7 @@ impl Exchange {
         })
     }
 
-    fn link(&self) -> std::sync::MutexGuard<'_, Option<(i64, Link)>> {
+    fn link(&self) -> std::sync::MutexGuard<'_, Option<(i64, RenewalStream)>> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -3,74 +3,79 @@
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use etcd_client::{Compare, GetOptions, KeyValue, SortOrder, SortTarget};
 use futures::stream::{BoxStream, Stream, StreamExt, unfold};
+use tokio::time::sleep;
 
-use super::queue::{Claim, queue};
+use super::queue::{QueueEntry, queue_prefix};
 use crate::backoff::Backoff;
 use crate::client::handle::Client;
 use crate::client::watch::{Watch, WatchOptions};
 use crate::error::{Error, Result};
 
-/// Being the leader, from [`Client::campaign`].
+/// The leadership of an election, from [`Client::campaign`].
 ///
-/// It lasts as long as its lease is renewed, as a [`Lock`](super::Lock) does, with the same caution.
-/// Dropping it resigns in the background; [`resign`](Self::resign) waits for that.
+/// A leadership is lost in the same cases as a [`Lock`](super::Lock), and needs the same caution.
+/// Dropping it resigns in the background; [`resign`](Self::resign) waits until that is done.
 #[derive(Debug)]
-#[must_use = "a leader that is dropped resigns"]
+#[must_use = "dropping a `Leadership` resigns"]
 pub struct Leadership {
-    claim: Claim,
+    entry: QueueEntry,
 }
 
-/// Elections. They are those of Go's `concurrency.Election` and of `etcdctl elect` under the same name.
+/// Elections, shared with Go's `concurrency.Election` and `etcdctl elect` of the same name.
 impl Client {
-    /// Waits until it is elected, however long it takes, and leads with this value, which
-    /// [`leader`](Self::leader) and [`observe`](Self::observe) show to all. After `ttl` seconds without
-    /// a sign of this process the next one is elected; etcd's minimum is 2.
+    /// Waits until this client is elected. [`leader`](Self::leader) and [`observe`](Self::observe)
+    /// then show `value` to all clients.
     ///
-    /// Dropping the future leaves the queue.
+    /// `ttl` is rounded up to whole seconds; etcd's minimum is 2 s. If this process dies or is cut
+    /// off, the next client is elected after that time.
+    ///
+    /// The wait has no time limit. Dropping the future leaves the queue.
     ///
     /// # Errors
     ///
-    /// As for [`Client::lock`].
+    /// The errors of [`Client::lock`].
     pub async fn campaign(
         &self,
         name: impl Into<Vec<u8>>,
         value: impl Into<Vec<u8>>,
-        ttl: i64,
+        ttl: Duration,
     ) -> Result<Leadership> {
-        let claim = Claim::new(self, &name.into(), value.into(), ttl).await?;
-        claim.first().await?;
-        Ok(Leadership { claim })
+        let entry = QueueEntry::new(self, &name.into(), value.into(), ttl).await?;
+        entry.wait_until_first().await?;
+        Ok(Leadership { entry })
     }
 
-    /// The leader's key and value, `None` while there is none.
+    /// The leader's key and value; `None` while there is no leader.
     ///
     /// # Errors
     ///
-    /// As for [`Client::get`].
+    /// The errors of [`Client::get`].
     pub async fn leader(&self, name: impl Into<Vec<u8>>) -> Result<Option<KeyValue>> {
-        Ok(self.find_leader(&queue(&name.into())).await?.0)
+        Ok(self.find_leader(&queue_prefix(&name.into())).await?.0)
     }
 
-    async fn find_leader(&self, queue: &[u8]) -> Result<(Option<KeyValue>, i64)> {
+    /// The first entry of the queue, and etcd's revision at that time.
+    async fn find_leader(&self, prefix: &[u8]) -> Result<(Option<KeyValue>, i64)> {
         let options = GetOptions::new()
             .with_prefix()
             .with_sort(SortTarget::Create, SortOrder::Ascend)
             .with_limit(1);
-        let found = self.get(queue, options).await?;
+        let found = self.get(prefix, options).await?;
         let revision = found.header().map_or(0, |header| header.revision());
         Ok((found.kvs().first().cloned(), revision))
     }
 
-    /// Follows who leads, and with which value. See [`Leaders`].
+    /// Follows the leaders of an election and their values. See [`Leaders`].
     pub fn observe(&self, name: impl Into<Vec<u8>>) -> Leaders {
-        let observer = Observer {
+        let observer = LeaderObserver {
             client: self.clone(),
-            queue: queue(&name.into()),
+            prefix: queue_prefix(&name.into()),
             watch: None,
-            shown: None,
+            latest: None,
         };
         let leaders = unfold(Some(observer), |observer| async {
             let mut observer = observer?;
@@ -88,55 +93,60 @@ impl Client {
 impl Leadership {
     /// The leader's key.
     pub fn key(&self) -> &[u8] {
-        self.claim.key()
+        self.entry.key()
     }
 
-    /// A number that is greater with each leader.
+    /// A fencing token: a number that grows with each leader.
     pub fn revision(&self) -> i64 {
-        self.claim.revision()
+        self.entry.revision()
     }
 
-    /// Holds in a transaction if and only if this is the leader at that moment.
-    pub fn guard(&self) -> Compare {
-        self.claim.guard()
+    /// A comparison for transactions, which holds only while this client is the leader.
+    pub fn ownership(&self) -> Compare {
+        self.entry.ownership()
     }
 
-    /// Leads on with another value.
+    /// Replaces the leader's value.
     ///
     /// # Errors
     ///
-    /// [`Error::LeaseNotFound`] and [`Error::LeaseUnconfirmed`] when it leads no more, [`Error::Rpc`]
-    /// with `FailedPrecondition` when that is because somebody has deleted its key; else as for
-    /// [`Client::put`].
+    /// - [`Error::LeaseNotFound`], [`Error::LeaseUnconfirmed`]: the leadership is lost.
+    /// - [`Error::Rpc`] with `FailedPrecondition`: the leadership is lost, because somebody deleted
+    ///   its key.
+    /// - The errors of [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
-        self.claim.set(value.into()).await
+        self.entry.set_value(value.into()).await
     }
 
-    /// Whether it leads, as far as is known here.
+    /// Whether this client leads, as far as it knows.
     pub fn is_held(&self) -> bool {
-        self.claim.is_held()
+        self.entry.is_held()
     }
 
-    /// Resolves when it leads no more, or may not, with the reason.
+    /// Resolves with the reason when the leadership is lost or may be lost. Dropping the future has
+    /// no effect.
     pub async fn lost(&self) -> Error {
-        self.claim.lost().await
+        self.entry.lost().await
     }
 
-    /// Resigns. That it led no more is no error.
+    /// Resigns. Succeeds if the leadership was lost before.
     ///
     /// # Errors
     ///
-    /// As for [`Client::revoke`]; the next is then elected when the lease runs out.
+    /// The errors of [`Client::revoke`]. The next client is then elected when the lease expires.
     pub async fn resign(self) -> Result<()> {
-        self.claim.give_up().await
+        self.entry.release().await
     }
 }
 
-/// The leaders of an election, from [`Client::observe`]: the present one, then each new one and each new
-/// value. Where they change faster than this is polled, the latest.
+/// The leaders of an election, from [`Client::observe`].
 ///
-/// While etcd cannot be reached it is merely quiet. It ends after an error that no repetition can mend:
-/// [`Error::Closed`], or [`Error::Rpc`] when etcd refuses the user.
+/// Yields the current leader, then each new leader and each new value. If they change faster than
+/// the stream is polled, only the latest is yielded. While etcd cannot be reached, the stream
+/// yields nothing.
+///
+/// The stream ends after an error that no retry can help with: [`Error::Closed`], or [`Error::Rpc`]
+/// if etcd refuses the user.
 #[must_use = "streams do nothing unless polled"]
 pub struct Leaders {
     leaders: BoxStream<'static, Result<KeyValue>>,
@@ -156,56 +166,57 @@ impl fmt::Debug for Leaders {
     }
 }
 
-struct Observer {
+/// The state of a [`Leaders`] stream.
+struct LeaderObserver {
     client: Client,
-    queue: Vec<u8>,
+    prefix: Vec<u8>,
     watch: Option<Watch>,
-    /// Which key was shown last, at which revision of it.
-    shown: Option<(Vec<u8>, i64)>,
+    /// The key and modification revision of the leader that was yielded last.
+    latest: Option<(Vec<u8>, i64)>,
 }
 
-impl Observer {
+impl LeaderObserver {
     async fn next(&mut self) -> Result<KeyValue> {
-        let mut pauses = Backoff::for_etcd();
+        let mut backoff = Backoff::for_etcd();
         loop {
-            match self.look().await {
+            match self.wait_for_change().await {
                 Ok(Some(leader)) => return Ok(leader),
-                Ok(None) => pauses.reset(),
+                Ok(None) => backoff.reset(),
                 Err(error) if error.is_permanent() || matches!(error, Error::Closed { .. }) => {
                     return Err(error);
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "looking for the leader");
+                    tracing::debug!(%error, "cannot follow the leader, retrying");
                     self.watch = None;
-                    tokio::time::sleep(pauses.next()).await;
+                    sleep(backoff.next()).await;
                 }
             }
         }
     }
 
-    /// Waits for a change, and returns the leader if it is another, or another value.
-    async fn look(&mut self) -> Result<Option<KeyValue>> {
+    /// Waits for a change in the queue. Returns the leader if it or its value is new.
+    async fn wait_for_change(&mut self) -> Result<Option<KeyValue>> {
         if let Some(watch) = &mut self.watch {
             match watch.next().await {
                 Some(Ok(_)) => {}
                 Some(Err(Error::Closed { name })) => return Err(Error::Closed { name }),
-                // What there was in between is not needed.
+                // The leaders since then are not needed, so another watch starts from now.
                 _ => self.watch = None,
             }
         }
-        let (leader, revision) = self.client.find_leader(&self.queue).await?;
+        let (leader, revision) = self.client.find_leader(&self.prefix).await?;
         if self.watch.is_none() {
             let options = WatchOptions::new()
                 .with_prefix()
                 .with_start_revision(revision + 1);
-            self.watch = Some(self.client.watch(self.queue.as_slice(), options).await?);
+            self.watch = Some(self.client.watch(self.prefix.as_slice(), options).await?);
         }
         let Some(leader) = leader else {
             return Ok(None);
         };
-        let shown = Some((leader.key().to_owned(), leader.mod_revision()));
-        let is_new = self.shown != shown;
-        self.shown = shown;
+        let latest = Some((leader.key().to_owned(), leader.mod_revision()));
+        let is_new = self.latest != latest;
+        self.latest = latest;
         Ok(is_new.then_some(leader))
     }
 }

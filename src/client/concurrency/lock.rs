@@ -1,107 +1,120 @@
 //! Locks.
 
+use std::time::Duration;
+
 use etcd_client::Compare;
 
-use super::queue::Claim;
+use super::queue::QueueEntry;
 use crate::client::handle::Client;
 use crate::error::{Error, Result};
 
 /// A lock that is held, from [`Client::lock`].
 ///
-/// It is held as long as its lease is renewed, which happens in the background. When that cannot be
-/// done for the whole TTL, the lease may have expired and another may hold the lock. Another may also
-/// hold it when somebody deletes its key. [`lost`](Self::lost) resolves then, and whatever was done
-/// under the lock must stop.
+/// A background task renews the lease of the lock. The lock is lost when no renewal succeeds for a
+/// whole TTL, because the lease may then have expired and another client may hold the lock, or when
+/// somebody deletes its key. [`lost`](Self::lost) resolves at that moment, and the work under the
+/// lock must stop.
 ///
-/// No lock of this kind can stop a process that has stood still from going on after it has lost it. What
-/// must never be done twice belongs into a transaction with [`guard`](Self::guard).
+/// No lock of this kind can prevent a process that was suspended from continuing after it lost the
+/// lock. Put writes that must never happen twice into a transaction with
+/// [`ownership`](Self::ownership).
 ///
-/// Dropping it gives it up in the background; [`unlock`](Self::unlock) waits for that.
+/// Dropping a lock releases it in the background; [`unlock`](Self::unlock) waits until it is
+/// released.
 ///
 /// ```no_run
 /// # async fn example(client: goo_etcd::Client) -> goo_etcd::Result<()> {
 /// # async fn work() {}
-/// let lock = client.lock("nightly-report", 10).await?;
+/// use std::time::Duration;
+///
+/// let lock = client.lock("nightly-report", Duration::from_secs(10)).await?;
 /// tokio::select! {
 ///     () = work() => lock.unlock().await?,
-///     why = lock.lost() => return Err(why),
+///     reason = lock.lost() => return Err(reason),
 /// }
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Debug)]
-#[must_use = "a lock that is dropped is given up"]
+#[must_use = "dropping a `Lock` releases it"]
 pub struct Lock {
-    claim: Claim,
+    entry: QueueEntry,
 }
 
-/// Locks. They exclude those of Go's `concurrency.Mutex` and of `etcdctl lock` under the same name.
+/// Locks. A lock excludes a Go `concurrency.Mutex` and an `etcdctl lock` of the same name.
 impl Client {
-    /// Waits for the lock of this name, however long it takes, and holds it. First come, first served.
-    /// After `ttl` seconds without a sign of this process others get it; etcd's minimum is 2.
+    /// Waits until this client holds the lock of this name. Locks are granted in the order of the
+    /// calls.
     ///
-    /// While it waits, it stands the failure of members. Dropping the future leaves the queue.
+    /// `ttl` is rounded up to whole seconds; etcd's minimum is 2 s. If this process dies or is cut
+    /// off, others get the lock after that time.
+    ///
+    /// The wait has no time limit and survives the failure of members. Dropping the future leaves
+    /// the queue.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a TTL below 1. As for [`Client::put`] when it cannot enter the queue;
-    /// [`Error::LeaseUnconfirmed`] or [`Error::LeaseNotFound`] when it loses its place there, and
-    /// [`Error::Rpc`] with `FailedPrecondition` when that is because somebody has deleted its key.
-    pub async fn lock(&self, name: impl Into<Vec<u8>>, ttl: i64) -> Result<Lock> {
-        let claim = Claim::new(self, &name.into(), Vec::new(), ttl).await?;
-        claim.first().await?;
-        Ok(Lock { claim })
+    /// - [`Error::Invalid`]: `ttl` is zero, or more than the 9,000,000,000 s that etcd grants.
+    /// - The errors of [`Client::put`]: this client cannot enter the queue.
+    /// - [`Error::LeaseUnconfirmed`], [`Error::LeaseNotFound`]: the lease was lost while waiting.
+    /// - [`Error::Rpc`] with `FailedPrecondition`: somebody deleted the key while waiting.
+    pub async fn lock(&self, name: impl Into<Vec<u8>>, ttl: Duration) -> Result<Lock> {
+        let entry = QueueEntry::new(self, &name.into(), Vec::new(), ttl).await?;
+        entry.wait_until_first().await?;
+        Ok(Lock { entry })
     }
 
-    /// The lock of this name if it is free now, `None` if somebody holds it or waits for it.
+    /// Takes the lock of this name if it is free; `None` if another client holds it or waits for
+    /// it.
     ///
     /// # Errors
     ///
-    /// As for [`lock`](Self::lock).
-    pub async fn try_lock(&self, name: impl Into<Vec<u8>>, ttl: i64) -> Result<Option<Lock>> {
-        let claim = Claim::new(self, &name.into(), Vec::new(), ttl).await?;
-        if claim.is_first().await? {
-            return Ok(Some(Lock { claim }));
+    /// The errors of [`lock`](Self::lock).
+    pub async fn try_lock(&self, name: impl Into<Vec<u8>>, ttl: Duration) -> Result<Option<Lock>> {
+        let entry = QueueEntry::new(self, &name.into(), Vec::new(), ttl).await?;
+        if entry.is_first().await? {
+            return Ok(Some(Lock { entry }));
         }
-        claim.give_up().await?;
+        entry.release().await?;
         Ok(None)
     }
 }
 
 impl Lock {
-    /// The key that stands for this lock while it is held.
+    /// The key that etcd has while the lock is held.
     pub fn key(&self) -> &[u8] {
-        self.claim.key()
+        self.entry.key()
     }
 
-    /// A number that is greater each time the lock is taken: for services that refuse those who come
-    /// with a smaller one than they have seen.
+    /// A fencing token: a number that grows each time the lock is taken. A service can refuse
+    /// requests with a smaller number than it has seen.
     pub fn revision(&self) -> i64 {
-        self.claim.revision()
+        self.entry.revision()
     }
 
-    /// Holds in a transaction if and only if the lock is held at that moment.
-    pub fn guard(&self) -> Compare {
-        self.claim.guard()
+    /// A comparison for transactions, which holds only while this client holds the lock.
+    pub fn ownership(&self) -> Compare {
+        self.entry.ownership()
     }
 
-    /// Whether the lock is held, as far as is known here.
+    /// Whether the lock is held, as far as this client knows.
     pub fn is_held(&self) -> bool {
-        self.claim.is_held()
+        self.entry.is_held()
     }
 
-    /// Resolves when the lock is lost or may be, with the reason. Dropping the future does nothing.
+    /// Resolves with the reason when the lock is lost or may be lost. Dropping the future has no
+    /// effect.
     pub async fn lost(&self) -> Error {
-        self.claim.lost().await
+        self.entry.lost().await
     }
 
-    /// Gives the lock up. The next in the queue may have it before this returns. That it was lost already
-    /// is no error.
+    /// Releases the lock; another client may hold it before this method returns. Succeeds if the
+    /// lock was lost before.
     ///
     /// # Errors
     ///
-    /// As for [`Client::revoke`]; the lock is then given up when its lease runs out.
+    /// The errors of [`Client::revoke`]. The lock is then released when its lease expires.
     pub async fn unlock(self) -> Result<()> {
-        self.claim.give_up().await
+        self.entry.release().await
     }
 }

@@ -1,4 +1,4 @@
-//! Locks and elections, as in Go's `go.etcd.io/etcd/client/v3/concurrency`.
+//! Locks and elections, compatible with Go's `go.etcd.io/etcd/client/v3/concurrency`.
 
 mod election;
 mod lock;

@@ -1,8 +1,9 @@
-//! A place in a queue in etcd: what locks and elections are made of.
+//! A queue in etcd, the basis of locks and elections.
 //!
-//! The recipe, and the keys, are those of Go's `go.etcd.io/etcd/client/v3/concurrency` and of etcd's own
-//! lock service, so that all of them exclude each other: every claimant puts a key `name/LEASE` under
-//! a lease that it keeps alive, and the oldest key holds.
+//! The recipe and the keys are the same as in Go's `go.etcd.io/etcd/client/v3/concurrency` and in
+//! etcd's own lock service, so that all of them exclude each other. Every client puts a key
+//! `NAME/LEASE` under a lease that it keeps alive, and the client with the oldest key holds the
+//! lock.
 
 use std::fmt;
 use std::future::Future;
@@ -14,94 +15,96 @@ use etcd_client::{
 };
 use futures::StreamExt;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
 use crate::backoff::Backoff;
-use crate::client::handle::{Client, shown};
-use crate::client::keep_alive::KeepAlive;
+use crate::client::handle::{Client, display_key};
+use crate::client::keep_alive::{KeepAlive, is_final};
+use crate::client::lease::ttl_in_seconds;
 use crate::client::watch::WatchOptions;
 use crate::error::{Error, Result};
 
-/// A claim, while it is not given up. Dropped, it is: in the background, as well as that goes.
-pub(super) struct Claim {
-    place: Place,
-    /// The lease's.
+/// An entry in a queue, until it is released or lost. Dropping it releases it in the background, on
+/// a best-effort basis.
+pub(super) struct QueueEntry {
+    key: QueueKey,
+    /// The TTL of the lease.
     ttl: Duration,
-    /// Why the claim cannot be relied on any more.
+    /// Why the entry cannot be relied on any more.
     lost: watch::Receiver<Option<Error>>,
-    /// One renews the lease, and one watches the key.
-    keepers: Vec<AbortOnDropHandle<()>>,
-    given_up: bool,
+    /// The tasks that renew the lease and watch the key.
+    tasks: Vec<AbortOnDropHandle<()>>,
+    released: bool,
 }
 
-/// Where a claim stands.
+/// The key of an entry, and its place in the queue.
 #[derive(Clone)]
-struct Place {
+struct QueueKey {
     client: Client,
-    /// `name/`.
-    queue: Vec<u8>,
-    key: Vec<u8>,
+    /// `NAME/`.
+    prefix: Vec<u8>,
+    bytes: Vec<u8>,
     lease: i64,
-    /// When the key was created: the place in the queue.
+    /// The revision that created the key, which orders the queue.
     revision: i64,
 }
 
-impl Claim {
-    /// Takes a place in the queue.
+impl QueueEntry {
+    /// Adds an entry to the queue `name`, under a lease of `ttl`.
     pub(super) async fn new(
         client: &Client,
         name: &[u8],
         value: Vec<u8>,
-        ttl: i64,
+        ttl: Duration,
     ) -> Result<Self> {
-        let lease = Box::pin(granted(client, ttl)).await?;
-        let queue = queue(name);
-        let mut claim = Self {
-            place: Place {
-                key: [&queue[..], format!("{lease:x}").as_bytes()].concat(),
-                queue,
+        let ttl = ttl_in_seconds(ttl)?;
+        let lease = Box::pin(grant_lease(client, ttl)).await?;
+        let prefix = queue_prefix(name);
+        let mut entry = Self {
+            key: QueueKey {
+                bytes: [&prefix[..], format!("{lease:x}").as_bytes()].concat(),
+                prefix,
                 client: client.clone(),
                 lease,
                 revision: 0,
             },
-            // A grant of 0 or less is refused.
             ttl: Duration::from_secs(ttl.unsigned_abs()),
             lost: watch::channel(None).1,
-            keepers: Vec::new(),
-            given_up: false,
+            tasks: Vec::new(),
+            released: false,
         };
-        let (tell, lost) = watch::channel(None);
+        let (lost_tx, lost) = watch::channel(None);
         let keep_alive = Box::pin(client.keep_alive(lease)).await?;
-        claim.lost = lost;
-        let keep = tokio::spawn(keep(keep_alive, tell.clone()));
-        claim.keepers.push(AbortOnDropHandle::new(keep));
-        claim.place.revision = claim.unless_lost(claim.place.enter(value)).await?;
-        let place = claim.place.clone();
-        let watch = tokio::spawn(async move { told(&tell, place.lost().await) });
-        claim.keepers.push(AbortOnDropHandle::new(watch));
-        Ok(claim)
+        entry.lost = lost;
+        let renewing = tokio::spawn(report_lost_lease(keep_alive, lost_tx.clone()));
+        entry.tasks.push(AbortOnDropHandle::new(renewing));
+        entry.key.revision = entry.or_lost(entry.key.create(value)).await?;
+        let key = entry.key.clone();
+        let watching = tokio::spawn(async move { report_lost(&lost_tx, key.lost().await) });
+        entry.tasks.push(AbortOnDropHandle::new(watching));
+        Ok(entry)
     }
 
-    /// Whether it holds now.
+    /// Whether the entry is the first of the queue.
     pub(super) async fn is_first(&self) -> Result<bool> {
-        let (before, _) = self.unless_lost(self.place.before()).await?;
-        Ok(before.is_none())
+        let (predecessor, _) = self.or_lost(self.key.predecessor()).await?;
+        Ok(predecessor.is_none())
     }
 
-    /// Waits until it holds.
-    pub(super) async fn first(&self) -> Result<()> {
-        self.unless_lost(async {
-            let mut pauses = Backoff::for_etcd();
+    /// Waits until the entry is the first of the queue.
+    pub(super) async fn wait_until_first(&self) -> Result<()> {
+        self.or_lost(async {
+            let mut backoff = Backoff::for_etcd();
             loop {
-                match self.place.wait_for_one().await {
+                match self.key.wait_for_predecessor().await {
                     Ok(true) => return Ok(()),
-                    Ok(false) => pauses.reset(),
-                    Err(error) if is_over(&error) => return Err(error),
+                    Ok(false) => backoff.reset(),
+                    Err(error) if is_final(&error) => return Err(error),
                     Err(error) => {
-                        tracing::debug!(%error, "waiting for a lock");
-                        tokio::time::sleep(pauses.next()).await;
+                        tracing::debug!(%error, "cannot wait in a queue, retrying");
+                        sleep(backoff.next()).await;
                     }
                 }
             }
@@ -109,37 +112,38 @@ impl Claim {
         .await
     }
 
-    /// Changes the value, if the claim is still there.
-    pub(super) async fn set(&self, value: Vec<u8>) -> Result<()> {
-        self.unless_lost(self.place.set(value)).await
+    /// Replaces the value, unless the entry is lost.
+    pub(super) async fn set_value(&self, value: Vec<u8>) -> Result<()> {
+        self.or_lost(self.key.set_value(value)).await
     }
 
     pub(super) fn key(&self) -> &[u8] {
-        &self.place.key
+        &self.key.bytes
     }
 
     pub(super) fn revision(&self) -> i64 {
-        self.place.revision
+        self.key.revision
     }
 
-    pub(super) fn guard(&self) -> Compare {
-        self.place.guard()
+    pub(super) fn ownership(&self) -> Compare {
+        self.key.ownership()
     }
 
     pub(super) fn is_held(&self) -> bool {
         self.lost.borrow().is_none()
     }
 
-    /// Resolves when the claim is lost, or may be.
+    /// Resolves when the entry is lost, or may be.
     pub(super) async fn lost(&self) -> Error {
         let mut lost = self.lost.clone();
         let lost = lost.wait_for(Option::is_some).await;
         let error = lost.ok().and_then(|error| error.clone());
-        error.unwrap_or_else(|| self.place.client.closed())
+        error.unwrap_or_else(|| self.key.client.closed_error())
     }
 
-    async fn unless_lost<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        // Boxed: rare, and large.
+    /// The result of `work`, or the error of [`lost`](Self::lost) as soon as the entry is lost.
+    async fn or_lost<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        // Boxed, because the future is large and this is rare.
         let mut work = Box::pin(work);
         tokio::select! {
             biased;
@@ -148,128 +152,130 @@ impl Claim {
         }
     }
 
-    /// Gives the claim up; whoever is next has it when this returns.
-    pub(super) async fn give_up(mut self) -> Result<()> {
-        let Place { client, lease, .. } = &self.place;
+    /// Removes the entry from the queue.
+    pub(super) async fn release(mut self) -> Result<()> {
+        let QueueKey { client, lease, .. } = &self.key;
         let limit = client.request_timeout() * 2;
-        Box::pin(revoked(client, *lease, limit)).await?;
-        self.given_up = true;
+        Box::pin(revoke_lease(client, *lease, limit)).await?;
+        self.released = true;
         Ok(())
     }
 }
 
-impl Place {
-    /// Creates the key; it is this claim's own, so that doing it twice does no harm.
-    async fn enter(&self, value: Vec<u8>) -> Result<i64> {
-        let mut pauses = Backoff::for_etcd();
+impl QueueKey {
+    /// Creates the key and returns the revision that created it. No other client uses the key, so a
+    /// repetition is harmless.
+    async fn create(&self, value: Vec<u8>) -> Result<i64> {
+        let mut backoff = Backoff::for_etcd();
         loop {
-            let options = PutOptions::new().with_lease(self.lease);
-            let entered = self
-                .client
-                .txn()
-                .when([Compare::create_revision(
-                    self.key.as_slice(),
-                    CompareOp::Equal,
-                    0,
-                )])
-                .and_then([TxnOp::put(
-                    self.key.as_slice(),
-                    value.as_slice(),
-                    Some(options),
-                )])
-                .or_else([TxnOp::get(self.key.as_slice(), None)])
-                .commit()
-                .await;
-            match entered {
-                Ok(entered) if entered.succeeded() => {
-                    return Ok(entered.header().map_or(0, |header| header.revision()));
-                }
-                Ok(entered) => {
-                    if let Some(TxnOpResponse::Get(got)) = entered.op_responses().first()
-                        && let Some(kv) = got.kvs().first()
-                    {
-                        return Ok(kv.create_revision());
-                    }
-                }
-                Err(error) if is_over(&error) => return Err(error),
-                // There is no lease to hang the key on.
+            match self.try_create(&value).await {
+                Ok(Some(revision)) => return Ok(revision),
+                Ok(None) => {}
+                Err(error) if is_final(&error) => return Err(error),
+                // The lease does not exist.
                 Err(error) if error.code() == Some(Code::NotFound) => {
                     return Err(Error::LeaseNotFound { id: self.lease });
                 }
-                Err(error) => tracing::debug!(%error, "not in the queue yet"),
+                Err(error) => tracing::debug!(%error, "cannot enter a queue, retrying"),
             }
-            tokio::time::sleep(pauses.next()).await;
+            sleep(backoff.next()).await;
         }
     }
 
-    /// The claim before this one, if there is one, and etcd's revision then. An error that is over when
-    /// this one is not there: what lost its key must not be taken for the first.
-    async fn before(&self) -> Result<(Option<KeyValue>, i64)> {
+    /// The revision that created the key, now or in an earlier attempt.
+    async fn try_create(&self, value: &[u8]) -> Result<Option<i64>> {
+        let key = self.bytes.as_slice();
+        let options = PutOptions::new().with_lease(self.lease);
+        let response = self
+            .client
+            .txn()
+            .when([Compare::create_revision(key, CompareOp::Equal, 0)])
+            .and_then([TxnOp::put(key, value, Some(options))])
+            .or_else([TxnOp::get(key, None)])
+            .commit()
+            .await?;
+        if response.succeeded() {
+            return Ok(Some(
+                response.header().map_or(0, |header| header.revision()),
+            ));
+        }
+        Ok(match response.op_responses().first() {
+            Some(TxnOpResponse::Get(found)) => found.kvs().first().map(|kv| kv.create_revision()),
+            _ => None,
+        })
+    }
+
+    /// The entry before this one, if there is one, and etcd's revision at that time.
+    ///
+    /// Fails if this key is missing, because an entry that lost its key must not be taken for the
+    /// first of the queue.
+    async fn predecessor(&self) -> Result<(Option<KeyValue>, i64)> {
         let options = GetOptions::new()
             .with_prefix()
             .with_keys_only()
             .with_max_create_revision(self.revision)
             .with_sort(SortTarget::Create, SortOrder::Descend)
             .with_limit(2);
-        let found = self.client.get(self.queue.as_slice(), options).await?;
+        let found = self.client.get(self.prefix.as_slice(), options).await?;
         let revision = found.header().map_or(0, |header| header.revision());
         match found.kvs() {
-            [own, before @ ..] if self.is(own) => Ok((before.first().cloned(), revision)),
-            _ => Err(self.gone().await),
+            [own, before @ ..] if self.is_own(own) => Ok((before.first().cloned(), revision)),
+            _ => Err(self.missing_error().await),
         }
     }
 
-    fn is(&self, found: &KeyValue) -> bool {
-        found.key() == self.key
+    fn is_own(&self, found: &KeyValue) -> bool {
+        found.key() == self.bytes
             && found.create_revision() == self.revision
             && found.lease() == self.lease
     }
 
-    /// Why the key is not there.
-    async fn gone(&self) -> Error {
+    /// Why the key is missing: its lease is gone, or another client deleted or overwrote it.
+    async fn missing_error(&self) -> Error {
         match self.client.lease_time_to_live(self.lease, None).await {
-            Err(error) if is_over(&error) => error,
+            Err(error) if is_final(&error) => error,
             _ => Error::Rpc {
-                operation: format!("hold {}", shown(&self.key)),
+                operation: format!("hold {}", display_key(&self.bytes)),
                 status: Box::new(Status::failed_precondition(
-                    "the key was deleted or put by somebody else",
+                    "its key was deleted or overwritten by another client",
                 )),
             },
         }
     }
 
-    /// True if there is none before it; else waits until that one is gone.
-    async fn wait_for_one(&self) -> Result<bool> {
-        let (before, revision) = self.before().await?;
-        let Some(before) = before else {
+    /// Returns true if there is no entry before this one. Otherwise waits until the one before it
+    /// is deleted, and returns false.
+    async fn wait_for_predecessor(&self) -> Result<bool> {
+        let (predecessor, revision) = self.predecessor().await?;
+        let Some(predecessor) = predecessor else {
             return Ok(true);
         };
-        self.until_deleted(before.key(), revision).await?;
+        self.wait_for_deletion(predecessor.key(), revision).await?;
         Ok(false)
     }
 
-    /// Resolves when the key is not there any more, with the reason.
+    /// Resolves when the key is missing, with the reason.
     async fn lost(&self) -> Error {
-        let mut pauses = Backoff::for_etcd();
+        let mut backoff = Backoff::for_etcd();
         loop {
             let deleted = async {
-                let (_, revision) = self.before().await?;
-                self.until_deleted(&self.key, revision).await
+                let (_, revision) = self.predecessor().await?;
+                self.wait_for_deletion(&self.bytes, revision).await
             };
             match deleted.await {
-                // A look at it tells why.
-                Ok(()) => pauses.reset(),
-                Err(error) if is_over(&error) => return error,
+                // The next read finds the reason.
+                Ok(()) => backoff.reset(),
+                Err(error) if is_final(&error) => return error,
                 Err(error) => {
-                    tracing::debug!(%error, "watching the key of a lock");
-                    tokio::time::sleep(pauses.next()).await;
+                    tracing::debug!(%error, "cannot watch the key of a queue entry, retrying");
+                    sleep(backoff.next()).await;
                 }
             }
         }
     }
 
-    /// Waits for a deletion after this revision; it may also end for no reason.
-    async fn until_deleted(&self, key: &[u8], revision: i64) -> Result<()> {
+    /// Waits until the key is deleted after `revision`. May return early, when the watch ends.
+    async fn wait_for_deletion(&self, key: &[u8], revision: i64) -> Result<()> {
         let options = WatchOptions::new()
             .with_start_revision(revision + 1)
             .with_filters([WatchFilterType::NoPut]);
@@ -282,113 +288,112 @@ impl Place {
         Ok(())
     }
 
-    async fn set(&self, value: Vec<u8>) -> Result<()> {
+    async fn set_value(&self, value: Vec<u8>) -> Result<()> {
         let options = PutOptions::new().with_lease(self.lease);
-        let set = self
+        let put = self
             .client
             .txn()
-            .when([self.guard()])
-            .and_then([TxnOp::put(self.key.as_slice(), value, Some(options))])
+            .when([self.ownership()])
+            .and_then([TxnOp::put(self.bytes.as_slice(), value, Some(options))])
             .commit();
-        if set.await?.succeeded() {
+        if put.await?.succeeded() {
             Ok(())
         } else {
-            Err(self.gone().await)
+            Err(self.missing_error().await)
         }
     }
 
-    fn guard(&self) -> Compare {
-        Compare::create_revision(self.key.as_slice(), CompareOp::Equal, self.revision)
+    fn ownership(&self) -> Compare {
+        Compare::create_revision(self.bytes.as_slice(), CompareOp::Equal, self.revision)
     }
 }
 
-impl Drop for Claim {
+impl Drop for QueueEntry {
     fn drop(&mut self) {
-        if self.given_up || self.place.client.is_closed() {
+        if self.released || self.key.client.is_closed() {
             return;
         }
-        // Without a runtime the lease runs out in its time.
+        // Outside of a runtime the lease expires after its TTL.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let (client, lease, ttl) = (self.place.client.clone(), self.place.lease, self.ttl);
+            let (client, lease, ttl) = (self.key.client.clone(), self.key.lease, self.ttl);
             runtime.spawn(async move {
-                if let Err(error) = revoked(&client, lease, ttl).await {
-                    tracing::debug!(%error, "a lock is given up when its lease runs out");
+                if let Err(error) = revoke_lease(&client, lease, ttl).await {
+                    tracing::debug!(%error, "cannot release a queue entry, leaving it to expire");
                 }
             });
         }
     }
 }
 
-/// Revokes a lease. A try that was lost with a leader may have been done or not, and doing it twice does
-/// no harm; the last begins within the limit.
-async fn revoked(client: &Client, lease: i64, limit: Duration) -> Result<()> {
-    let begun = Instant::now();
-    let mut pauses = Backoff::for_etcd();
-    loop {
-        match client.revoke(lease).await {
-            // As given up as can be.
-            Ok(_) | Err(Error::LeaseNotFound { .. }) => return Ok(()),
-            Err(error) if is_over(&error) || begun.elapsed() >= limit => return Err(error),
-            Err(error) => tracing::debug!(%error, "a lock is not given up yet"),
-        }
-        tokio::time::sleep(pauses.next()).await;
-    }
-}
-
-impl fmt::Debug for Claim {
+impl fmt::Debug for QueueEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Claim")
-            .field("key", &String::from_utf8_lossy(&self.place.key))
-            .field("revision", &self.place.revision)
+        f.debug_struct("QueueEntry")
+            .field("key", &String::from_utf8_lossy(&self.key.bytes))
+            .field("revision", &self.key.revision)
             .field("is_held", &self.is_held())
             .finish_non_exhaustive()
     }
 }
 
-/// Where the claims on a name are.
-pub(super) fn queue(name: &[u8]) -> Vec<u8> {
+/// The prefix of the keys of a queue.
+pub(super) fn queue_prefix(name: &[u8]) -> Vec<u8> {
     [name, b"/"].concat()
 }
 
-/// A lease for one claim. Under an id of ours a grant can be tried again though it may have been done:
-/// that the lease exists is then as good. A try that was lost with a leader takes all of its time, so
-/// there is time for a second, and for a third.
-async fn granted(client: &Client, ttl: i64) -> Result<i64> {
+/// Grants the lease of an entry, and retries for twice the `request_timeout`.
+///
+/// The id is chosen here, so that a grant can be repeated after its response was lost: it then
+/// fails because the lease exists. An attempt that is lost with a leader takes a whole
+/// `request_timeout`, so there is time for a second and a third.
+async fn grant_lease(client: &Client, ttl: i64) -> Result<i64> {
     let id = fastrand::i64(1..=i64::MAX);
-    let begun = Instant::now();
-    let mut pauses = Backoff::for_etcd();
+    let started_at = Instant::now();
+    let mut backoff = Backoff::for_etcd();
     loop {
         match client.grant_with_id(id, ttl).await {
             Ok(_) => return Ok(id),
-            // Nobody else chooses the same of 2^63.
+            // The lease exists. No other client chose the same of 2^63 ids.
             Err(error) if error.code() == Some(Code::FailedPrecondition) => return Ok(id),
-            Err(error) if is_over(&error) || begun.elapsed() >= client.request_timeout() * 2 => {
+            Err(error)
+                if is_final(&error) || started_at.elapsed() >= client.request_timeout() * 2 =>
+            {
                 return Err(error);
             }
-            Err(error) => tracing::debug!(%error, "no lease yet"),
+            Err(error) => tracing::debug!(%error, "cannot grant a lease, retrying"),
         }
-        tokio::time::sleep(pauses.next()).await;
+        sleep(backoff.next()).await;
     }
 }
 
-/// Renews the lease, and tells when it cannot be relied on any more.
-async fn keep(mut keep_alive: KeepAlive, tell: watch::Sender<Option<Error>>) {
-    while let Some(answer) = keep_alive.next().await {
-        if let Err(error) = answer {
-            return told(&tell, error);
+/// Revokes a lease. Repeating it is harmless, so an attempt that was lost with a leader is
+/// repeated. The last attempt starts within `limit`.
+async fn revoke_lease(client: &Client, lease: i64, limit: Duration) -> Result<()> {
+    let started_at = Instant::now();
+    let mut backoff = Backoff::for_etcd();
+    loop {
+        match client.revoke(lease).await {
+            Ok(_) | Err(Error::LeaseNotFound { .. }) => return Ok(()),
+            Err(error) if is_final(&error) || started_at.elapsed() >= limit => return Err(error),
+            Err(error) => tracing::debug!(%error, "cannot revoke a lease, retrying"),
+        }
+        sleep(backoff.next()).await;
+    }
+}
+
+/// Drives a keep-alive, and reports when the lease cannot be relied on any more.
+async fn report_lost_lease(mut keep_alive: KeepAlive, lost_tx: watch::Sender<Option<Error>>) {
+    while let Some(response) = keep_alive.next().await {
+        if let Err(error) = response {
+            return report_lost(&lost_tx, error);
         }
     }
 }
 
-/// The first reason is the one that is told.
-fn told(tell: &watch::Sender<Option<Error>>, why: Error) {
-    tell.send_if_modified(|told| {
-        let is_first = told.is_none();
-        told.get_or_insert(why);
+/// Reports the reason why an entry is lost. The first reason stays.
+fn report_lost(lost_tx: &watch::Sender<Option<Error>>, reason: Error) {
+    lost_tx.send_if_modified(|lost| {
+        let is_first = lost.is_none();
+        lost.get_or_insert(reason);
         is_first
     });
-}
-
-fn is_over(error: &Error) -> bool {
-    error.is_permanent() || matches!(error, Error::Closed { .. } | Error::LeaseNotFound { .. })
 }

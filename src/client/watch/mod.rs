@@ -1,4 +1,7 @@
-//! A watch that resumes by itself.
+//! Watches that resume after their stream is lost.
+//!
+//! A [`RawWatch`] is one watch on one stream and ends when the stream is lost. A [`Watch`], the
+//! public type, then opens another raw watch where the lost one stopped.
 
 mod options;
 mod raw;
@@ -19,41 +22,43 @@ use crate::error::{Error, Result};
 pub use options::{WatchOptions, WatchResponse};
 pub(crate) use raw::RawWatch;
 
-/// A stream that lived this long was no part of the trouble before it; the pauses start anew.
-const SETTLED: Duration = Duration::from_secs(10);
+/// How long a stream must live for the next backoff to start from its minimum again.
+const BACKOFF_RESET_AFTER: Duration = Duration::from_secs(10);
 
 /// The events of a key or a range of keys, from [`Client::watch`].
 ///
-/// Each event comes exactly once and in order, those of one revision together. A lost or silent
-/// stream is created anew after the last event, over and over, until it holds: until then the
-/// stream is merely quiet. It ends with
+/// Yields each event exactly once and in order, all events of a revision together. A stream that is
+/// lost or silent is reopened after the last event, with backoff and without end; meanwhile the
+/// watch yields nothing. The watch ends with one of these errors:
 ///
-/// - [`Error::Compacted`]: the events to go on with are gone. List again, and watch from there.
+/// - [`Error::Compacted`]: the events to continue with are compacted. List again, and watch from
+///   there.
 /// - [`Error::RevisionWentBack`]: etcd was wiped or restored from a backup. List again.
 /// - [`Error::Closed`]: the client was closed.
-/// - [`Error::Rpc`] with what no repetition can mend: a permission that is missing, a
-///   message over [`Config::max_call_recv_msg_size`](crate::Config::max_call_recv_msg_size).
+/// - [`Error::Rpc`]: no retry can help, because a permission is missing or a message exceeds
+///   [`Config::max_call_recv_msg_size`](crate::Config::max_call_recv_msg_size).
 ///
-/// After an error it yields nothing more. All its work is done while it is polled: not polling
-/// it leaves events at the server. Dropping it cancels the watch at the server.
+/// All work is done while the watch is polled: if it is not polled, events stay at the server.
+/// Dropping it cancels the watch at the server.
 ///
-/// What cannot be noticed: a wipe after which etcd has grown past the old revision before the
-/// watch is back.
-#[must_use = "a watch does nothing unless polled"]
+/// A wipe goes unnoticed if etcd grows past the old revision before the watch is reopened.
+#[must_use = "a watch does nothing unless polled, and is cancelled when dropped"]
 pub struct Watch {
     responses: BoxStream<'static, Result<WatchResponse>>,
 }
 
 impl Client {
-    /// Watches a key, or with options a range of keys. Returns when etcd has created the watch:
-    /// what happens after that is seen.
+    /// Watches a key, or with options a range of keys. Returns once etcd has created the watch, and
+    /// yields all changes after that.
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] when that takes longer than
-    /// [`Config::request_timeout`](crate::Config::request_timeout), [`Error::Rpc`] when etcd
-    /// refuses or cannot be reached, [`Error::Closed`]. That the start is compacted is an
-    /// item of the stream.
+    /// - [`Error::Timeout`]: etcd did not create the watch within
+    ///   [`Config::request_timeout`](crate::Config::request_timeout).
+    /// - [`Error::Rpc`]: etcd refuses the watch or cannot be reached.
+    /// - [`Error::Closed`]: the client was closed.
+    ///
+    /// A compacted start revision is an item of the stream.
     ///
     /// ```no_run
     /// # async fn example(client: goo_etcd::Client) -> goo_etcd::Result<()> {
@@ -77,17 +82,14 @@ impl Client {
         let key = key.into();
         let options = options.into().unwrap_or_default();
         let raw = self.open_watch(key.as_slice(), &options).await?;
-        let resuming = Resuming {
+        let resuming = ResumingWatch {
             client: self.clone(),
             key,
-            next: options.start_revision().unwrap_or(raw.revision() + 1),
-            seen: raw.revision(),
+            next_revision: options.start_revision().unwrap_or(raw.revision() + 1),
+            highest_seen: raw.revision(),
             options,
-            stream: Link::Open {
-                raw: Box::new(raw),
-                since: Instant::now(),
-            },
-            pauses: Backoff::for_etcd(),
+            stream: StreamState::open(raw),
+            backoff: Backoff::for_etcd(),
         };
         let responses = unfold(Some(resuming), |state| async {
             let mut resuming = state?;
@@ -102,101 +104,121 @@ impl Client {
     }
 }
 
-struct Resuming {
+struct ResumingWatch {
     client: Client,
     key: Vec<u8>,
     options: WatchOptions,
-    /// The first revision that was not yielded yet.
-    next: i64,
-    /// The highest revision that etcd has told of.
-    seen: i64,
-    stream: Link,
-    pauses: Backoff,
+    /// The first revision whose events were not yielded yet.
+    next_revision: i64,
+    /// The highest revision that etcd has reported.
+    highest_seen: i64,
+    stream: StreamState,
+    backoff: Backoff,
 }
 
-enum Link {
+enum StreamState {
     Open { raw: Box<RawWatch>, since: Instant },
     Lost,
 }
 
-impl Resuming {
-    async fn next(&mut self) -> Result<WatchResponse> {
-        loop {
-            match &mut self.stream {
-                Link::Open { raw, since } => match raw.next().await {
-                    Ok(mut response) => {
-                        let progress = response.is_progress();
-                        self.seen = self.seen.max(response.revision());
-                        response.skip_before(self.next);
-                        let empty = response.is_progress();
-                        if !empty || progress {
-                            self.next = self.next.max(response.next_revision());
-                        }
-                        if !empty || (progress && self.options.wants_progress()) {
-                            return Ok(response);
-                        }
-                    }
-                    Err(error) if is_over(&error) => return Err(error),
-                    Err(error) => {
-                        if since.elapsed() >= SETTLED {
-                            self.pauses.reset();
-                        }
-                        tracing::debug!(%error, next = self.next, "watch lost, resuming");
-                        self.stream = Link::Lost;
-                    }
-                },
-                Link::Lost => self.resume().await?,
-            }
-        }
-    }
-
-    /// One try to get the stream back. An error ends the watch.
-    async fn resume(&mut self) -> Result<()> {
-        let pause = self.pauses.next();
-        let client = self.client.clone();
-        client
-            .unless_closed(async {
-                sleep(pause).await;
-                Ok(())
-            })
-            .await?;
-        let options = self.options.clone().with_start_revision(self.next);
-        let raw = match client.open_watch(self.key.as_slice(), &options).await {
-            Ok(raw) => raw,
-            // The token was renewed on the way, so this refusal is meant.
-            Err(error) if is_over(&error) || is_refusal(&error) => return Err(error),
-            Err(error) => {
-                tracing::debug!(%error, "watch not back yet");
-                return Ok(());
-            }
-        };
-        // A member may lag behind; the cluster as a whole may not.
-        if raw.revision() < self.seen {
-            match client.current_revision(&self.key).await {
-                Ok(now) if now < self.seen => {
-                    return Err(Error::RevisionWentBack {
-                        seen: self.seen,
-                        now,
-                    });
-                }
-                Ok(_) => {}
-                Err(error) if is_over(&error) || is_refusal(&error) => return Err(error),
-                Err(_) => return Ok(()),
-            }
-        }
-        self.seen = self.seen.max(raw.revision());
-        self.stream = Link::Open {
+impl StreamState {
+    fn open(raw: RawWatch) -> Self {
+        StreamState::Open {
             raw: Box::new(raw),
             since: Instant::now(),
-        };
-        Ok(())
+        }
     }
 }
 
-/// What a new stream would meet again.
-fn is_over(error: &Error) -> bool {
+impl ResumingWatch {
+    async fn next(&mut self) -> Result<WatchResponse> {
+        loop {
+            let StreamState::Open { raw, since } = &mut self.stream else {
+                self.try_resume().await?;
+                continue;
+            };
+            match raw.next().await {
+                Ok(response) => {
+                    if let Some(response) = self.filter(response) {
+                        return Ok(response);
+                    }
+                }
+                Err(error) if ends_watch(&error) => return Err(error),
+                Err(error) => {
+                    if since.elapsed() >= BACKOFF_RESET_AFTER {
+                        self.backoff.reset();
+                    }
+                    tracing::debug!(%error, next = self.next_revision, "watch lost, resuming");
+                    self.stream = StreamState::Lost;
+                }
+            }
+        }
+    }
+
+    /// Removes the events that were yielded before; `None` if the user gets nothing of the
+    /// response.
+    fn filter(&mut self, mut response: WatchResponse) -> Option<WatchResponse> {
+        let is_progress = response.is_progress();
+        self.highest_seen = self.highest_seen.max(response.revision());
+        response.skip_before(self.next_revision);
+        if response.events().is_empty() && !is_progress {
+            return None;
+        }
+        self.next_revision = self.next_revision.max(response.next_revision());
+        (!is_progress || self.options.wants_progress()).then_some(response)
+    }
+
+    /// Tries once to reopen the stream, after a pause. An error ends the watch.
+    async fn try_resume(&mut self) -> Result<()> {
+        let pause = sleep(self.backoff.next());
+        let pause = async {
+            pause.await;
+            Ok(())
+        };
+        self.client.or_closed(pause).await?;
+        match self.reopen().await {
+            Ok(raw) => {
+                self.highest_seen = self.highest_seen.max(raw.revision());
+                self.stream = StreamState::open(raw);
+                Ok(())
+            }
+            // A refusal is final here, because opening a watch renews an expired token.
+            Err(error) if ends_watch(&error) || is_refusal(&error) => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "cannot resume a watch yet");
+                Ok(())
+            }
+        }
+    }
+
+    /// Opens a stream at the next revision and checks that etcd's history did not go back. One
+    /// member may lag behind, but a quorum cannot.
+    async fn reopen(&mut self) -> Result<RawWatch> {
+        let options = self.options.clone().with_start_revision(self.next_revision);
+        let raw = self
+            .client
+            .open_watch(self.key.as_slice(), &options)
+            .await?;
+        if raw.revision() < self.highest_seen {
+            let now = self.client.current_revision(&self.key).await?;
+            if now < self.highest_seen {
+                return Err(Error::RevisionWentBack {
+                    seen: self.highest_seen,
+                    now,
+                });
+            }
+        }
+        Ok(raw)
+    }
+}
+
+/// Whether a new stream would fail in the same way.
+fn ends_watch(error: &Error) -> bool {
     match error {
-        Error::Compacted { .. } | Error::Closed { .. } | Error::Invalid { .. } => true,
+        Error::Compacted { .. }
+        | Error::RevisionWentBack { .. }
+        | Error::Closed { .. }
+        | Error::Invalid { .. } => true,
         Error::Rpc { status, .. } => matches!(
             status.code(),
             Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented

@@ -1,4 +1,4 @@
-//! One watch on one stream, until it is lost.
+//! One watch on one stream, until the stream is lost.
 
 use std::time::Duration;
 
@@ -7,99 +7,110 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tonic::{Code, Status};
 
 use super::options::{WatchOptions, WatchResponse};
-use crate::client::handle::{Client, OLD_TOKEN, shown};
+use crate::client::handle::{Client, OLD_TOKEN, display_key};
 use crate::error::{Error, Result};
 
-/// How long a stream may be silent before etcd is asked whether it is still there: often enough
-/// to notice within tens of seconds, rare enough to cost nothing (one small message).
-const ASK_AFTER: Duration = Duration::from_secs(5);
+/// How long a stream may be silent before the client sends a progress request: often enough to
+/// notice a lost stream within tens of seconds, at the cost of one small message.
+const PROGRESS_REQUEST_AFTER: Duration = Duration::from_secs(5);
 
-/// How long the answer may take. Longer than the connection's own test takes by default (10 s
-/// and 3 s, together with `ASK_AFTER`), so this is left for servers whose connection works and
-/// whose watches do not; and since etcd answers only when the watch has caught up with
-/// the history, it is not tight.
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// How long the response to a progress request may take.
+///
+/// The sum with [`PROGRESS_REQUEST_AFTER`] is longer than the HTTP/2 keep-alive takes by default
+/// (10 s and 3 s), which detects lost connections. So this only catches servers whose connection
+/// works and whose watches do not. The limit is generous, because etcd responds only once the watch
+/// has caught up with the history.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// etcd's watch id for answers that belong to the stream, not to a watch (`InvalidWatchID`):
+/// etcd's watch id in responses that belong to the stream and not to a watch (`InvalidWatchID`):
 /// those to progress requests.
 const NO_WATCH: i64 = -1;
 
-/// One watch on one stream. It does not resume; what does is [`Watch`](super::Watch).
+/// A watch on one stream, without resuming after a loss as [`Watch`](super::Watch) does.
 ///
-/// After an error it is spent. Dropping it cancels the watch at the server.
+/// After an error it must not be used again. Dropping it cancels the watch at the server.
 pub(crate) struct RawWatch {
     client: Client,
     key: Vec<u8>,
     options: WatchOptions,
     stream: WatchStream,
     start: Start,
-    /// The events of an answer that is not complete yet.
+    /// The events of the fragments of an incomplete response.
     fragments: Vec<Event>,
     revision: i64,
-    heard: Instant,
-    asked: Option<Instant>,
+    last_message_at: Instant,
+    /// When the outstanding progress request was sent.
+    progress_requested_at: Option<Instant>,
 }
 
-/// Where a watch began, as far as it still matters.
+/// The revision at which a watch started, while that matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Start {
-    /// Etcd is past the first revision that is asked for.
+    /// etcd is past the first requested revision.
     Passed,
-    /// At this revision, and it may be one that is yet to come. Until it is there etcd answers no question
-    /// for progress (from 3.5.22 and 3.6.2 on), and may be taken for silent.
+    /// The watch started at this revision, which may lie in the future. Until etcd reaches it, etcd
+    /// does not respond to progress requests (from 3.5.22 and 3.6.2 on), so that the stream seems
+    /// lost.
     At(i64),
-    /// At the revision before it, which is there, so that etcd answers; what is of that one is left out.
+    /// The watch started at the revision before this one. That revision exists, so etcd responds to
+    /// progress requests. The events of that revision are removed.
     Before(i64),
 }
 
 impl Client {
     /// Opens a watch and waits until etcd has created it, within `request_timeout`.
-    ///
-    /// A refusal is tried again after the user's token was renewed, if need be: etcd before 3.5.5
-    /// calls an expired token "permission denied" as well, and each member forgets tokens by itself.
     pub(crate) async fn open_watch(
         &self,
         key: impl Into<Vec<u8>>,
         options: &WatchOptions,
     ) -> Result<RawWatch> {
         let key = key.into();
-        self.opened_stream(|| watching(&key), || self.create_as_user(&key, options))
-            .await
+        let create = || self.create_with_valid_token(&key, options);
+        self.open_stream(|| operation(&key), create).await
     }
 
-    async fn create_as_user(&self, key: &[u8], options: &WatchOptions) -> Result<RawWatch> {
-        let begun = Instant::now();
-        let refused = match self.create(key, options).await {
-            Err(refused) if self.may_be_expired(&refused) => refused,
+    /// Creates a watch. After a refusal, renews the user's token if needed and tries again, because
+    /// etcd before 3.5.5 reports an expired token as "permission denied", and because each member
+    /// forgets tokens separately.
+    async fn create_with_valid_token(
+        &self,
+        key: &[u8],
+        options: &WatchOptions,
+    ) -> Result<RawWatch> {
+        let started_at = Instant::now();
+        let refused = match self.create_watch(key, options).await {
+            Err(refused) if self.is_maybe_expired_token(&refused) => refused,
             result => return result,
         };
-        // Answers with the user's real rights; and where this member does not know the token
-        // either, it is renewed on the way, once for all calls that find it expired.
+        // The read fails if the user lacks the permission. If this member does not know the token
+        // either, etcd-client renews it, once for all calls that find it expired.
         self.read_revision(key, options.to_read()).await?;
-        match self.create(key, options).await {
-            Err(again) if self.may_be_expired(&again) => {}
+        match self.create_watch(key, options).await {
+            Err(again) if self.is_maybe_expired_token(&again) => {}
             result => return result,
         }
-        // The two were answered by different members, of which one knows the token. Every watch that was
-        // lost with a member finds this at the same time, and a password costs etcd much.
+        // Different members answered the read and the watch, and only one of them knows the token.
+        // Every watch that was lost with a member gets here at the same time, so they share one
+        // renewal: checking a password is expensive for etcd.
         let transport = &self.inner.transport;
         let renewed = transport
             .wire
-            .renewed_since(begun, transport.raw.refresh_token());
+            .renewed_since(started_at, transport.raw.refresh_token());
         renewed
             .await
-            .map_err(|error| Error::from_etcd(watching(key), error))?;
+            .map_err(|error| Error::from_etcd(operation(key), error))?;
+        // The members learn of the new token one after another.
         for pause in [0, 50, 200, 500] {
             sleep(Duration::from_millis(pause)).await;
-            match self.create(key, options).await {
-                Err(again) if self.may_be_expired(&again) => {}
+            match self.create_watch(key, options).await {
+                Err(again) if self.is_maybe_expired_token(&again) => {}
                 result => return result,
             }
         }
         Err(refused)
     }
 
-    fn may_be_expired(&self, error: &Error) -> bool {
+    fn is_maybe_expired_token(&self, error: &Error) -> bool {
         self.inner.config.username.is_some()
             && matches!(
                 error.code(),
@@ -107,8 +118,8 @@ impl Client {
             )
     }
 
-    async fn create(&self, key: &[u8], options: &WatchOptions) -> Result<RawWatch> {
-        let failed = |error| Error::from_etcd(watching(key), error);
+    async fn create_watch(&self, key: &[u8], options: &WatchOptions) -> Result<RawWatch> {
+        let failed = |error| Error::from_etcd(operation(key), error);
         let mut watch = self.inner.transport.watch.clone();
         let mut stream = watch
             .watch(key, Some(options.to_etcd()))
@@ -118,14 +129,14 @@ impl Client {
             .message()
             .await
             .map_err(failed)?
-            .ok_or_else(|| lost(key, "the stream ended before the watch was created"))?;
+            .ok_or_else(|| watch_lost(key, "the stream ended before the watch was created"))?;
         if created.canceled() {
             return Err(canceled(key, &created));
         }
         if !created.created() {
-            return Err(lost(
+            return Err(watch_lost(
                 key,
-                "the first answer does not say that it was created",
+                "the first response does not confirm the creation",
             ));
         }
         Ok(RawWatch {
@@ -136,121 +147,129 @@ impl Client {
             start: options.start_revision().map_or(Start::Passed, Start::At),
             fragments: Vec::new(),
             revision: created.header().map_or(0, |header| header.revision()),
-            heard: Instant::now(),
-            asked: None,
+            last_message_at: Instant::now(),
+            progress_requested_at: None,
         })
     }
 
-    /// etcd's present revision, agreed on by a majority of the members. The key is one that
-    /// the user may read.
+    /// etcd's current revision, confirmed by a quorum. The user must be allowed to read `key`.
     pub(crate) async fn current_revision(&self, key: &[u8]) -> Result<i64> {
-        let one = if key.is_empty() { b"\0" } else { key };
-        self.bounded(
-            || format!("read the revision at {}", shown(key)),
-            self.read_revision(one, GetOptions::new().with_count_only()),
+        let key = if key.is_empty() { b"\0" } else { key };
+        self.with_timeout(
+            || read_operation(key),
+            self.read_revision(key, GetOptions::new().with_count_only()),
         )
         .await
     }
 
     async fn read_revision(&self, key: &[u8], options: GetOptions) -> Result<i64> {
         let mut kv = self.inner.transport.kv.clone();
-        let answer = kv.get(key, Some(options)).await.map_err(|error| {
-            Error::from_etcd(format!("read the revision at {}", shown(key)), error)
-        })?;
-        Ok(answer.header().map_or(0, |header| header.revision()))
+        let response = kv
+            .get(key, Some(options))
+            .await
+            .map_err(|error| Error::from_etcd(read_operation(key), error))?;
+        Ok(response.header().map_or(0, |header| header.revision()))
     }
 }
 
 impl RawWatch {
-    /// etcd's revision when it created the watch. A watch from "now" yields what comes after it.
+    /// etcd's revision when it created the watch. Without a start revision the watch yields all
+    /// events after it.
     pub(crate) fn revision(&self) -> i64 {
         self.revision
     }
 
-    /// What comes next: the events of whole revisions, or etcd's own progress notification.
+    /// Waits for the next response: the events of whole revisions, or a progress notification.
     ///
     /// Cancel-safe: dropping the future loses nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Compacted`]; [`Error::Closed`]; [`Error::Rpc`] with `Unavailable` when the stream
-    /// is lost or silent, `Unauthenticated` or `PermissionDenied` when etcd takes the watch away,
-    /// `OutOfRange` when a message exceeds `max_call_recv_msg_size`.
+    /// - [`Error::Compacted`]: the start revision is compacted.
+    /// - [`Error::Closed`]: the client was closed.
+    /// - [`Error::Rpc`] with `Unavailable`: the stream is lost or silent.
+    /// - [`Error::Rpc`] with `Unauthenticated` or `PermissionDenied`: etcd cancelled the watch.
+    /// - [`Error::Rpc`] with `OutOfRange`: a message exceeds `max_call_recv_msg_size`.
     pub(crate) async fn next(&mut self) -> Result<WatchResponse> {
         loop {
-            let wake = match self.asked {
-                None => self.heard + ASK_AFTER,
-                Some(asked) => asked + ANSWER_WITHIN,
+            let wake_at = match self.progress_requested_at {
+                None => self.last_message_at + PROGRESS_REQUEST_AFTER,
+                Some(sent_at) => sent_at + PROGRESS_TIMEOUT,
             };
             tokio::select! {
                 biased;
-                () = self.client.inner.closed.cancelled() => return Err(self.client.closed()),
+                () = self.client.inner.closed.cancelled() => return Err(self.client.closed_error()),
                 message = self.stream.message() => {
-                    self.heard = Instant::now();
-                    self.asked = None;
-                    if let Some(response) = self.accept(message)? {
+                    self.last_message_at = Instant::now();
+                    self.progress_requested_at = None;
+                    if let Some(response) = self.filter(message)? {
                         return Ok(response);
                     }
                 }
-                () = sleep_until(wake) => {
-                    if self.asked.is_some() {
-                        self.ask_otherwise().await?;
-                        continue;
-                    }
-                    self.stream
-                        .request_progress()
-                        .await
-                        .map_err(|_| lost(&self.key, "the stream takes no more requests"))?;
-                    self.asked = Some(Instant::now());
+                () = sleep_until(wake_at) => match self.progress_requested_at {
+                    Some(_) => self.reopen_before_start().await?,
+                    None => self.request_progress().await?,
                 }
             }
         }
     }
 
-    /// What is silent is lost, unless it may be so only because it begins at a revision that is yet to come.
-    /// Then it is opened once more, in a way that can be asked. All begin as they should nevertheless: one
-    /// from a revision that is there has to catch up first, which takes etcd a tenth of a second.
-    async fn ask_otherwise(&mut self) -> Result<()> {
+    async fn request_progress(&mut self) -> Result<()> {
+        self.stream
+            .request_progress()
+            .await
+            .map_err(|_| watch_lost(&self.key, "the stream accepts no more requests"))?;
+        self.progress_requested_at = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Handles a stream that did not respond to a progress request.
+    ///
+    /// etcd does not respond while the start revision lies in the future, so such a watch is
+    /// reopened one revision earlier, once. Any other silent stream is lost. Watches do not start
+    /// one revision earlier from the beginning, because a watch on an existing revision first has
+    /// to catch up, which takes etcd 100 ms.
+    async fn reopen_before_start(&mut self) -> Result<()> {
         let silent = || {
-            lost(
+            watch_lost(
                 &self.key,
-                "the stream is silent, even when asked for progress",
+                "the stream is silent and does not respond to a progress request",
             )
         };
         let Start::At(start @ 2..) = self.start else {
             return Err(silent());
         };
         let options = self.options.clone().with_start_revision(start - 1);
-        let again = self.client.open_watch(self.key.as_slice(), &options).await;
-        let mut again = again.map_err(|error| {
-            tracing::debug!(%error, "a silent watch cannot be opened once more");
+        let reopened = self.client.open_watch(self.key.as_slice(), &options).await;
+        let mut reopened = reopened.map_err(|error| {
+            tracing::debug!(%error, "cannot reopen a silent watch");
             if self.client.is_closed() {
                 error
             } else {
                 silent()
             }
         })?;
-        again.options = self.options.clone();
-        again.start = Start::Before(start);
-        // What it was created at is what its user goes by.
-        again.revision = self.revision;
-        *self = again;
+        reopened.options = self.options.clone();
+        reopened.start = Start::Before(start);
+        // Callers know the revision at which the first stream was created.
+        reopened.revision = self.revision;
+        *self = reopened;
         Ok(())
     }
 
-    fn accept(
+    /// Decodes a message, and removes events and errors that concern revisions before the start.
+    fn filter(
         &mut self,
         message: Result<Option<etcd_client::WatchResponse>, etcd_client::Error>,
     ) -> Result<Option<WatchResponse>> {
-        let response = self.received(message).map_err(|error| match error {
-            // Of what was not asked for.
+        let response = self.decode(message).map_err(|error| match error {
             Error::Compacted { compact_revision }
                 if matches!(self.start, Start::Before(start) if compact_revision <= start) =>
             {
-                lost(&self.key, "the revision before its first is compacted")
+                watch_lost(&self.key, "the revision before the start is compacted")
             }
             error if matches!(self.start, Start::Before(_)) && is_too_large(&error) => {
-                lost(&self.key, "what is before its first revision is too large")
+                watch_lost(&self.key, "the revision before the start is too large")
             }
             error => error,
         })?;
@@ -272,32 +291,32 @@ impl RawWatch {
         Ok(Some(response))
     }
 
-    fn received(
+    /// Converts a message into a response; `None` while there is nothing to yield.
+    fn decode(
         &mut self,
         message: Result<Option<etcd_client::WatchResponse>, etcd_client::Error>,
     ) -> Result<Option<WatchResponse>> {
         let message = message
             .map_err(|error| {
-                // The client's own end of the connection is cut by `close`, which may be noticed
-                // here first.
+                // `close` also ends the stream, which may be noticed before the cancellation.
                 if self.client.is_closed() {
-                    self.client.closed()
+                    self.client.closed_error()
                 } else {
-                    Error::from_etcd(watching(&self.key), error)
+                    Error::from_etcd(operation(&self.key), error)
                 }
             })?
-            .ok_or_else(|| lost(&self.key, "the server ended the stream"))?;
+            .ok_or_else(|| watch_lost(&self.key, "the server ended the stream"))?;
         if message.canceled() {
             return Err(canceled(&self.key, &message));
         }
-        // Before etcd 3.5.8 the answer to a progress request may overtake events
-        // (etcd-io/etcd#15220): it shows that the server is alive, and nothing else. Its own
+        // Before etcd 3.5.8 a response to a progress request may overtake events
+        // (etcd-io/etcd#15220), so it only shows that the server is alive. etcd's own progress
         // notifications come in order.
         if message.watch_id() == NO_WATCH {
             return Ok(None);
         }
         let revision = message.header().map_or(0, |header| header.revision());
-        // What etcd splits may be in the middle of a revision, and is shown whole.
+        // etcd may split a response in the middle of a revision; users see whole revisions.
         if message.0.fragment {
             self.fragments.extend_from_slice(message.events());
             return Ok(None);
@@ -308,13 +327,17 @@ impl RawWatch {
     }
 }
 
-fn watching(key: &[u8]) -> String {
-    format!("watch {}", shown(key))
+fn operation(key: &[u8]) -> String {
+    format!("watch {}", display_key(key))
 }
 
-fn lost(key: &[u8], reason: &str) -> Error {
+fn read_operation(key: &[u8]) -> String {
+    format!("read the revision at {}", display_key(key))
+}
+
+fn watch_lost(key: &[u8], reason: &str) -> Error {
     Error::Rpc {
-        operation: watching(key),
+        operation: operation(key),
         status: Box::new(Status::unavailable(reason)),
     }
 }
@@ -323,7 +346,7 @@ fn is_too_large(error: &Error) -> bool {
     error.code() == Some(Code::OutOfRange)
 }
 
-/// etcd tells why it cancels a watch in words only.
+/// The error of a watch that etcd cancelled. etcd gives the reason only as text.
 fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
     if message.compact_revision() > 0 {
         return Error::Compacted {
@@ -331,7 +354,7 @@ fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
         };
     }
     Error::Rpc {
-        operation: watching(key),
+        operation: operation(key),
         status: Box::new(reason_status(message.cancel_reason())),
     }
 }
@@ -359,7 +382,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn given_a_cancel_reason_then_its_code_says_what_can_be_done() {
+    fn cancel_reason_maps_to_a_code() {
         for (reason, code) in [
             ("etcdserver: invalid auth token", Code::Unauthenticated),
             (
@@ -382,20 +405,20 @@ mod tests_on_etcd {
     use crate::config::Config;
     use crate::testing::Etcd;
 
-    async fn watched(etcd: &Etcd) -> Result<RawWatch> {
+    async fn open_watch(etcd: &Etcd) -> Result<RawWatch> {
         let config = Config::builder()
             .endpoints([etcd.endpoint()])
-            // The connection's own test must not be what notices.
+            // Too long for the connection's keep-alive to notice the loss first.
             .keep_alive_interval(Duration::from_secs(600))
             .build()?;
-        let client = Client::new("main", config).await?;
+        let client = Client::connect("main", config).await?;
         client.open_watch("key", &WatchOptions::new()).await
     }
 
     #[tokio::test]
-    async fn given_a_server_that_does_not_answer_then_the_silent_stream_is_given_up() {
+    async fn silent_stream_of_a_hung_server_is_lost() {
         let etcd = Etcd::start().await.unwrap();
-        let mut watch = watched(&etcd).await.unwrap();
+        let mut watch = open_watch(&etcd).await.unwrap();
         etcd.pause().await.unwrap();
         let error = tokio::time::timeout(Duration::from_secs(60), watch.next())
             .await
@@ -406,10 +429,10 @@ mod tests_on_etcd {
     }
 
     #[tokio::test]
-    async fn given_nothing_to_tell_then_a_server_that_answers_is_kept() {
+    async fn idle_stream_of_a_live_server_is_kept() {
         let etcd = Etcd::start().await.unwrap();
-        let mut watch = watched(&etcd).await.unwrap();
-        let patience = ASK_AFTER * 2 + ANSWER_WITHIN + Duration::from_secs(2);
-        assert!(tokio::time::timeout(patience, watch.next()).await.is_err());
+        let mut watch = open_watch(&etcd).await.unwrap();
+        let idle = PROGRESS_REQUEST_AFTER * 2 + PROGRESS_TIMEOUT + Duration::from_secs(2);
+        assert!(tokio::time::timeout(idle, watch.next()).await.is_err());
     }
 }
