@@ -100,7 +100,7 @@ async fn contenders(endpoints: Vec<String>) -> (Contender, Contender) {
         .await
         .expect("etcd-client connects");
     let config = Config::builder().endpoints(endpoints).build();
-    let ours = Client::new("bench", config.expect("a configuration")).await;
+    let ours = Client::connect("bench", config.expect("a configuration")).await;
     (
         Contender::Raw(raw.kv_client()),
         Contender::Ours(ours.expect("connects")),

@@ -20,7 +20,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let etcd = args.next().unwrap_or_else(|| "localhost:2379".to_owned());
     let service = args.next().unwrap_or_else(|| "greeter".to_owned());
 
-    let client = Client::new("example", Config::builder().endpoints([etcd]).build()?).await?;
+    let client = Client::connect("example", Config::builder().endpoints([etcd]).build()?).await?;
     let directory = Directory::watch(&client, service).await?;
     // Each instance becomes an endpoint, which is yours to configure.
     let channel =

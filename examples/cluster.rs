@@ -4,7 +4,7 @@ use goo_etcd::{Client, Config};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("cluster", Config::from_env()?).await?;
+    let client = Client::connect("cluster", Config::from_env()?).await?;
     for member in client.member_list().await?.members() {
         for url in member.client_urls() {
             // That very member, over a connection of its own.

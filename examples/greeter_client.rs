@@ -62,7 +62,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<ExitCode, Box<dyn Error>> {
     let config = Config::builder().endpoints(args.etcd).build()?;
-    let client = Client::new("greeter-client", config).await?;
+    let client = Client::connect("greeter-client", config).await?;
     let directory = Directory::watch(&client, args.service).await?;
     let channel = BalancedChannel::builder(&directory).timeout(args.timeout.into());
     let greeter = GreeterClient::new(channel.build()?);

@@ -118,7 +118,7 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
 
     let stopped = stop_signal()?;
     let config = Config::builder().endpoints(args.etcd).build()?;
-    let client = Client::new("greeter-server", config).await?;
+    let client = Client::connect("greeter-server", config).await?;
     let registrar = Registrar::builder(&client).ttl(args.ttl.into()).build()?;
     let registration = registrar.register(instance).await?;
     println!("registered {} at {address}", registration.key());

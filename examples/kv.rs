@@ -5,7 +5,7 @@ use goo_etcd::{Client, Config, DeleteOptions, GetOptions, PutOptions, SortOrder,
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("kv", Config::from_env()?).await?;
+    let client = Client::connect("kv", Config::from_env()?).await?;
     client.put("fruit/apple", "red", None).await?;
     client.put("fruit/pear", "green", None).await?;
 

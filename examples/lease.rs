@@ -5,7 +5,7 @@ use goo_etcd::{Client, Config, PutOptions};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("lease", Config::from_env()?).await?;
+    let client = Client::connect("lease", Config::from_env()?).await?;
     let lease = client.grant(5).await?.id();
     let on_lease = PutOptions::new().with_lease(lease);
     client.put("workers/1", "here", on_lease).await?;

@@ -17,7 +17,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         .enable_tls(true)
         .tls_config(tls)
         .build()?;
-    let client = Client::new("tls", config).await?;
+    let client = Client::connect("tls", config).await?;
     client.ping().await?;
     println!("etcd {} over TLS", client.status(endpoint).await?.version());
     client.close().await?;

@@ -4,7 +4,7 @@ use goo_etcd::{Client, Compare, CompareOp, Config, TxnOp, TxnOpResponse};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("txn", Config::from_env()?).await?;
+    let client = Client::connect("txn", Config::from_env()?).await?;
     client.delete("stock/apples", None).await?;
     for _ in 0..2 {
         // Create it, or else tell what is there.

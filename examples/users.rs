@@ -12,7 +12,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     config.username = Some(name.clone());
     config.password = Some(password.clone());
     // A wrong password is an error here, at once.
-    let client = Client::new("users", config).await?;
+    let client = Client::connect("users", config).await?;
     match client.put(key.as_str(), "mine", None).await {
         Ok(_) => println!("{key} is written"),
         Err(error) => println!("{error}"),

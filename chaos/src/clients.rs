@@ -50,7 +50,7 @@ impl ClientTask {
         clock: Clock,
     ) -> goo_etcd::Result<Self> {
         let config = Config::builder().endpoints(endpoints).build()?;
-        let client = Client::new(format!("client {index}"), config).await?;
+        let client = Client::connect(format!("client {index}"), config).await?;
         let directory = Directory::watch(&client, SERVICE).await?;
         // No retry policy, so that each failure is recorded here.
         let channel = BalancedChannel::builder(&directory)

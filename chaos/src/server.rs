@@ -86,7 +86,7 @@ pub async fn run(args: ServerArgs) -> Result<(), Box<dyn Error>> {
 async fn connect(id: &str, endpoints: Vec<String>) -> goo_etcd::Result<Client> {
     let config = Config::builder().endpoints(endpoints).build()?;
     loop {
-        match Client::new(id, config.clone()).await {
+        match Client::connect(id, config.clone()).await {
             Ok(client) => return Ok(client),
             Err(error) => {
                 tracing::debug!(%error, "etcd cannot be reached");

@@ -75,7 +75,7 @@ async fn story() -> Result<bool, Box<dyn std::error::Error>> {
     let etcd = Etcd::start().await?;
     let endpoint = etcd.endpoint();
     let config = Config::builder().endpoints([&endpoint]).build()?;
-    let client = Client::new("demo", config).await?;
+    let client = Client::connect("demo", config).await?;
     let directory = Directory::watch(&client, SERVICE).await?;
     let start = |id| Server::start(id, &endpoint);
     let (mut a, mut b, mut c) = (start("a")?, start("b")?, start("c")?);

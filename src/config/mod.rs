@@ -21,7 +21,7 @@ pub use tls::TlsConfig;
 /// Made by [`Config::default`] and changed field by field, by [`Config::builder`], by
 /// [`Config::from_env`], or by serde from YAML, TOML or JSON, where durations are written as
 /// `"5s"` or `"1m 30s"`, missing fields have their default and unknown ones are errors.
-/// [`Config::validate`] refuses what contradicts itself; [`Client::new`](crate::Client::new)
+/// [`Config::validate`] refuses what contradicts itself; [`Client::connect`](crate::Client::connect)
 /// calls it.
 ///
 /// `Debug` shows neither the password nor key material. Nor do errors: of a password that is a number and
