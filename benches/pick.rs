@@ -8,8 +8,6 @@
     reason = "not all of the picker is measured, and its own tests do not run here"
 )]
 
-#[path = "../src/balance/load.rs"]
-mod load;
 #[path = "../src/balance/pick/mod.rs"]
 mod pick;
 
@@ -19,8 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use divan::{AllocProfiler, Bencher};
-use load::Load;
-use pick::{Candidate, Picker, Policy, Turn};
+use pick::{Candidate, Load, Picker, Policy, Turn};
 use tokio::time::Instant;
 
 #[global_allocator]

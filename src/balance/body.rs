@@ -15,8 +15,8 @@ use tonic::{Code, Status};
 
 use super::connection::Incoming;
 use super::deadline;
-use super::endpoint::Endpoint;
 use super::failure;
+use super::pool::Endpoint;
 use super::replay::OwnFailure;
 
 /// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.

@@ -9,14 +9,11 @@ use tokio::sync::Semaphore;
 use tower::Service;
 
 use super::call::Calls;
-use super::connect::{BoxError, Connector, Custom, Settings, custom};
-use super::endpoint::Plan;
-use super::guard::{self, Guard, KEEP_FOR, WINDOW};
+use super::connection::{BoxError, Connector, Custom, Settings, Tls, custom};
 use super::pick::Policy;
-use super::pool::{Pool, View};
+use super::pool::{self, Guard, KEEP_FOR, Plan, Pool, View, WINDOW};
 use super::retry::RetryPolicy;
 use super::source::Source;
-use super::tls::Tls;
 use super::{BalancedChannel, Inner};
 use crate::config::TlsConfig;
 use crate::error::{Error, Result};
@@ -378,7 +375,7 @@ impl BalancedChannelBuilder {
             None if self.source.ttl().is_some() => KEEP_FOR,
             None => Duration::ZERO,
         };
-        let usual = self.source.ttl().map_or(WINDOW, guard::window);
+        let usual = self.source.ttl().map_or(WINDOW, pool::window);
         let window = self.mass_deletion_window.unwrap_or(usual).min(MAX_DURATION);
         let guard = Guard::new(keep_for, window);
         let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, guard);

@@ -4,13 +4,14 @@
 //! another when the set or a connection changes; a call reads it without a lock. No pick depends
 //! on how many endpoints there are, and none allocates.
 
+mod load;
 mod ring;
 mod round_robin;
 mod two_choices;
 
 use tokio::time::Instant;
 
-use super::load::Load;
+pub(crate) use load::Load;
 use ring::Ring;
 use round_robin::Schedule;
 pub(crate) use round_robin::Turn;

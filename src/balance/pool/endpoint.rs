@@ -11,25 +11,15 @@
 //! Only what is Ready gets calls; nothing is connected on behalf of a call.
 
 use std::fmt;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::connect::{Connector, Target};
-use super::connection::{Reserved, Sender};
-use super::load::Load;
-use super::pick::Candidate;
-use crate::backoff::Backoff;
+use crate::balance::connection::{Reserved, Sender, Target};
+use crate::balance::pick::{Candidate, Load};
 use crate::instance::Instance;
-
-/// gRPC's connection backoff ("GRPC Connection Backoff Protocol"): the first wait and the jitter.
-const BACKOFF_BASE: Duration = Duration::from_secs(1);
-const BACKOFF_JITTER: Range<f64> = 0.8..1.2;
 
 /// What an endpoint is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,15 +66,15 @@ pub struct EndpointStatus {
     pub last_error: Option<String>,
     /// Its instance is not in the set any more: it has vanished with most of the others, and is kept while it
     /// is connected, for the time of
-    /// [`mass_deletion_guard`](super::BalancedChannelBuilder::mass_deletion_guard).
+    /// [`mass_deletion_guard`](crate::balance::BalancedChannelBuilder::mass_deletion_guard).
     pub kept: bool,
 }
 
 /// An endpoint, shared by its tasks, the pool and the calls on it.
 #[derive(Debug)]
-pub(super) struct Endpoint {
-    pub(super) target: Target,
-    pub(super) load: Load,
+pub(crate) struct Endpoint {
+    pub(crate) target: Target,
+    pub(crate) load: Load,
     /// 0 while the instance is not to get new calls.
     weight: AtomicU32,
     kept: AtomicBool,
@@ -93,10 +83,10 @@ pub(super) struct Endpoint {
 
 /// One of its connections.
 #[derive(Debug, Default)]
-struct Slot {
-    sender: Option<Sender>,
-    backing_off: bool,
-    last_error: Option<String>,
+pub(crate) struct Slot {
+    pub(crate) sender: Option<Sender>,
+    pub(crate) backing_off: bool,
+    pub(crate) last_error: Option<String>,
 }
 
 impl Slot {
@@ -112,7 +102,7 @@ impl Slot {
 }
 
 impl Endpoint {
-    fn new(target: Target, instance: &Instance, connections: usize) -> Self {
+    pub(crate) fn new(target: Target, instance: &Instance, connections: usize) -> Self {
         let endpoint = Self {
             target,
             load: Load::new(Instant::now()),
@@ -129,7 +119,7 @@ impl Endpoint {
     }
 
     /// Takes over what may change without a new connection.
-    pub(super) fn update(&self, instance: &Instance) {
+    pub(crate) fn update(&self, instance: &Instance) {
         let weight = if instance.is_eligible() {
             instance.weight
         } else {
@@ -139,20 +129,20 @@ impl Endpoint {
     }
 
     /// It is to get no new calls, for its instance has vanished.
-    pub(super) fn retire(&self) {
+    pub(crate) fn retire(&self) {
         self.weight.store(0, Ordering::Relaxed);
     }
 
-    pub(super) fn set_kept(&self, kept: bool) {
+    pub(crate) fn set_kept(&self, kept: bool) {
         self.kept.store(kept, Ordering::Relaxed);
     }
 
-    pub(super) fn is_kept(&self) -> bool {
+    pub(crate) fn is_kept(&self) -> bool {
         self.kept.load(Ordering::Relaxed)
     }
 
     /// It as something to pick, if it can be picked now.
-    pub(super) fn ready(self: &Arc<Self>) -> Option<Ready> {
+    pub(crate) fn ready(self: &Arc<Self>) -> Option<Ready> {
         let weight = self.weight.load(Ordering::Relaxed);
         if weight == 0 {
             return None;
@@ -166,7 +156,7 @@ impl Endpoint {
     }
 
     /// How many streams its connections have in use, if that is all that the server allows.
-    pub(super) fn limit_reached(&self) -> Option<usize> {
+    pub(crate) fn limit_reached(&self) -> Option<usize> {
         let slots = self.lock();
         let open = slots.iter().filter(|slot| slot.is_open());
         let limits = open
@@ -177,11 +167,11 @@ impl Endpoint {
     }
 
     /// Whether it is connected, whatever its weight.
-    pub(super) fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.lock().iter().any(Slot::is_open)
     }
 
-    pub(super) fn status(&self) -> EndpointStatus {
+    pub(crate) fn status(&self) -> EndpointStatus {
         let weight = self.weight.load(Ordering::Relaxed);
         let slots = self.lock();
         let connections = slots.iter().filter(|slot| slot.is_open()).count();
@@ -214,7 +204,7 @@ impl Endpoint {
             .collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
         self.connections
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -223,15 +213,15 @@ impl Endpoint {
 
 /// An endpoint in a picker.
 #[derive(Debug)]
-pub(super) struct Ready {
-    pub(super) endpoint: Arc<Endpoint>,
+pub(crate) struct Ready {
+    pub(crate) endpoint: Arc<Endpoint>,
     senders: Box<[Sender]>,
     weight: u32,
 }
 
 impl Ready {
     /// A stream for one call, if it can be sent now.
-    pub(super) fn reserve(&self) -> Option<Reserved> {
+    pub(crate) fn reserve(&self) -> Option<Reserved> {
         if let [only] = &*self.senders {
             return only.reserve();
         }
@@ -241,7 +231,7 @@ impl Ready {
     }
 
     /// Whether it is connected, and has no room for a call.
-    pub(super) fn is_full(&self) -> bool {
+    pub(crate) fn is_full(&self) -> bool {
         !self.is_usable() && self.senders.iter().any(Sender::is_open)
     }
 }
@@ -257,117 +247,5 @@ impl Candidate for Ready {
 
     fn is_usable(&self) -> bool {
         self.senders.iter().any(Sender::is_usable)
-    }
-}
-
-/// Keeps an endpoint connected until it is dropped. Calls in flight on it then finish, and its
-/// connections close after them.
-#[derive(Debug)]
-pub(super) struct Supervised {
-    pub(super) endpoint: Arc<Endpoint>,
-    /// Aborted on drop.
-    _tasks: JoinSet<()>,
-}
-
-impl Drop for Supervised {
-    fn drop(&mut self) {
-        // A call that is still in flight keeps the endpoint, and must not keep its connections with it;
-        // nor may a task that has not noticed yet put another one here.
-        self.endpoint.lock().clear();
-    }
-}
-
-impl Supervised {
-    /// `changed` is notified whenever the endpoint becomes ready, or is not ready any more; `freed`
-    /// whenever it has room for a call after it had none.
-    pub(super) fn start(
-        target: Target,
-        instance: &Instance,
-        connector: &Arc<Connector>,
-        plan: Plan,
-        changed: &Arc<Notify>,
-        freed: &Arc<Notify>,
-    ) -> Self {
-        let endpoint = Arc::new(Endpoint::new(target, instance, plan.connections));
-        let mut tasks = JoinSet::new();
-        for slot in 0..plan.connections {
-            let task = Task {
-                endpoint: Arc::clone(&endpoint),
-                slot,
-                connector: Arc::clone(connector),
-                changed: Arc::clone(changed),
-                freed: Arc::clone(freed),
-            };
-            tasks.spawn(task.run(plan.max_backoff));
-        }
-        Self {
-            endpoint,
-            _tasks: tasks,
-        }
-    }
-}
-
-/// How endpoints are to be connected.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
-    pub(super) connections: usize,
-    pub(super) max_backoff: Duration,
-}
-
-/// What keeps one connection of an endpoint.
-struct Task {
-    endpoint: Arc<Endpoint>,
-    slot: usize,
-    connector: Arc<Connector>,
-    changed: Arc<Notify>,
-    freed: Arc<Notify>,
-}
-
-impl Task {
-    async fn run(self, max_backoff: Duration) {
-        let mut backoff = Backoff::with_jitter(BACKOFF_BASE, max_backoff, BACKOFF_JITTER);
-        loop {
-            let begun = Instant::now();
-            self.set(|slot| slot.backing_off = false);
-            let error = match self.connector.connect(&self.endpoint.target).await {
-                Ok(connection) => {
-                    let connected = Instant::now();
-                    connection.sender.announce_room(&self.freed);
-                    self.set(|slot| {
-                        slot.sender = Some(connection.sender);
-                        slot.last_error = None;
-                    });
-                    let error = connection.ended.await;
-                    // Out of the picker before anything else; calls that have picked it already
-                    // get their request back.
-                    self.set(|slot| {
-                        slot.sender = None;
-                        slot.last_error = Some(error.clone());
-                    });
-                    if connected.elapsed() >= BACKOFF_BASE {
-                        // It held: this is a new loss, not the old one.
-                        backoff.reset();
-                        continue;
-                    }
-                    error
-                }
-                Err(error) => error,
-            };
-            tracing::debug!(address = %self.endpoint.target.address, %error, "not connected");
-            self.set(|slot| {
-                slot.backing_off = true;
-                slot.last_error = Some(error);
-            });
-            // Counted from the beginning of the attempt, as gRPC does: one that took long to fail has
-            // waited already.
-            tokio::time::sleep_until(begun + backoff.next()).await;
-        }
-    }
-
-    fn set(&self, change: impl FnOnce(&mut Slot)) {
-        if let Some(slot) = self.endpoint.lock().get_mut(self.slot) {
-            change(slot);
-        }
-        self.changed.notify_one();
     }
 }

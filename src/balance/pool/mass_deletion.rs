@@ -12,7 +12,7 @@ use tokio::time::Instant;
 /// What vanishes within this time counts as vanished together. Leases that were renewed at different
 /// moments end at different moments: each is renewed at a third of its time to live, and etcd looks for
 /// ended ones twice a second; the rest is for those that were late.
-pub(super) fn window(ttl: Duration) -> Duration {
+pub(crate) fn window(ttl: Duration) -> Duration {
     ttl / 3 + MARGIN
 }
 
@@ -20,15 +20,15 @@ pub(super) fn window(ttl: Duration) -> Duration {
 const MARGIN: Duration = Duration::from_millis(1_667);
 
 /// That of sources whose instances have no time to live.
-pub(super) const WINDOW: Duration = Duration::from_secs(5);
+pub(crate) const WINDOW: Duration = Duration::from_secs(5);
 
 /// How long they are kept unless configured: G4.
-pub(super) const KEEP_FOR: Duration = Duration::from_secs(60);
+pub(crate) const KEEP_FOR: Duration = Duration::from_secs(60);
 
 /// What has vanished and is held on to: at first only in case it was one of many, out of use, and in use
 /// from when it turns out that it was.
 #[derive(Debug)]
-pub(super) struct Guard<K, M> {
+pub(crate) struct Guard<K, M> {
     /// Zero: it is off.
     keep_for: Duration,
     /// What vanishes within this time has vanished together.
@@ -47,7 +47,7 @@ struct Held<M> {
 }
 
 impl<K: Ord + Clone, M> Guard<K, M> {
-    pub(super) fn new(keep_for: Duration, window: Duration) -> Self {
+    pub(crate) fn new(keep_for: Duration, window: Duration) -> Self {
         Self {
             keep_for,
             window,
@@ -57,7 +57,7 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     }
 
     /// Takes what has vanished without saying that it would; it is given back if it is not to be held.
-    pub(super) fn vanished(
+    pub(crate) fn vanished(
         &mut self,
         key: K,
         member: M,
@@ -81,7 +81,7 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     }
 
     /// Gives back the first that fits: it has come back.
-    pub(super) fn take(&mut self, fits: impl Fn(&K, &M) -> bool) -> Option<M> {
+    pub(crate) fn take(&mut self, fits: impl Fn(&K, &M) -> bool) -> Option<M> {
         let fit = |(key, held): (&K, &Held<M>)| fits(key, &held.member).then(|| key.clone());
         let key = self.held.iter().find_map(fit)?;
         self.held.remove(&key).map(|held| held.member)
@@ -90,7 +90,7 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     /// Judges with how many there are in the set now. If more than that have vanished together, those that
     /// are held are in use from now on, for the time of the guard; returns how many vanished and which are
     /// newly in use.
-    pub(super) fn judge(&mut self, remaining: usize, now: Instant) -> (usize, Vec<&M>) {
+    pub(crate) fn judge(&mut self, remaining: usize, now: Instant) -> (usize, Vec<&M>) {
         while self
             .recent
             .front()
@@ -110,7 +110,7 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     }
 
     /// Gives up those that are not connected any more, and those whose time is over.
-    pub(super) fn release(&mut self, is_connected: impl Fn(&M) -> bool, now: Instant) -> Vec<M> {
+    pub(crate) fn release(&mut self, is_connected: impl Fn(&M) -> bool, now: Instant) -> Vec<M> {
         let window = self.window;
         let is_over = |held: &Held<M>| now >= held.ends(window) || !is_connected(&held.member);
         let over = self.held.iter().filter(|(_, held)| is_over(held));
@@ -120,12 +120,12 @@ impl<K: Ord + Clone, M> Guard<K, M> {
     }
 
     /// When the next one's time is over.
-    pub(super) fn ends_at(&self) -> Option<Instant> {
+    pub(crate) fn ends_at(&self) -> Option<Instant> {
         self.held.values().map(|held| held.ends(self.window)).min()
     }
 
     /// Those in use.
-    pub(super) fn kept(&self) -> impl Iterator<Item = &M> + Clone {
+    pub(crate) fn kept(&self) -> impl Iterator<Item = &M> + Clone {
         let kept = self.held.values().filter(|held| held.until.is_some());
         kept.map(|held| &held.member)
     }

@@ -3,129 +3,38 @@
 //! One task applies snapshots and makes a new picker when an endpoint becomes ready or is lost. It is
 //! on no call's way: calls read the picker that is there.
 
+mod endpoint;
+mod mass_deletion;
+mod member;
+mod supervisor;
+mod view;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use futures::StreamExt;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::connect::{Connector, Target};
-use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Plan, Ready, Supervised};
-use super::guard::Guard;
+use super::connection::{Connector, Target};
 use super::pick::{Picker, Policy, Turn};
 use super::source::Source;
 use crate::instance::Instance;
-use crate::snapshot::{Change, Freshness, InstanceKey, Instances, Snapshot, diff};
+use crate::snapshot::{Change, InstanceKey, Instances, Snapshot, diff};
 use crate::telemetry;
 use crate::time::sleep_until;
 
-/// How many endpoints an error message names.
-const NAMED: usize = 10;
-
-/// What the pool shows to calls.
-#[derive(Debug)]
-pub(super) struct View {
-    pub(super) picker: ArcSwap<Picker<Ready>>,
-    /// Notified whenever the picker has something to pick.
-    pub(super) ready: Notify,
-    /// Notified whenever an endpoint has room for a call after it had none: one of those that wait, which
-    /// notifies the next once it has found room.
-    pub(super) freed: Arc<Notify>,
-    known: ArcSwap<Known>,
-}
-
-/// What is known of the set, for those who ask.
-#[derive(Debug)]
-struct Known {
-    range: Arc<str>,
-    endpoints: Vec<Arc<Endpoint>>,
-    /// Instances of whose address no endpoint can be made.
-    unusable: Vec<String>,
-    freshness: Option<Freshness>,
-}
-
-impl View {
-    pub(super) fn new(range: Arc<str>) -> Self {
-        Self {
-            picker: ArcSwap::from_pointee(Picker::new(Policy::default(), vec![], &Turn::default())),
-            ready: Notify::new(),
-            freed: Arc::default(),
-            known: ArcSwap::from_pointee(Known {
-                range,
-                endpoints: vec![],
-                unusable: vec![],
-                freshness: None,
-            }),
-        }
-    }
-
-    pub(super) fn endpoints(&self) -> Vec<EndpointStatus> {
-        let known = self.known.load();
-        known.endpoints.iter().map(|e| e.status()).collect()
-    }
-
-    /// Whether an endpoint is ready and has no room for a call.
-    pub(super) fn is_full(&self) -> bool {
-        self.picker.load().candidates().iter().any(Ready::is_full)
-    }
-
-    /// Why a call cannot be sent: no instances under the key, or each with its last error.
-    pub(super) fn explain(&self) -> String {
-        let known = self.known.load();
-        let how = if self.is_full() {
-            "has room for another call"
-        } else {
-            "is ready"
-        };
-        let mut text = match known.endpoints.len() {
-            0 if known.unusable.is_empty() => format!("no instances under {}", known.range),
-            count => format!(
-                "none of {} instances under {} {how}",
-                count + known.unusable.len(),
-                known.range
-            ),
-        };
-        // Each when its turn comes: of thousands, ten are named.
-        let described = known.endpoints.iter().map(|endpoint| describe(endpoint));
-        for (count, one) in described.chain(known.unusable.iter().cloned()).enumerate() {
-            if count == NAMED {
-                text.push_str(", ...");
-                break;
-            }
-            text.push_str(if count == 0 { ": " } else { ", " });
-            text.push_str(&one);
-        }
-        if let Some(Freshness::Stale { reason, .. }) = &known.freshness {
-            let age = known
-                .freshness
-                .as_ref()
-                .map_or_else(Default::default, Freshness::age);
-            text.push_str(&format!("; last heard {} s ago ({reason})", age.as_secs()));
-        }
-        text
-    }
-}
-
-fn describe(endpoint: &Endpoint) -> String {
-    let status = endpoint.status();
-    match (&status.last_error, status.state) {
-        (Some(error), EndpointState::Connecting | EndpointState::Backoff) => {
-            format!("{} ({}: {error})", status.address, status.state)
-        }
-        (_, state) => match endpoint.limit_reached() {
-            Some(limit) => {
-                let address = &status.address;
-                format!("{address} ({state}, its limit of {limit} streams is reached)")
-            }
-            None => format!("{} ({state})", status.address),
-        },
-    }
-}
+pub(super) use endpoint::{Endpoint, Ready};
+pub use endpoint::{EndpointState, EndpointStatus};
+pub(super) use mass_deletion::{Guard, KEEP_FOR, WINDOW, window};
+use member::{Member, Next};
+pub(super) use supervisor::Plan;
+use supervisor::Supervised;
+use view::Known;
+pub(super) use view::View;
 
 /// Keeps a [`View`] current.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     view: Arc<View>,
     connector: Arc<Connector>,
     plan: Plan,
@@ -142,31 +51,8 @@ pub(super) struct Pool {
     snapshot: Option<Arc<Snapshot>>,
 }
 
-/// An instance's endpoint; while its address changes, the new one and the old.
-pub(super) struct Member {
-    current: Supervised,
-    next: Option<Next>,
-}
-
-impl Member {
-    fn is_connected(&self) -> bool {
-        self.current.endpoint.is_connected()
-    }
-
-    fn is_at(&self, address: &str) -> bool {
-        *self.current.endpoint.target.address == *address
-    }
-}
-
-/// The endpoint that replaces the current one as soon as it is connected.
-struct Next {
-    supervised: Supervised,
-    /// When it replaces it even so.
-    deadline: Instant,
-}
-
 impl Pool {
-    pub(super) fn new(
+    pub(crate) fn new(
         view: Arc<View>,
         connector: Arc<Connector>,
         plan: Plan,
@@ -190,7 +76,7 @@ impl Pool {
     }
 
     /// Runs until it is dropped; with it go the connections, once the calls on them have ended.
-    pub(super) async fn run(mut self, source: Source) {
+    pub(crate) async fn run(mut self, source: Source) {
         let mut snapshots = source.into_stream().fuse();
         loop {
             let wake_at = [self.switch_at(), self.guard.ends_at()];

@@ -9,13 +9,13 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
-use super::connection::Shared;
+use super::state::Shared;
 
 /// Length, type, flags and stream of a frame (RFC 9113, section 4.1).
 const HEADER: usize = 9;
@@ -54,28 +54,10 @@ impl Scanner {
     }
 }
 
-/// What ended the connection, as its I/O saw it.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Ending(Arc<Mutex<Option<String>>>);
-
-impl Ending {
-    pub(super) fn set(&self, text: impl FnOnce() -> String) {
-        let mut ending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        ending.get_or_insert_with(text);
-    }
-
-    pub(super) fn get(&self) -> Option<String> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-}
-
 /// An I/O that tells when the peer sent its first SETTINGS, when it sent GOAWAY, and when it cannot be
 /// written to any more.
 #[derive(Debug)]
-pub(super) struct Observed<T> {
+pub(crate) struct Observed<T> {
     io: T,
     scanner: Scanner,
     settings: Option<oneshot::Sender<()>>,
@@ -86,16 +68,16 @@ pub(super) struct Observed<T> {
 
 /// The other end of an [`Observed`].
 #[derive(Debug)]
-pub(super) struct Observer {
-    pub(super) settings: oneshot::Receiver<()>,
+pub(crate) struct Observer {
+    pub(crate) settings: oneshot::Receiver<()>,
     /// Why no new call may be sent.
-    pub(super) leaving: oneshot::Receiver<String>,
+    pub(crate) leaving: oneshot::Receiver<String>,
     /// Why nothing can be written. What is written from then on is thrown away.
-    pub(super) broken: oneshot::Receiver<String>,
+    pub(crate) broken: oneshot::Receiver<String>,
 }
 
 impl<T> Observed<T> {
-    pub(super) fn new(io: T, shared: Arc<Shared>) -> (Self, Observer) {
+    pub(crate) fn new(io: T, shared: Arc<Shared>) -> (Self, Observer) {
         let (settings, settings_seen) = oneshot::channel();
         let (leaving, leaving_seen) = oneshot::channel();
         let (broken, broken_seen) = oneshot::channel();

@@ -8,44 +8,36 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use http::Uri;
-use http::uri::{Authority, Scheme};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
-use super::connection::{self, KeepAlive, Sender, Shared};
+use super::driver::{self, KeepAlive};
+use super::io::{BoxError, BoxIo};
+use super::monitor::Observed;
+use super::sender::Sender;
+use super::state::Shared;
+use super::target::Target;
 use super::tls::Tls;
-use super::wire::Observed;
 use crate::error::chain;
-use crate::instance::{Instance, validate_address};
-
-pub(super) type BoxError = Box<dyn std::error::Error + Send + Sync>;
-
-/// Bytes to and from a peer.
-pub(super) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
-
-pub(super) type BoxIo = Box<dyn Io>;
 
 /// A connector of the user's.
-pub(super) type Custom =
+pub(crate) type Custom =
     Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<BoxIo, BoxError>> + Send + Sync>;
 
 /// HTTP/2 and TCP settings, under the names that tonic's `Endpoint` gives them.
 #[derive(Debug, Clone)]
-pub(super) struct Settings {
-    pub(super) connect_timeout: Duration,
-    pub(super) tcp_nodelay: bool,
-    pub(super) tcp_keepalive: Option<Duration>,
-    pub(super) keep_alive: KeepAlive,
-    pub(super) initial_stream_window_size: u32,
-    pub(super) initial_connection_window_size: u32,
-    pub(super) max_header_list_size: u32,
-    pub(super) max_frame_size: Option<u32>,
+pub(crate) struct Settings {
+    pub(crate) connect_timeout: Duration,
+    pub(crate) tcp_nodelay: bool,
+    pub(crate) tcp_keepalive: Option<Duration>,
+    pub(crate) keep_alive: KeepAlive,
+    pub(crate) initial_stream_window_size: u32,
+    pub(crate) initial_connection_window_size: u32,
+    pub(crate) max_header_list_size: u32,
+    pub(crate) max_frame_size: Option<u32>,
 }
 
 impl Default for Settings {
@@ -74,55 +66,8 @@ impl Default for Settings {
     }
 }
 
-/// Where an endpoint is, as far as a connection is concerned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Target {
-    /// As the instance has it: `host:port` or `unix:/path`.
-    pub(super) address: Arc<str>,
-    pub(super) scheme: Scheme,
-    /// What calls to it name as their authority, unless an origin is set.
-    pub(super) authority: Authority,
-}
-
-impl Target {
-    /// Where an instance is. `tls` is the channel's setting.
-    pub(super) fn new(instance: &Instance, tls: bool) -> Result<Self, String> {
-        let address = instance.address.as_str();
-        // A URI would take more than can be called, an address without a port for port 80.
-        validate_address(address).map_err(|error| error.to_string())?;
-        if instance.tls == Some(true) && !tls {
-            // Never plaintext to one that says it speaks TLS.
-            return Err(format!(
-                "{address} speaks TLS and the channel does not; give it `tls(..)`"
-            ));
-        }
-        let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
-        let authority = if address.starts_with("unix:") {
-            // gRPC's name for the authority of a Unix socket.
-            Authority::from_static("localhost")
-        } else {
-            address
-                .parse()
-                .map_err(|error| format!("{address:?} is not an address: {error}"))?
-        };
-        Ok(Self {
-            address: address.into(),
-            scheme,
-            authority,
-        })
-    }
-
-    fn uri(&self) -> Result<Uri, http::Error> {
-        Uri::builder()
-            .scheme(self.scheme.clone())
-            .authority(self.authority.clone())
-            .path_and_query("/")
-            .build()
-    }
-}
-
 /// Makes connections; shared by the endpoints of a channel.
-pub(super) struct Connector {
+pub(crate) struct Connector {
     settings: Settings,
     tls: Option<Tls>,
     custom: Option<Custom>,
@@ -139,14 +84,14 @@ impl fmt::Debug for Connector {
 }
 
 /// A connection on which the peer has spoken HTTP/2.
-pub(super) struct Connection {
-    pub(super) sender: Sender,
+pub(crate) struct Connection {
+    pub(crate) sender: Sender,
     /// Resolves when no new call can be sent on it any more, with the reason. Calls in flight on it
     /// go on, for as long as the peer lets them, when this is dropped.
-    pub(super) ended: Pin<Box<dyn Future<Output = String> + Send>>,
+    pub(crate) ended: Pin<Box<dyn Future<Output = String> + Send>>,
 }
 
-pub(super) fn custom<C>(connector: C) -> Custom
+pub(crate) fn custom<C>(connector: C) -> Custom
 where
     C: Service<Uri> + Clone + Send + Sync + 'static,
     C::Response: hyper::rt::Read + hyper::rt::Write + Send + Unpin + 'static,
@@ -167,7 +112,7 @@ where
 const RESETS_KNOWN: usize = 1_000;
 
 impl Connector {
-    pub(super) fn new(settings: Settings, tls: Option<Tls>, custom: Option<Custom>) -> Self {
+    pub(crate) fn new(settings: Settings, tls: Option<Tls>, custom: Option<Custom>) -> Self {
         Self {
             settings,
             tls,
@@ -176,16 +121,16 @@ impl Connector {
     }
 
     /// Whether its connections are TLS.
-    pub(super) fn tls(&self) -> bool {
+    pub(crate) fn tls(&self) -> bool {
         self.tls.is_some()
     }
 
-    pub(super) fn connect_timeout(&self) -> Duration {
+    pub(crate) fn connect_timeout(&self) -> Duration {
         self.settings.connect_timeout
     }
 
     /// Connects, within the connect time-out. The error says what failed, without the address.
-    pub(super) async fn connect(&self, target: &Target) -> Result<Connection, String> {
+    pub(crate) async fn connect(&self, target: &Target) -> Result<Connection, String> {
         let limit = self.settings.connect_timeout;
         let deadline = Instant::now() + limit;
         let late = |stage: &str| format!("{stage} took more than {limit:?}");
@@ -235,7 +180,7 @@ impl Connector {
         let keep_alive = self.settings.keep_alive;
         let broken = observer.broken;
         let spent = Arc::clone(&shared);
-        let opened = connection::start(sender, connection, shared, keep_alive, broken);
+        let opened = driver::start(sender, connection, shared, keep_alive, broken);
         let (sender, mut closed) = (opened.sender, opened.closed);
         tokio::select! {
             biased;

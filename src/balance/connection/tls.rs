@@ -1,10 +1,10 @@
 //! TLS for the connections of a channel.
 
 #[cfg(feature = "_tls")]
-pub(super) use with_rustls::Tls;
+pub(crate) use with_rustls::Tls;
 
 #[cfg(not(feature = "_tls"))]
-pub(super) use without::Tls;
+pub(crate) use without::Tls;
 
 #[cfg(feature = "_tls")]
 mod with_rustls {
@@ -17,7 +17,7 @@ mod with_rustls {
     use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
     use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-    use super::super::connect::Target;
+    use super::super::target::Target;
     use crate::config::TlsConfig;
     use crate::error::chain;
     use crate::error::{Error, Result};
@@ -26,13 +26,13 @@ mod with_rustls {
     const ALPN: &[u8] = b"h2";
 
     /// A TLS configuration, ready for use.
-    pub(in super::super) struct Tls {
+    pub(crate) struct Tls {
         connector: TlsConnector,
         server_name: Option<ServerName<'static>>,
     }
 
     impl Tls {
-        pub(in super::super) fn new(config: &TlsConfig) -> Result<Self> {
+        pub(crate) fn new(config: &TlsConfig) -> Result<Self> {
             let builder = ClientConfig::builder_with_provider(provider())
                 .with_safe_default_protocol_versions()
                 .map_err(|error| Error::invalid("tls", "protocol versions", error.to_string()))?
@@ -75,11 +75,7 @@ mod with_rustls {
             })
         }
 
-        pub(in super::super) async fn secure<T>(
-            &self,
-            target: &Target,
-            io: T,
-        ) -> Result<TlsStream<T>, String>
+        pub(crate) async fn secure<T>(&self, target: &Target, io: T) -> Result<TlsStream<T>, String>
         where
             T: AsyncRead + AsyncWrite + Unpin,
         {
@@ -160,15 +156,15 @@ mod with_rustls {
 
 #[cfg(not(feature = "_tls"))]
 mod without {
-    use super::super::connect::Target;
+    use super::super::target::Target;
     use crate::config::TlsConfig;
     use crate::error::{Error, Result};
 
     /// Never made: this build has no TLS.
-    pub(in super::super) enum Tls {}
+    pub(crate) enum Tls {}
 
     impl Tls {
-        pub(in super::super) fn new(_: &TlsConfig) -> Result<Self> {
+        pub(crate) fn new(_: &TlsConfig) -> Result<Self> {
             Err(Error::invalid(
                 "tls",
                 "enabled",
@@ -177,7 +173,7 @@ mod without {
             ))
         }
 
-        pub(in super::super) async fn secure<T>(&self, _: &Target, io: T) -> Result<T, String> {
+        pub(crate) async fn secure<T>(&self, _: &Target, io: T) -> Result<T, String> {
             let _ = io;
             match *self {}
         }
