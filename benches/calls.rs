@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use goo_etcd::BalancedChannel;
-use goo_etcd::balance::{EndpointState, Policy};
+use goo_etcd::balance::{BalancePolicy, EndpointState};
 use helloworld::echo::echo_client::EchoClient;
 use helloworld::echo::echo_server::{Echo, EchoServer};
 use helloworld::echo::{EchoReply, EchoRequest};
@@ -59,9 +59,9 @@ async fn measure() {
         contenders.push(Contender::new(format!("tonic balance_list, {count}"), list));
     }
     for (policy, name) in [
-        (Policy::PeakEwma, "PeakEwma"),
-        (Policy::LeastRequest, "LeastRequest"),
-        (Policy::RoundRobin, "RoundRobin"),
+        (BalancePolicy::PeakEwma, "PeakEwma"),
+        (BalancePolicy::LeastRequest, "LeastRequest"),
+        (BalancePolicy::RoundRobin, "RoundRobin"),
     ] {
         for count in [1, 3, 10, 100] {
             let channel = balanced(&servers.addresses[..count], policy).await;
@@ -116,7 +116,7 @@ fn endpoint(address: &String) -> Endpoint {
     Endpoint::from_shared(format!("http://{address}")).expect("an address")
 }
 
-async fn balanced(addresses: &[String], policy: Policy) -> BalancedChannel {
+async fn balanced(addresses: &[String], policy: BalancePolicy) -> BalancedChannel {
     let instances = addresses
         .iter()
         .map(|address| goo_etcd::Instance::new("echo", address));

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use divan::{AllocProfiler, Bencher};
-use pick::{Candidate, Load, Picker, Policy, Turn};
+use pick::{BalancePolicy, Candidate, Cursor, Load, Picker};
 use tokio::time::Instant;
 
 #[global_allocator]
@@ -66,7 +66,7 @@ impl Candidate for Endpoint {
     }
 }
 
-fn picker(policy: Policy, count: usize) -> Picker<Endpoint> {
+fn picker(policy: BalancePolicy, count: usize) -> Picker<Endpoint> {
     let now = Instant::now();
     let endpoints = (0..count as u32).map(|index| {
         let endpoint = Endpoint {
@@ -88,10 +88,10 @@ fn picker(policy: Policy, count: usize) -> Picker<Endpoint> {
         (0..index % 5).for_each(|_| endpoint.load().begin());
         endpoint
     });
-    Picker::new(policy, endpoints.collect(), &Turn::default())
+    Picker::new(policy, endpoints.collect(), &Cursor::default())
 }
 
-fn measure(bencher: Bencher<'_, '_>, policy: Policy, count: usize) {
+fn measure(bencher: Bencher<'_, '_>, policy: BalancePolicy, count: usize) {
     let picker = picker(policy, count);
     bencher.bench_local(|| {
         // With the clock, as in a call.
@@ -102,17 +102,17 @@ fn measure(bencher: Bencher<'_, '_>, policy: Policy, count: usize) {
 
 #[divan::bench(args = ENDPOINTS)]
 fn peak_ewma(bencher: Bencher<'_, '_>, count: usize) {
-    measure(bencher, Policy::PeakEwma, count);
+    measure(bencher, BalancePolicy::PeakEwma, count);
 }
 
 #[divan::bench(args = ENDPOINTS)]
 fn least_request(bencher: Bencher<'_, '_>, count: usize) {
-    measure(bencher, Policy::LeastRequest, count);
+    measure(bencher, BalancePolicy::LeastRequest, count);
 }
 
 #[divan::bench(args = ENDPOINTS)]
 fn round_robin(bencher: Bencher<'_, '_>, count: usize) {
-    measure(bencher, Policy::RoundRobin, count);
+    measure(bencher, BalancePolicy::RoundRobin, count);
 }
 
 #[divan::bench]

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::{FutureExt, StreamExt, stream};
-use goo_etcd::balance::{Policy, RetryPolicy};
+use goo_etcd::balance::{BalancePolicy, RetryPolicy};
 use h2::Reason;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
@@ -48,7 +48,7 @@ async fn given_a_refused_stream_when_64_kib_of_it_were_sent_then_another_gets_al
     let refuses = refuses_after(60_000).await;
     let answers = EchoServer::start();
     let channel = fixed([refuses.address(), answers.address()], |builder| {
-        builder.policy(Policy::RoundRobin)
+        builder.policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 2).await;
     let mut client = EchoClient::new(channel.clone());
@@ -71,7 +71,7 @@ async fn given_a_refused_stream_when_more_of_it_was_sent_than_is_kept_then_the_c
     let refuses = refuses_after(200_000).await;
     let answers = EchoServer::start();
     let channel = fixed([refuses.address(), answers.address()], |builder| {
-        builder.policy(Policy::RoundRobin)
+        builder.policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 2).await;
     let mut client = EchoClient::new(channel.clone());
@@ -105,7 +105,7 @@ async fn given_a_server_that_has_seen_a_call_when_it_fails_then_no_other_sees_it
     .await;
     let answers = EchoServer::start();
     let channel = fixed([fails.address(), answers.address()], |builder| {
-        builder.policy(Policy::RoundRobin)
+        builder.policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 2).await;
     let mut failed = 0;

@@ -6,7 +6,7 @@ mod support;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
-use goo_etcd::balance::{Policy, RetryPolicy};
+use goo_etcd::balance::{BalancePolicy, RetryPolicy};
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use http::Response;
@@ -117,7 +117,7 @@ async fn given_an_address_that_changes_to_one_that_is_not_there_yet_when_it_drai
         .local_addr()
         .map(|a| (silent, a.to_string()))
         .unwrap();
-    let (sets, channel) = changing([], |builder| builder.policy(Policy::RoundRobin));
+    let (sets, channel) = changing([], |builder| builder.policy(BalancePolicy::RoundRobin));
     let one = |address: &str| instance(address).id("one");
     let two = || instance(other.address()).id("two");
     sets.send([one(server.address()), two()]);
@@ -149,7 +149,7 @@ async fn given_a_peer_that_answers_as_a_web_server_when_called_then_it_is_a_fail
     let server = EchoServer::start();
     let channel = fixed([web.address(), server.address()], |builder| {
         builder
-            .policy(Policy::RoundRobin)
+            .policy(BalancePolicy::RoundRobin)
             .retry(RetryPolicy::new(2))
     });
     until_ready(&channel, 2).await;

@@ -9,7 +9,7 @@ use futures::channel::mpsc;
 use futures::future::join_all;
 use futures::{StreamExt, stream};
 use goo_etcd::BalancedChannel;
-use goo_etcd::balance::Policy;
+use goo_etcd::balance::BalancePolicy;
 use helloworld::echo::echo_client::EchoClient;
 use helloworld::echo::{EchoReply, EchoRequest};
 use support::PATIENCE;
@@ -121,7 +121,11 @@ async fn given_one_free_stream_when_1_000_callers_give_up_at_once_then_the_conne
 #[tokio::test]
 async fn given_a_full_endpoint_and_another_when_called_then_all_calls_go_to_the_other() {
     let (full, free) = (few(Options::default()), EchoServer::start());
-    for policy in [Policy::PeakEwma, Policy::LeastRequest, Policy::RoundRobin] {
+    for policy in [
+        BalancePolicy::PeakEwma,
+        BalancePolicy::LeastRequest,
+        BalancePolicy::RoundRobin,
+    ] {
         let (sets, channel) = changing([full.address()], |builder| builder.policy(policy));
         until_ready(&channel, 1).await;
         let _open = Talk::fill(&channel).await;

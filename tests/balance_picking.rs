@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use goo_etcd::BalancedChannel;
-use goo_etcd::balance::{EndpointState, Policy, Source};
+use goo_etcd::balance::{BalancePolicy, EndpointState, Source};
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use support::balanced::{
@@ -27,7 +27,11 @@ fn three() -> [EchoServer; 3] {
 }
 
 /// To both, with these weights.
-async fn weighted(servers: &[EchoServer; 2], weights: [u32; 2], policy: Policy) -> BalancedChannel {
+async fn weighted(
+    servers: &[EchoServer; 2],
+    weights: [u32; 2],
+    policy: BalancePolicy,
+) -> BalancedChannel {
     let both = servers.iter().zip(weights);
     let both = both.map(|(server, weight)| instance(server.address()).weight(weight));
     let channel = BalancedChannel::builder(Source::fixed(both))
@@ -50,7 +54,7 @@ async fn shares(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usi
 #[tokio::test]
 async fn given_weights_99_and_1_when_1_000_calls_go_round_then_they_are_990_and_10() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [99, 1], Policy::RoundRobin).await;
+    let channel = weighted(&servers, [99, 1], BalancePolicy::RoundRobin).await;
     let shares = shares(&channel, 1_000).await;
     assert_eq!(shares[servers[0].address()], 990);
     assert_eq!(shares[servers[1].address()], 10);
@@ -59,7 +63,7 @@ async fn given_weights_99_and_1_when_1_000_calls_go_round_then_they_are_990_and_
 #[tokio::test]
 async fn given_weights_100_and_50_when_called_one_at_a_time_then_least_request_gives_2_to_1() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [100, 50], Policy::LeastRequest).await;
+    let channel = weighted(&servers, [100, 50], BalancePolicy::LeastRequest).await;
     let shares = shares(&channel, 600).await;
     let heavy = shares[servers[0].address()];
     // Eight standard deviations of what 600 draws give.
@@ -70,7 +74,7 @@ async fn given_weights_100_and_50_when_called_one_at_a_time_then_least_request_g
 async fn given_equal_weights_when_calls_go_round_then_each_is_called_in_turn() {
     let servers = three();
     let channel = fixed(servers.iter().map(EchoServer::address), |builder| {
-        builder.policy(Policy::RoundRobin)
+        builder.policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 3).await;
     for _ in 0..20 {
@@ -82,7 +86,11 @@ async fn given_equal_weights_when_calls_go_round_then_each_is_called_in_turn() {
 #[tokio::test]
 async fn given_any_policy_when_all_are_alike_then_every_one_is_called() {
     let servers = three();
-    for policy in [Policy::PeakEwma, Policy::LeastRequest, Policy::RoundRobin] {
+    for policy in [
+        BalancePolicy::PeakEwma,
+        BalancePolicy::LeastRequest,
+        BalancePolicy::RoundRobin,
+    ] {
         let channel = fixed(servers.iter().map(EchoServer::address), |builder| {
             builder.policy(policy)
         });
@@ -98,7 +106,7 @@ async fn given_any_policy_when_all_are_alike_then_every_one_is_called() {
 #[tokio::test]
 async fn given_weights_3_and_1_when_streams_stay_open_then_least_request_holds_them_3_to_1() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [300, 100], Policy::LeastRequest).await;
+    let channel = weighted(&servers, [300, 100], BalancePolicy::LeastRequest).await;
     let mut client = EchoClient::new(channel.clone());
     let mut open = Vec::new();
     for _ in 0..80 {
@@ -114,7 +122,11 @@ async fn given_weights_3_and_1_when_streams_stay_open_then_least_request_holds_t
 async fn given_load_when_an_instance_drains_or_has_weight_0_then_it_gets_nothing_new() {
     let servers = three();
     let addresses = servers.each_ref().map(EchoServer::address);
-    for policy in [Policy::PeakEwma, Policy::LeastRequest, Policy::RoundRobin] {
+    for policy in [
+        BalancePolicy::PeakEwma,
+        BalancePolicy::LeastRequest,
+        BalancePolicy::RoundRobin,
+    ] {
         let (sets, channel) = changing(addresses, |builder| builder.policy(policy));
         until_ready(&channel, 3).await;
         let load = Load::start(&channel, 8);
@@ -219,7 +231,7 @@ async fn given_one_of_three_that_fails_fast_when_called_then_it_does_not_look_fa
         healthy[1].address(),
     ];
     const TRIERS: usize = 8;
-    for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+    for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
         let channel = fixed(addresses, |builder| builder.policy(policy));
         until_ready(&channel, 3).await;
         let begun = Instant::now();
@@ -345,7 +357,7 @@ async fn given_an_instance_whose_weight_changes_when_calls_go_round_then_the_sha
     let servers = [EchoServer::start(), EchoServer::start()];
     let (sets, source) = Sets::new();
     let channel = BalancedChannel::builder(source)
-        .policy(Policy::RoundRobin)
+        .policy(BalancePolicy::RoundRobin)
         .build()
         .unwrap();
     for (weights, expected) in [

@@ -6,7 +6,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use goo_etcd::BalancedChannel;
-use goo_etcd::balance::{Policy, RetryPolicy, Source};
+use goo_etcd::balance::{BalancePolicy, RetryPolicy, Source};
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use support::balanced::{
@@ -360,7 +360,7 @@ async fn given_a_server_that_refuses_a_stream_late_when_another_is_ready_then_it
     let channel = fixed([refuses.address(), answers.address()], |builder| {
         builder
             .ready_timeout(ready_timeout)
-            .policy(Policy::RoundRobin)
+            .policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 2).await;
     for _ in 0..4 {
@@ -383,7 +383,7 @@ async fn given_two_servers_that_refuse_a_stream_late_when_a_third_is_ready_then_
     let channel = fixed(addresses, |builder| {
         builder
             .ready_timeout(ready_timeout)
-            .policy(Policy::RoundRobin)
+            .policy(BalancePolicy::RoundRobin)
     });
     until_ready(&channel, 3).await;
     // One begins with each.
@@ -458,7 +458,7 @@ async fn given_a_retry_policy_when_the_status_is_chosen_then_the_call_goes_to_an
     let addresses = [fails.address(), answers.address()];
     let with = |policy: Option<RetryPolicy>| {
         fixed(addresses, |builder| {
-            let builder = builder.policy(Policy::RoundRobin);
+            let builder = builder.policy(BalancePolicy::RoundRobin);
             match policy {
                 Some(policy) => builder.retry(policy),
                 None => builder,

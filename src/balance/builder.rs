@@ -10,7 +10,7 @@ use tower::Service;
 
 use super::call::Calls;
 use super::connection::{BoxError, Connector, Custom, Settings, Tls, custom};
-use super::pick::Policy;
+use super::pick::BalancePolicy;
 use super::pool::{self, Guard, KEEP_FOR, Plan, Pool, View, WINDOW};
 use super::retry::RetryPolicy;
 use super::source::Source;
@@ -36,7 +36,7 @@ const MOST_CONNECTIONS: usize = 1_000;
 #[must_use = "a builder does nothing until `build`"]
 pub struct BalancedChannelBuilder {
     source: Source,
-    policy: Policy,
+    policy: BalancePolicy,
     settings: Settings,
     plan: Plan,
     tls: Option<TlsConfig>,
@@ -67,7 +67,7 @@ impl BalancedChannelBuilder {
     pub(super) fn new(source: Source) -> Self {
         Self {
             source,
-            policy: Policy::default(),
+            policy: BalancePolicy::default(),
             settings: Settings::default(),
             plan: Plan {
                 connections: 1,
@@ -87,8 +87,8 @@ impl BalancedChannelBuilder {
         }
     }
 
-    /// How endpoints are chosen. Default: [`Policy::PeakEwma`].
-    pub fn policy(mut self, policy: Policy) -> Self {
+    /// How endpoints are chosen. Default: [`BalancePolicy::PeakEwma`].
+    pub fn policy(mut self, policy: BalancePolicy) -> Self {
         self.policy = policy;
         self
     }

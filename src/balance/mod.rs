@@ -32,7 +32,7 @@
 //! - **Waiting.** With no endpoint ready, or with as many calls on each as its server allows streams, a
 //!   call waits for one, for its own time-out or
 //!   [`ready_timeout`](BalancedChannelBuilder::ready_timeout), and then says what is known of each.
-//! - **Picking.** See [`Policy`]. Weights count under every policy; an instance that drains or has
+//! - **Picking.** See [`BalancePolicy`]. Weights count under every policy; an instance that drains or has
 //!   weight 0 gets no new calls.
 //! - **Sending again.** A call that provably reached no server goes to another endpoint, unseen: its
 //!   connection was closing, its stream was refused. One that a server may have seen is sent again only
@@ -69,7 +69,7 @@ use tower::Service;
 pub(crate) use body::status_of_head;
 pub use builder::BalancedChannelBuilder;
 use call::Calls;
-pub use pick::Policy;
+pub use pick::BalancePolicy;
 pub use pool::{EndpointState, EndpointStatus};
 pub use retry::RetryPolicy;
 pub use source::Source;

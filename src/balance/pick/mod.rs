@@ -13,13 +13,13 @@ use tokio::time::Instant;
 
 pub(crate) use load::Load;
 use ring::Ring;
+pub(crate) use round_robin::Cursor;
 use round_robin::Schedule;
-pub(crate) use round_robin::Turn;
 
 /// How an endpoint is chosen among those that are ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum Policy {
+pub enum BalancePolicy {
     /// Of two at random, drawn in proportion to their weights, the one whose latency times calls in flight is
     /// less, per weight.
     ///
@@ -64,13 +64,13 @@ enum Algorithm {
 const CHOICES: usize = 3;
 
 impl<C: Candidate> Picker<C> {
-    /// `turn` carries the round robin over from the picker before.
-    pub(crate) fn new(policy: Policy, candidates: Vec<C>, turn: &Turn) -> Self {
+    /// `cursor` carries the round robin over from the picker before.
+    pub(crate) fn new(policy: BalancePolicy, candidates: Vec<C>, cursor: &Cursor) -> Self {
         let ring = Ring::new(candidates.iter().map(Candidate::weight));
         let policy = match policy {
-            Policy::PeakEwma => Algorithm::PeakEwma(ring),
-            Policy::LeastRequest => Algorithm::LeastRequest(ring),
-            Policy::RoundRobin => Algorithm::RoundRobin(Schedule::new(ring, turn.clone())),
+            BalancePolicy::PeakEwma => Algorithm::PeakEwma(ring),
+            BalancePolicy::LeastRequest => Algorithm::LeastRequest(ring),
+            BalancePolicy::RoundRobin => Algorithm::RoundRobin(Schedule::new(ring, cursor.clone())),
         };
         Self {
             candidates: candidates.into(),
@@ -157,16 +157,20 @@ mod tests {
             .collect()
     }
 
-    const POLICIES: [Policy; 3] = [Policy::PeakEwma, Policy::LeastRequest, Policy::RoundRobin];
+    const POLICIES: [BalancePolicy; 3] = [
+        BalancePolicy::PeakEwma,
+        BalancePolicy::LeastRequest,
+        BalancePolicy::RoundRobin,
+    ];
 
     #[test]
     fn nothing_is_picked_from_nothing_nor_from_what_cannot_be_used() {
         for policy in POLICIES {
-            let none = Picker::<Fake>::new(policy, vec![], &Turn::default());
+            let none = Picker::<Fake>::new(policy, vec![], &Cursor::default());
             assert!(none.pick(Instant::now(), |_| false).is_none());
             let mut closed = fakes(&[100, 100]);
             closed.iter_mut().for_each(|fake| fake.usable = false);
-            let closed = Picker::new(policy, closed, &Turn::default());
+            let closed = Picker::new(policy, closed, &Cursor::default());
             assert!(closed.pick(Instant::now(), |_| false).is_none());
         }
     }
@@ -178,7 +182,7 @@ mod tests {
             many.iter_mut().for_each(|fake| fake.usable = false);
             many[37].usable = true;
             many[37].weight = 7;
-            let picker = Picker::new(policy, many, &Turn::default());
+            let picker = Picker::new(policy, many, &Cursor::default());
             for _ in 0..100 {
                 let picked = picker.pick(Instant::now(), |_| false).unwrap();
                 assert_eq!(picked.weight, 7);
@@ -189,7 +193,7 @@ mod tests {
     #[test]
     fn what_is_to_be_avoided_is_picked_only_if_there_is_no_other() {
         for policy in POLICIES {
-            let picker = Picker::new(policy, fakes(&[100, 99, 98]), &Turn::default());
+            let picker = Picker::new(policy, fakes(&[100, 99, 98]), &Cursor::default());
             for _ in 0..100 {
                 let picked = picker.pick(Instant::now(), |fake| fake.weight == 99);
                 assert_ne!(picked.unwrap().weight, 99);
@@ -201,12 +205,12 @@ mod tests {
     #[test]
     fn the_loaded_and_the_slow_get_less() {
         let now = Instant::now();
-        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+        for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
             let three = fakes(&[100, 100, 100]);
             for _ in 0..10 {
                 three[1].load.begin();
             }
-            let picker = Picker::new(policy, three, &Turn::default());
+            let picker = Picker::new(policy, three, &Cursor::default());
             for _ in 0..100 {
                 let picked = picker.pick(now, |_| false).unwrap();
                 assert_eq!(picked.load.in_flight(), 0, "{policy:?}");
@@ -215,7 +219,7 @@ mod tests {
         let slow = fakes(&[1, 2]);
         slow[0].load.observe(Duration::from_millis(100), false, now);
         slow[1].load.observe(Duration::from_millis(2), false, now);
-        let picker = Picker::new(Policy::PeakEwma, slow, &Turn::default());
+        let picker = Picker::new(BalancePolicy::PeakEwma, slow, &Cursor::default());
         for _ in 0..100 {
             assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2);
         }
@@ -231,7 +235,7 @@ mod tests {
         two[1]
             .load
             .observe(Duration::from_micros(1_500), false, now);
-        let picker = Picker::new(Policy::PeakEwma, two, &Turn::default());
+        let picker = Picker::new(BalancePolicy::PeakEwma, two, &Cursor::default());
         let first = (0..1_000)
             .filter(|_| std::ptr::eq(picker.pick(now, |_| false).unwrap(), &picker.candidates[0]))
             .count();
@@ -241,12 +245,12 @@ mod tests {
     #[test]
     fn one_that_fails_fast_is_left_alone_however_slow_the_others_are() {
         let now = Instant::now();
-        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
+        for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
             let two = fakes(&[3, 2]);
             two[0].load.observe(Duration::from_millis(1), true, now);
             two[1].load.observe(Duration::from_secs(30), false, now);
             (0..100).for_each(|_| two[1].load.begin());
-            let picker = Picker::new(policy, two, &Turn::default());
+            let picker = Picker::new(policy, two, &Cursor::default());
             for _ in 0..100 {
                 assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2, "{policy:?}");
             }
@@ -262,14 +266,14 @@ mod tests {
 
     /// The part of the picks that each gets, with so many calls in flight at any time, each as long as every
     /// other.
-    fn shares(policy: Policy, weights: &[u32], in_flight: usize) -> Vec<f64> {
+    fn shares(policy: BalancePolicy, weights: &[u32], in_flight: usize) -> Vec<f64> {
         const PICKS: usize = 100_000;
         let now = Instant::now();
         let candidates = fakes(weights);
         for fake in &candidates {
             fake.load.observe(Duration::from_millis(5), false, now);
         }
-        let picker = Picker::new(policy, candidates, &Turn::default());
+        let picker = Picker::new(policy, candidates, &Cursor::default());
         let mut flying = std::collections::VecDeque::new();
         let mut counts = vec![0; weights.len()];
         for _ in 0..PICKS {
@@ -318,8 +322,8 @@ mod tests {
     #[test]
     fn load_is_compared_per_weight() {
         let now = Instant::now();
-        for policy in [Policy::PeakEwma, Policy::LeastRequest] {
-            let picker = Picker::new(policy, fakes(&[300, 100]), &Turn::default());
+        for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
+            let picker = Picker::new(policy, fakes(&[300, 100]), &Cursor::default());
             // Nothing ever ends, so that the calls in flight are the calls that were picked.
             for _ in 0..400 {
                 picker.pick(now, |_| false).unwrap().load.begin();

@@ -14,30 +14,34 @@ use super::ring::{Ring, gcd};
 
 /// Whose turn it is; shared by the pickers of a channel, one after another.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Turn(Arc<AtomicU64>);
+pub(crate) struct Cursor(Arc<AtomicU64>);
 
 #[derive(Debug)]
 pub(super) struct Schedule {
-    turn: Turn,
+    cursor: Cursor,
     ring: Ring,
     stride: u64,
 }
 
 impl Schedule {
-    pub(super) fn new(ring: Ring, turn: Turn) -> Self {
+    pub(super) fn new(ring: Ring, cursor: Cursor) -> Self {
         let stride = if ring.is_even() {
             1
         } else {
             stride(ring.length())
         };
-        Self { turn, ring, stride }
+        Self {
+            cursor,
+            ring,
+            stride,
+        }
     }
 
     /// The index of the endpoint whose turn it is. There must be one.
     pub(super) fn choose(&self) -> usize {
-        let turn = self.turn.0.fetch_add(1, Ordering::Relaxed);
+        let position = self.cursor.0.fetch_add(1, Ordering::Relaxed);
         let length = self.ring.length();
-        self.ring.holder_of(turn % length * self.stride % length)
+        self.ring.holder_of(position % length * self.stride % length)
     }
 }
 
@@ -57,7 +61,7 @@ mod tests {
     use super::*;
 
     fn picks(weights: &[u32], count: usize) -> Vec<usize> {
-        let schedule = Schedule::new(Ring::new(weights.iter().copied()), Turn::default());
+        let schedule = Schedule::new(Ring::new(weights.iter().copied()), Cursor::default());
         (0..count).map(|_| schedule.choose()).collect()
     }
 
@@ -89,8 +93,8 @@ mod tests {
 
     #[test]
     fn a_turn_goes_on_from_picker_to_picker() {
-        let turn = Turn::default();
-        let next = || Schedule::new(Ring::new([1, 1, 1].into_iter()), turn.clone()).choose();
+        let cursor = Cursor::default();
+        let next = || Schedule::new(Ring::new([1, 1, 1].into_iter()), cursor.clone()).choose();
         assert_eq!([next(), next(), next(), next()], [0, 1, 2, 0]);
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::connection::{Connector, Target};
-use super::pick::{Picker, Policy, Turn};
+use super::pick::{BalancePolicy, Cursor, Picker};
 use super::source::Source;
 use crate::instance::Instance;
 use crate::snapshot::{Change, InstanceKey, Instances, Snapshot, diff};
@@ -38,8 +38,8 @@ pub(crate) struct Pool {
     view: Arc<View>,
     connector: Arc<Connector>,
     plan: Plan,
-    policy: Policy,
-    turn: Turn,
+    policy: BalancePolicy,
+    cursor: Cursor,
     changed: Arc<Notify>,
     shown: Instances,
     members: BTreeMap<InstanceKey, Member>,
@@ -56,7 +56,7 @@ impl Pool {
         view: Arc<View>,
         connector: Arc<Connector>,
         plan: Plan,
-        policy: Policy,
+        policy: BalancePolicy,
         guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
     ) -> Self {
         Self {
@@ -64,7 +64,7 @@ impl Pool {
             connector,
             plan,
             policy,
-            turn: Turn::default(),
+            cursor: Cursor::default(),
             changed: Arc::new(Notify::new()),
             shown: Instances::new(),
             members: BTreeMap::new(),
@@ -280,7 +280,7 @@ impl Pool {
             .clone()
             .filter_map(|member| member.current.endpoint.ready())
             .collect();
-        let picker = Picker::new(self.policy, ready, &self.turn);
+        let picker = Picker::new(self.policy, ready, &self.cursor);
         let any = !picker.is_empty();
         self.view.picker.store(Arc::new(picker));
         if any {

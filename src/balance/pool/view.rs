@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Ready};
-use crate::balance::pick::{Picker, Policy, Turn};
+use crate::balance::pick::{BalancePolicy, Cursor, Picker};
 use crate::snapshot::Freshness;
 
 /// How many endpoints an error message names.
@@ -37,7 +37,11 @@ pub(crate) struct Known {
 impl View {
     pub(crate) fn new(range: Arc<str>) -> Self {
         Self {
-            picker: ArcSwap::from_pointee(Picker::new(Policy::default(), vec![], &Turn::default())),
+            picker: ArcSwap::from_pointee(Picker::new(
+                BalancePolicy::default(),
+                vec![],
+                &Cursor::default(),
+            )),
             ready: Notify::new(),
             freed: Arc::default(),
             known: ArcSwap::from_pointee(Known {
