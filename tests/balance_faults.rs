@@ -494,15 +494,18 @@ async fn given_an_instance_that_is_kept_when_it_comes_back_elsewhere_then_it_is_
     let moving = |address: &str| instance(address).id("moving");
     sets.send([moving(addresses[0]), instance(addresses[1])]);
     until_ready(&channel, 2).await;
-    let is_kept = |address| status_of(&channel, address).is_some_and(|status| status.kept);
+    let is_retained = |address| status_of(&channel, address).is_some_and(|status| status.retained);
     sets.send([]);
-    eventually("both are kept", async || addresses.into_iter().all(is_kept)).await;
+    eventually("both are kept", async || {
+        addresses.into_iter().all(is_retained)
+    })
+    .await;
     sets.send([moving(&elsewhere)]);
     eventually("it is known where it is now", async || {
         status_of(&channel, &elsewhere).is_some()
     })
     .await;
-    assert!(addresses.into_iter().all(is_kept));
+    assert!(addresses.into_iter().all(is_retained));
     let load = Load::start(&channel, 4);
     for address in addresses {
         load.reaches(address).await;

@@ -81,9 +81,12 @@ impl Fleet {
     }
 }
 
-fn kept(channel: &BalancedChannel) -> usize {
+fn retained(channel: &BalancedChannel) -> usize {
     let endpoints = channel.endpoints();
-    endpoints.iter().filter(|endpoint| endpoint.kept).count()
+    endpoints
+        .iter()
+        .filter(|endpoint| endpoint.retained)
+        .count()
 }
 
 async fn assert_fails_as_empty(channel: &BalancedChannel) {
@@ -101,7 +104,7 @@ async fn given_all_leases_expire_and_healthy_servers_then_they_are_called_for_th
     let load = Load::start(&channel, 8);
     let begun = Instant::now();
     fleet.expire().await?;
-    eventually("they are kept", async || kept(&channel) == 5).await;
+    eventually("they are kept", async || retained(&channel) == 5).await;
     // All of them serve on, also those that vanished before it was clear that most would.
     for server in &fleet.servers {
         load.reaches(server.address()).await;
@@ -122,7 +125,7 @@ async fn given_all_leases_expire_and_dead_servers_then_calls_fail_as_with_none_a
         .channel(|builder| builder.mass_deletion_guard(Duration::from_secs(600)))
         .await?;
     fleet.expire().await?;
-    eventually("they are kept", async || kept(&channel) == 3).await;
+    eventually("they are kept", async || retained(&channel) == 3).await;
     call(&channel).await?;
     for server in std::mem::take(&mut fleet.servers) {
         server.shutdown().await;
@@ -148,11 +151,11 @@ async fn given_those_that_vanished_are_registered_again_then_they_are_known_as_b
     let channel = fleet.channel(|builder| builder).await?;
     let load = Load::start(&channel, 8);
     fleet.expire().await?;
-    eventually("they are kept", async || kept(&channel) == 4).await;
+    eventually("they are kept", async || retained(&channel) == 4).await;
     for server in &fleet.servers {
         fleet.register(server).await?;
     }
-    eventually("they are known", async || kept(&channel) == 0).await;
+    eventually("they are known", async || retained(&channel) == 0).await;
     assert_eq!(channel.endpoints().len(), 4);
     for server in &fleet.servers {
         load.reaches(server.address()).await;
@@ -223,7 +226,7 @@ async fn given_a_fleet_replaced_by_another_then_the_old_one_is_let_go() -> TestR
         endpoints.len() == 3 && endpoints.iter().all(|endpoint| is_new(&endpoint.address))
     })
     .await;
-    assert_eq!(kept(&channel), 0);
+    assert_eq!(retained(&channel), 0);
     Ok(())
 }
 
@@ -234,7 +237,7 @@ async fn given_the_guard_is_switched_off_then_what_vanishes_is_let_go() -> TestR
     let channel = fleet.channel(off).await?;
     fleet.expire().await?;
     eventually("they are let go", async || channel.endpoints().is_empty()).await;
-    assert_eq!(kept(&channel), 0);
+    assert_eq!(retained(&channel), 0);
     assert_fails_as_empty(&channel).await;
     Ok(())
 }
@@ -271,16 +274,19 @@ async fn given_a_mass_deletion_then_metrics_tell_of_it_and_of_how_many_are_kept(
         fleet.client.delete(key(server.address()), None).await?;
         eventually("it is let go, or kept", async || {
             let endpoints = channel.endpoints();
-            let in_set = endpoints.iter().filter(|endpoint| !endpoint.kept).count();
+            let in_set = endpoints
+                .iter()
+                .filter(|endpoint| !endpoint.retained)
+                .count();
             in_set == 2 - n
         })
         .await;
     }
-    assert_eq!(kept(&channel), 3);
+    assert_eq!(retained(&channel), 3);
     assert_eq!(read("goo_etcd_mass_deletions_total"), Some(1.0));
     assert_eq!(read("goo_etcd_kept_endpoints"), Some(3.0));
     fleet.register(&fleet.servers[0]).await?;
-    eventually("it is known", async || kept(&channel) == 2).await;
+    eventually("it is known", async || retained(&channel) == 2).await;
     assert_eq!(read("goo_etcd_kept_endpoints"), Some(2.0));
     drop(channel);
     eventually("none is kept any more", async || {

@@ -9,9 +9,11 @@ use tokio::sync::Semaphore;
 use tower::Service;
 
 use super::call::Calls;
-use super::connection::{BoxError, Connector, Custom, Settings, Tls, custom};
+use super::connection::{BoxError, Connector, CustomConnector, Settings, Tls, wrap_connector};
 use super::pick::BalancePolicy;
-use super::pool::{self, Guard, KEEP_FOR, Plan, Pool, View, WINDOW};
+use super::pool::{
+    self, ConnectPlan, DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, Pool, View,
+};
 use super::retry::RetryPolicy;
 use super::source::Source;
 use super::{BalancedChannel, Inner};
@@ -38,9 +40,9 @@ pub struct BalancedChannelBuilder {
     source: Source,
     policy: BalancePolicy,
     settings: Settings,
-    plan: Plan,
+    plan: ConnectPlan,
     tls: Option<TlsConfig>,
-    connector: Option<Custom>,
+    connector: Option<CustomConnector>,
     ready_timeout: Duration,
     wait_for_ready: bool,
     timeout: Option<Duration>,
@@ -69,7 +71,7 @@ impl BalancedChannelBuilder {
             source,
             policy: BalancePolicy::default(),
             settings: Settings::default(),
-            plan: Plan {
+            plan: ConnectPlan {
                 connections: 1,
                 max_backoff: MAX_BACKOFF,
             },
@@ -185,7 +187,7 @@ impl BalancedChannelBuilder {
         C::Error: Into<BoxError>,
         C::Future: Send,
     {
-        self.connector = Some(custom(connector));
+        self.connector = Some(wrap_connector(connector));
         self
     }
 
@@ -259,7 +261,7 @@ impl BalancedChannelBuilder {
     /// vanished than there are left in the set, new ones included: a fleet that is replaced by another is
     /// let go. One that has said that it is draining is let go
     /// at once, and so is one whose connection is lost; it is not connected anew. What is kept shows as
-    /// [`EndpointStatus::kept`](super::EndpointStatus::kept), with a warning in the log; and with the feature
+    /// [`EndpointStatus::retained`](super::EndpointStatus::retained), with a warning in the log; and with the feature
     /// `metrics` as the counter `goo_etcd_mass_deletions_total` and the gauge `goo_etcd_kept_endpoints`, whose
     /// label `service` is the key prefix that the instances are read from.
     pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
@@ -372,12 +374,12 @@ impl BalancedChannelBuilder {
         let view = Arc::new(View::new(Arc::clone(self.source.name())));
         let keep_for = match self.mass_deletion_guard {
             Some(keep_for) => keep_for.min(MAX_DURATION),
-            None if self.source.ttl().is_some() => KEEP_FOR,
+            None if self.source.ttl().is_some() => DEFAULT_KEEP_FOR,
             None => Duration::ZERO,
         };
-        let usual = self.source.ttl().map_or(WINDOW, pool::window);
+        let usual = self.source.ttl().map_or(DEFAULT_WINDOW, pool::window);
         let window = self.mass_deletion_window.unwrap_or(usual).min(MAX_DURATION);
-        let guard = Guard::new(keep_for, window);
+        let guard = MassDeletionGuard::new(keep_for, window);
         let pool = Pool::new(Arc::clone(&view), connector, plan, self.policy, guard);
         let calls = Calls {
             view,

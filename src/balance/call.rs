@@ -15,7 +15,7 @@ use super::body::{AnsweredCall, InFlight, ResponseBody, is_failure, status_of_he
 use super::connection::{Fate, Reserved, SendError};
 use super::deadline::{self, GRPC_TIMEOUT};
 use super::failure;
-use super::pool::{Endpoint, Ready, View};
+use super::pool::{Endpoint, ReadyEndpoint, View};
 use super::replay::Replay;
 use super::retry::RetryPolicy;
 use super::tried::Tried;
@@ -83,9 +83,10 @@ impl Calls {
         };
         match timeout_at(at, self.attempts(head, body, tried, &seeks)).await {
             Ok(result) => result,
-            Err(_) if seeks.load(Ordering::Relaxed) => {
-                Err(failure::deadline_exceeded(limit, &self.view.explain()))
-            }
+            Err(_) if seeks.load(Ordering::Relaxed) => Err(failure::deadline_exceeded(
+                limit,
+                &self.view.describe_unavailable(),
+            )),
             Err(_) => Err(failure::deadline_exceeded(limit, "without an answer")),
         }
     }
@@ -276,7 +277,8 @@ impl Calls {
         tried: Option<&Tried>,
         seeks: &AtomicBool,
     ) -> Result<(Arc<Endpoint>, Reserved), Status> {
-        let unavailable = |how: &str| Status::unavailable(format!("{}{how}", self.view.explain()));
+        let unavailable =
+            |how: &str| Status::unavailable(format!("{}{how}", self.view.describe_unavailable()));
         if let Some(picked) = self.pick(avoid, tried) {
             return Ok(picked);
         }
@@ -317,7 +319,7 @@ impl Calls {
         tried: Option<&Tried>,
     ) -> Option<(Arc<Endpoint>, Reserved)> {
         let picker = self.view.picker.load();
-        let avoided = |ready: &Ready| {
+        let avoided = |ready: &ReadyEndpoint| {
             avoid.is_some_and(|avoid| Arc::ptr_eq(avoid, &ready.endpoint))
                 || tried.is_some_and(|tried| tried.contains(&ready.endpoint.target.address))
         };

@@ -24,7 +24,7 @@ use super::tls::Tls;
 use crate::error::chain;
 
 /// A connector of the user's.
-pub(crate) type Custom =
+pub(crate) type CustomConnector =
     Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<BoxIo, BoxError>> + Send + Sync>;
 
 /// HTTP/2 and TCP settings, under the names that tonic's `Endpoint` gives them.
@@ -70,7 +70,7 @@ impl Default for Settings {
 pub(crate) struct Connector {
     settings: Settings,
     tls: Option<Tls>,
-    custom: Option<Custom>,
+    custom: Option<CustomConnector>,
 }
 
 impl fmt::Debug for Connector {
@@ -91,7 +91,7 @@ pub(crate) struct Connection {
     pub(crate) ended: Pin<Box<dyn Future<Output = String> + Send>>,
 }
 
-pub(crate) fn custom<C>(connector: C) -> Custom
+pub(crate) fn wrap_connector<C>(connector: C) -> CustomConnector
 where
     C: Service<Uri> + Clone + Send + Sync + 'static,
     C::Response: hyper::rt::Read + hyper::rt::Write + Send + Unpin + 'static,
@@ -112,7 +112,11 @@ where
 const RESETS_KNOWN: usize = 1_000;
 
 impl Connector {
-    pub(crate) fn new(settings: Settings, tls: Option<Tls>, custom: Option<Custom>) -> Self {
+    pub(crate) fn new(
+        settings: Settings,
+        tls: Option<Tls>,
+        custom: Option<CustomConnector>,
+    ) -> Self {
         Self {
             settings,
             tls,

@@ -10,7 +10,7 @@ mod target;
 mod tls;
 mod upload;
 
-pub(super) use connector::{Connector, Custom, Settings, custom};
+pub(super) use connector::{Connector, CustomConnector, Settings, wrap_connector};
 pub(super) use io::BoxError;
 pub(super) use sender::{Fate, Incoming, Reserved, SendError, Sender};
 pub(super) use target::Target;

@@ -41,7 +41,8 @@ impl Schedule {
     pub(super) fn choose(&self) -> usize {
         let position = self.cursor.0.fetch_add(1, Ordering::Relaxed);
         let length = self.ring.length();
-        self.ring.holder_of(position % length * self.stride % length)
+        self.ring
+            .holder_of(position % length * self.stride % length)
     }
 }
 

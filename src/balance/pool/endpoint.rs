@@ -67,7 +67,7 @@ pub struct EndpointStatus {
     /// Its instance is not in the set any more: it has vanished with most of the others, and is kept while it
     /// is connected, for the time of
     /// [`mass_deletion_guard`](crate::balance::BalancedChannelBuilder::mass_deletion_guard).
-    pub kept: bool,
+    pub retained: bool,
 }
 
 /// An endpoint, shared by its tasks, the pool and the calls on it.
@@ -77,7 +77,7 @@ pub(crate) struct Endpoint {
     pub(crate) load: Load,
     /// 0 while the instance is not to get new calls.
     weight: AtomicU32,
-    kept: AtomicBool,
+    retained: AtomicBool,
     connections: Mutex<Vec<Slot>>,
 }
 
@@ -107,7 +107,7 @@ impl Endpoint {
             target,
             load: Load::new(Instant::now()),
             weight: AtomicU32::new(0),
-            kept: AtomicBool::new(false),
+            retained: AtomicBool::new(false),
             connections: Mutex::new(
                 std::iter::repeat_with(Slot::default)
                     .take(connections)
@@ -133,22 +133,22 @@ impl Endpoint {
         self.weight.store(0, Ordering::Relaxed);
     }
 
-    pub(crate) fn set_kept(&self, kept: bool) {
-        self.kept.store(kept, Ordering::Relaxed);
+    pub(crate) fn set_retained(&self, retained: bool) {
+        self.retained.store(retained, Ordering::Relaxed);
     }
 
-    pub(crate) fn is_kept(&self) -> bool {
-        self.kept.load(Ordering::Relaxed)
+    pub(crate) fn is_retained(&self) -> bool {
+        self.retained.load(Ordering::Relaxed)
     }
 
     /// It as something to pick, if it can be picked now.
-    pub(crate) fn ready(self: &Arc<Self>) -> Option<Ready> {
+    pub(crate) fn ready(self: &Arc<Self>) -> Option<ReadyEndpoint> {
         let weight = self.weight.load(Ordering::Relaxed);
         if weight == 0 {
             return None;
         }
         let senders = self.senders();
-        (!senders.is_empty()).then(|| Ready {
+        (!senders.is_empty()).then(|| ReadyEndpoint {
             endpoint: Arc::clone(self),
             senders,
             weight,
@@ -192,7 +192,7 @@ impl Endpoint {
             latency: self.load.latency(Instant::now()),
             weight,
             last_error: slots.iter().find_map(Slot::error),
-            kept: self.is_kept(),
+            retained: self.is_retained(),
         }
     }
 
@@ -213,13 +213,13 @@ impl Endpoint {
 
 /// An endpoint in a picker.
 #[derive(Debug)]
-pub(crate) struct Ready {
+pub(crate) struct ReadyEndpoint {
     pub(crate) endpoint: Arc<Endpoint>,
     senders: Box<[Sender]>,
     weight: u32,
 }
 
-impl Ready {
+impl ReadyEndpoint {
     /// A stream for one call, if it can be sent now.
     pub(crate) fn reserve(&self) -> Option<Reserved> {
         if let [only] = &*self.senders {
@@ -236,7 +236,7 @@ impl Ready {
     }
 }
 
-impl Candidate for Ready {
+impl Candidate for ReadyEndpoint {
     fn load(&self) -> &Load {
         &self.endpoint.load
     }

@@ -20,15 +20,15 @@ pub(crate) fn window(ttl: Duration) -> Duration {
 const MARGIN: Duration = Duration::from_millis(1_667);
 
 /// That of sources whose instances have no time to live.
-pub(crate) const WINDOW: Duration = Duration::from_secs(5);
+pub(crate) const DEFAULT_WINDOW: Duration = Duration::from_secs(5);
 
 /// How long they are kept unless configured: G4.
-pub(crate) const KEEP_FOR: Duration = Duration::from_secs(60);
+pub(crate) const DEFAULT_KEEP_FOR: Duration = Duration::from_secs(60);
 
 /// What has vanished and is held on to: at first only in case it was one of many, out of use, and in use
 /// from when it turns out that it was.
 #[derive(Debug)]
-pub(crate) struct Guard<K, M> {
+pub(crate) struct MassDeletionGuard<K, M> {
     /// Zero: it is off.
     keep_for: Duration,
     /// What vanishes within this time has vanished together.
@@ -46,7 +46,7 @@ struct Held<M> {
     until: Option<Instant>,
 }
 
-impl<K: Ord + Clone, M> Guard<K, M> {
+impl<K: Ord + Clone, M> MassDeletionGuard<K, M> {
     pub(crate) fn new(keep_for: Duration, window: Duration) -> Self {
         Self {
             keep_for,
@@ -150,12 +150,12 @@ mod tests {
     #[test]
     fn one_of_many_is_taken_at_its_word_and_most_of_them_together_are_not() {
         let now = Instant::now();
-        let mut guard = Guard::new(KEEP, WINDOW);
+        let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
         assert_eq!(guard.vanished(1, 1, true, now), None);
         assert_eq!(guard.judge(4, now).1.len(), 0);
         assert_eq!(guard.kept().count(), 0);
         // One after the other within the window: with the third of five it is most of them.
-        let later = now + WINDOW / 2;
+        let later = now + DEFAULT_WINDOW / 2;
         guard.vanished(2, 2, true, later);
         assert_eq!(guard.judge(3, later).1.len(), 0);
         guard.vanished(3, 3, true, later);
@@ -171,19 +171,19 @@ mod tests {
     #[test]
     fn a_fleet_that_is_replaced_by_another_goes() {
         let now = Instant::now();
-        let mut guard = Guard::new(KEEP, WINDOW);
+        let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
         for key in 0..3 {
             guard.vanished(key, key, true, now);
         }
         assert_eq!(guard.judge(3, now).1.len(), 0);
-        assert_eq!(guard.release(|_| true, now + WINDOW).len(), 3);
+        assert_eq!(guard.release(|_| true, now + DEFAULT_WINDOW).len(), 3);
     }
 
     /// As kitex has them: renewed every 20 s, they end over 20 s.
     #[test]
     fn leases_of_a_minute_that_end_one_after_the_other_have_ended_together() {
         let begun = Instant::now();
-        let mut guard = Guard::new(KEEP, window(Duration::from_secs(60)));
+        let mut guard = MassDeletionGuard::new(KEEP, window(Duration::from_secs(60)));
         for key in 0..10 {
             let now = begun + Duration::from_secs(2) * key;
             guard.vanished(key, key, true, now);
@@ -191,12 +191,12 @@ mod tests {
             assert_eq!(guard.release(|_| true, now).len(), 0);
         }
         assert_eq!(guard.kept().count(), 10);
-        assert!(window(Duration::from_secs(10)) >= WINDOW);
+        assert!(window(Duration::from_secs(10)) >= DEFAULT_WINDOW);
     }
 
     #[test]
     fn switched_off_it_holds_nothing() {
-        let mut guard = Guard::new(Duration::ZERO, WINDOW);
+        let mut guard = MassDeletionGuard::new(Duration::ZERO, DEFAULT_WINDOW);
         assert_eq!(guard.vanished(1, 1, true, Instant::now()), Some(1));
         assert_eq!(guard.judge(0, Instant::now()).1.len(), 0);
     }
@@ -225,7 +225,7 @@ mod tests {
             happenings in proptest::collection::vec(happening(), 0..60),
         ) {
             let mut now = Instant::now();
-            let mut guard = Guard::new(KEEP, WINDOW);
+            let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
             let (mut known, mut connected) = (BTreeSet::new(), BTreeSet::new());
             let mut vanished_at = BTreeMap::new();
             for happening in happenings {
@@ -248,7 +248,7 @@ mod tests {
                             // All that are connected and vanished within the window are in use.
                             for (key, at) in &vanished_at {
                                 let due = !known.contains(key) && connected.contains(key)
-                                    && now < *at + WINDOW;
+                                    && now < *at + DEFAULT_WINDOW;
                                 let kept = guard.kept().any(|kept| kept == key);
                                 prop_assert!(!due || kept, "{key}");
                             }
@@ -260,11 +260,11 @@ mod tests {
                 guard.release(|key| connected.contains(key), now);
                 for key in guard.held.keys() {
                     prop_assert!(!known.contains(key) && connected.contains(key));
-                    prop_assert!(now < vanished_at[key] + WINDOW + KEEP);
+                    prop_assert!(now < vanished_at[key] + DEFAULT_WINDOW + KEEP);
                 }
                 prop_assert!(guard.ends_at().is_none_or(|at| at > now));
             }
-            guard.release(|_| true, now + WINDOW + KEEP);
+            guard.release(|_| true, now + DEFAULT_WINDOW + KEEP);
             prop_assert!(guard.held.is_empty());
         }
     }

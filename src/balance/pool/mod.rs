@@ -24,11 +24,11 @@ use crate::snapshot::{Change, InstanceKey, Instances, Snapshot, diff};
 use crate::telemetry;
 use crate::time::sleep_until;
 
-pub(super) use endpoint::{Endpoint, Ready};
+pub(super) use endpoint::{Endpoint, ReadyEndpoint};
 pub use endpoint::{EndpointState, EndpointStatus};
-pub(super) use mass_deletion::{Guard, KEEP_FOR, WINDOW, window};
+pub(super) use mass_deletion::{DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, window};
 use member::{Member, Next};
-pub(super) use supervisor::Plan;
+pub(super) use supervisor::ConnectPlan;
 use supervisor::Supervised;
 use view::Known;
 pub(super) use view::View;
@@ -37,14 +37,14 @@ pub(super) use view::View;
 pub(crate) struct Pool {
     view: Arc<View>,
     connector: Arc<Connector>,
-    plan: Plan,
+    plan: ConnectPlan,
     policy: BalancePolicy,
     cursor: Cursor,
     changed: Arc<Notify>,
     shown: Instances,
     members: BTreeMap<InstanceKey, Member>,
     /// What has vanished with most of the others.
-    guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
+    guard: MassDeletionGuard<InstanceKey, (Member, Arc<Instance>)>,
     /// How many of those are in use, as last told.
     kept: usize,
     unusable: BTreeMap<InstanceKey, String>,
@@ -55,9 +55,9 @@ impl Pool {
     pub(crate) fn new(
         view: Arc<View>,
         connector: Arc<Connector>,
-        plan: Plan,
+        plan: ConnectPlan,
         policy: BalancePolicy,
-        guard: Guard<InstanceKey, (Member, Arc<Instance>)>,
+        guard: MassDeletionGuard<InstanceKey, (Member, Arc<Instance>)>,
     ) -> Self {
         Self {
             view,
@@ -126,12 +126,12 @@ impl Pool {
                     });
                     // Where it was before it is not any more, unless that is in use: nothing says so of those
                     // that vanished with most of the others.
-                    let moved = self
-                        .guard
-                        .take(|of, (member, _)| *of == key && !member.current.endpoint.is_kept());
+                    let moved = self.guard.take(|of, (member, _)| {
+                        *of == key && !member.current.endpoint.is_retained()
+                    });
                     gone.extend(moved.map(|(member, _)| member));
                     if let Some(member) = member {
-                        member.current.endpoint.set_kept(false);
+                        member.current.endpoint.set_retained(false);
                         self.members.insert(key.clone(), member);
                     }
                 }
@@ -173,7 +173,7 @@ impl Pool {
         }
         for (member, instance) in &kept {
             member.current.endpoint.update(instance);
-            member.current.endpoint.set_kept(true);
+            member.current.endpoint.set_retained(true);
         }
         let (service, kept) = (&*self.view.known.load().range, kept.len());
         if is_new {
@@ -276,7 +276,7 @@ impl Pool {
     fn publish(&self) {
         let kept = self.guard.kept().map(|(member, _)| member);
         let members = self.members.values().chain(kept);
-        let ready: Vec<Ready> = members
+        let ready: Vec<ReadyEndpoint> = members
             .clone()
             .filter_map(|member| member.current.endpoint.ready())
             .collect();

@@ -41,7 +41,7 @@ impl Supervised {
         target: Target,
         instance: &Instance,
         connector: &Arc<Connector>,
-        plan: Plan,
+        plan: ConnectPlan,
         changed: &Arc<Notify>,
         freed: &Arc<Notify>,
     ) -> Self {
@@ -66,7 +66,7 @@ impl Supervised {
 
 /// How endpoints are to be connected.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Plan {
+pub(crate) struct ConnectPlan {
     pub(crate) connections: usize,
     pub(crate) max_backoff: Duration,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
-use super::endpoint::{Endpoint, EndpointState, EndpointStatus, Ready};
+use super::endpoint::{Endpoint, EndpointState, EndpointStatus, ReadyEndpoint};
 use crate::balance::pick::{BalancePolicy, Cursor, Picker};
 use crate::snapshot::Freshness;
 
@@ -15,7 +15,7 @@ const NAMED: usize = 10;
 /// What the pool shows to calls.
 #[derive(Debug)]
 pub(crate) struct View {
-    pub(crate) picker: ArcSwap<Picker<Ready>>,
+    pub(crate) picker: ArcSwap<Picker<ReadyEndpoint>>,
     /// Notified whenever the picker has something to pick.
     pub(crate) ready: Notify,
     /// Notified whenever an endpoint has room for a call after it had none: one of those that wait, which
@@ -60,11 +60,15 @@ impl View {
 
     /// Whether an endpoint is ready and has no room for a call.
     pub(crate) fn is_full(&self) -> bool {
-        self.picker.load().candidates().iter().any(Ready::is_full)
+        self.picker
+            .load()
+            .candidates()
+            .iter()
+            .any(ReadyEndpoint::is_full)
     }
 
     /// Why a call cannot be sent: no instances under the key, or each with its last error.
-    pub(crate) fn explain(&self) -> String {
+    pub(crate) fn describe_unavailable(&self) -> String {
         let known = self.known.load();
         let how = if self.is_full() {
             "has room for another call"
