@@ -6,17 +6,16 @@ use std::time::Duration;
 use http::uri::Scheme;
 use http::{HeaderValue, Uri};
 use tokio::sync::Semaphore;
-use tower::Service;
+use tower_service::Service;
 
-use super::call::Calls;
+use super::call::{Calls, RetryPolicy};
+use super::channel::BalancedChannel;
 use super::connection::{BoxError, Connector, CustomConnector, Settings, Tls, wrap_connector};
 use super::pick::BalancePolicy;
 use super::pool::{
     self, ConnectPlan, DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, Pool, View,
 };
-use super::retry::RetryPolicy;
 use super::source::Source;
-use super::{BalancedChannel, Inner};
 use crate::config::TlsConfig;
 use crate::error::{Error, Result};
 use crate::time::MAX_DURATION;
@@ -52,6 +51,22 @@ pub struct BalancedChannelBuilder {
     origin: Option<Uri>,
     mass_deletion_guard: Option<Duration>,
     mass_deletion_window: Option<Duration>,
+}
+
+impl BalancedChannel {
+    /// A channel to a fixed list of addresses, `host:port` or `unix:/path`, without etcd.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for what is not an address.
+    pub fn from_endpoints<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
+        Self::builder(Source::addresses(addresses)?).build()
+    }
+
+    /// A channel with settings of its own, over a [`Directory`] or any other [`Source`].
+    pub fn builder(source: impl Into<Source>) -> BalancedChannelBuilder {
+        BalancedChannelBuilder::new(source.into())
+    }
 }
 
 impl std::fmt::Debug for BalancedChannelBuilder {
@@ -393,11 +408,7 @@ impl BalancedChannelBuilder {
             user_agent,
             origin: self.origin,
         };
-        Ok(BalancedChannel {
-            inner: Arc::new(Inner {
-                calls,
-                task: tokio::spawn(pool.run(self.source)),
-            }),
-        })
+        let task = tokio::spawn(pool.run(self.source));
+        Ok(BalancedChannel::new(calls, task))
     }
 }

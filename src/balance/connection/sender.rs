@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 
 use super::state::Shared;
 use super::upload::{Upload, upload};
-use crate::balance::failure;
+use crate::balance::grpc_status;
 use crate::balance::replay::AttemptBody;
 
 /// Sends calls on a connection. Cheap to clone. The connection closes when no sender and no call is
@@ -155,7 +155,7 @@ impl Reserved {
             })),
             Err(error) => {
                 open.closed = true;
-                let fate = if failure::is_refused(&error) {
+                let fate = if grpc_status::is_refused(&error) {
                     Fate::Unsent
                 } else {
                     Fate::Unknown

@@ -1,5 +1,11 @@
 //! One call: wait for an endpoint, pick one, send, and send again what reached none.
 
+mod attempted;
+mod grpc_timeout;
+mod in_flight;
+mod response_body;
+mod retry;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,14 +17,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::body::{AnsweredCall, InFlight, ResponseBody, is_failure, status_of_head};
 use super::connection::{Fate, Reserved, SendError};
-use super::deadline::{self, GRPC_TIMEOUT};
-use super::failure;
+use super::grpc_status::{self, is_failure, status_of_head};
 use super::pool::{Endpoint, ReadyEndpoint, View};
 use super::replay::Replay;
-use super::retry::RetryPolicy;
-use super::tried::Tried;
+pub(crate) use attempted::Tried;
+use grpc_timeout::GRPC_TIMEOUT;
+use in_flight::InFlight;
+use response_body::{AnsweredCall, ResponseBody};
+pub use retry::RetryPolicy;
 
 /// The wait after a call came back unsent for the third time and more: several connections closing at
 /// once is usual, a server that refuses everything must not be asked in a tight loop.
@@ -63,8 +70,8 @@ impl Head {
     fn late(&self, status: &Status) -> Option<Status> {
         let (_, limit) = self
             .deadline
-            .filter(|(at, _)| deadline::is_late(status, *at))?;
-        Some(failure::deadline_exceeded(limit, "without an answer"))
+            .filter(|(at, _)| grpc_timeout::is_late(status, *at))?;
+        Some(grpc_status::deadline_exceeded(limit, "without an answer"))
     }
 }
 
@@ -83,17 +90,17 @@ impl Calls {
         };
         match timeout_at(at, self.attempts(head, body, tried, &seeks)).await {
             Ok(result) => result,
-            Err(_) if seeks.load(Ordering::Relaxed) => Err(failure::deadline_exceeded(
+            Err(_) if seeks.load(Ordering::Relaxed) => Err(grpc_status::deadline_exceeded(
                 limit,
                 &self.view.describe_unavailable(),
             )),
-            Err(_) => Err(failure::deadline_exceeded(limit, "without an answer")),
+            Err(_) => Err(grpc_status::deadline_exceeded(limit, "without an answer")),
         }
     }
 
     fn prepare(&self, request: Request<Body>, begun: Instant) -> (Head, Body) {
         let (mut parts, body) = request.into_parts();
-        let own = deadline::of(&parts.headers);
+        let own = grpc_timeout::of(&parts.headers);
         let limit = match (own, self.timeout) {
             (Some(own), Some(ours)) => Some(own.min(ours)),
             (own, ours) => own.or(ours),
@@ -138,7 +145,7 @@ impl Calls {
             // Whichever time was over first, where both are.
             let (endpoint, stream) = acquired.await.map_err(|status| match head.deadline {
                 Some((at, limit)) if at <= Instant::now() => {
-                    failure::deadline_exceeded(limit, status.message())
+                    grpc_status::deadline_exceeded(limit, status.message())
                 }
                 _ => status,
             })?;
@@ -336,7 +343,7 @@ impl Calls {
         if let Some((at, _)) = head.deadline {
             // The server is told what is left, not what there was before the wait for an endpoint.
             let left = at.saturating_duration_since(Instant::now());
-            if let Some(value) = deadline::value_of(left) {
+            if let Some(value) = grpc_timeout::value_of(left) {
                 head.headers.insert(GRPC_TIMEOUT, value);
             }
         }
@@ -374,5 +381,5 @@ fn joined(own: &HeaderValue, ours: &HeaderValue) -> HeaderValue {
 
 fn status_of_error(endpoint: &Endpoint, error: &SendError) -> Status {
     let address = &endpoint.target.address;
-    failure::status_of(address, &error.error, error.ending.as_deref())
+    grpc_status::status_of_error(address, &error.error, error.ending.as_deref())
 }

@@ -1,102 +1,21 @@
 //! The body of a response: what keeps its call in flight.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::Reason;
-use http::{HeaderMap, Response};
 use http_body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
-use tonic::{Code, Status};
+use tonic::Status;
 
-use super::connection::Incoming;
-use super::deadline;
-use super::failure;
-use super::pool::Endpoint;
-use super::replay::OwnFailure;
-
-/// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.
-#[derive(Debug)]
-pub(super) struct InFlight {
-    endpoint: Arc<Endpoint>,
-    begun: Instant,
-    /// When the call's time is over.
-    deadline: Option<Instant>,
-    /// Whether the load has learned the latency.
-    observed: bool,
-}
-
-impl InFlight {
-    pub(super) fn begin(endpoint: Arc<Endpoint>, deadline: Option<Instant>, now: Instant) -> Self {
-        endpoint.load.begin();
-        Self {
-            endpoint,
-            begun: now,
-            deadline,
-            observed: false,
-        }
-    }
-
-    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
-
-    /// The response has begun, or the call has failed.
-    pub(super) fn observe(&mut self, failed: bool) {
-        let now = Instant::now();
-        self.endpoint.load.observe(now - self.begun, failed, now);
-        self.observed = true;
-    }
-
-    /// The response began and did not end well. How long it went on until then says nothing about how
-    /// long an answer takes.
-    fn broke_off(&self) {
-        self.endpoint
-            .load
-            .observe(Duration::ZERO, true, Instant::now());
-    }
-
-    /// It was not sent after all, or failed by itself: nothing is to be learned from it.
-    pub(super) fn says_nothing(mut self) {
-        self.observed = true;
-    }
-}
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.endpoint.load.end();
-        if self.observed {
-            return;
-        }
-        let now = Instant::now();
-        let waited = now - self.begun;
-        // A silent endpoint must not look fast.
-        if self.deadline.is_some_and(|deadline| now >= deadline) {
-            // Its time was over: that is a failure as any other.
-            self.endpoint.load.observe(waited, true, now);
-        } else {
-            // Given up by the caller. How long an answer takes is not known, but it is not less than this.
-            self.endpoint.load.observe_at_least(waited, now);
-        }
-    }
-}
-
-/// Whether a status is the endpoint's fault, as far as can be told, and not the call's.
-pub(super) fn is_failure(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable
-            | Code::Internal
-            | Code::Unknown
-            | Code::DataLoss
-            | Code::ResourceExhausted
-            | Code::DeadlineExceeded
-    )
-}
+use super::grpc_timeout;
+use super::in_flight::InFlight;
+use crate::balance::connection::Incoming;
+use crate::balance::grpc_status::{self, is_failure, status_of};
+use crate::balance::replay::OwnFailure;
 
 /// When a call's time may be over.
 const DURING: &str = "during the response";
@@ -155,14 +74,14 @@ impl ResponseBody {
         }
         let ending = self.incoming.ending();
         let address = match &self.call {
-            Some((in_flight, _)) => &*in_flight.endpoint.target.address,
+            Some((in_flight, _)) => &*in_flight.endpoint().target.address,
             None => "",
         };
-        let status = failure::status_of(address, error, ending.as_deref());
+        let status = grpc_status::status_of_error(address, error, ending.as_deref());
         if let Some((sleep, limit)) = &self.deadline
-            && deadline::is_late(&status, sleep.deadline())
+            && grpc_timeout::is_late(&status, sleep.deadline())
         {
-            let late = failure::deadline_exceeded(*limit, DURING);
+            let late = grpc_status::deadline_exceeded(*limit, DURING);
             self.ended(false);
             return late;
         }
@@ -216,7 +135,7 @@ impl Body for ResponseBody {
         if let Some((sleep, limit)) = &this.deadline
             && sleep.deadline() <= Instant::now()
         {
-            let status = failure::deadline_exceeded(*limit, DURING);
+            let status = grpc_status::deadline_exceeded(*limit, DURING);
             this.ended(false);
             return Poll::Ready(Some(Err(status)));
         }
@@ -239,7 +158,7 @@ impl Body for ResponseBody {
                     return Poll::Pending;
                 };
                 ready!(sleep.as_mut().poll(cx));
-                let status = failure::deadline_exceeded(*limit, DURING);
+                let status = grpc_status::deadline_exceeded(*limit, DURING);
                 this.ended(false);
                 Poll::Ready(Some(Err(status)))
             }
@@ -249,28 +168,4 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         self.incoming.is_at_end()
     }
-}
-
-/// The gRPC status in headers or trailers, if it is there.
-fn status_of(headers: &HeaderMap) -> Option<Code> {
-    let status = headers.get("grpc-status")?;
-    Some(Code::from_bytes(status.as_bytes()))
-}
-
-/// The status of a response that is over with its head: one that says so, and one that is not
-/// gRPC's at all ("HTTP to gRPC Status Code Mapping").
-pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
-    Status::from_header_map(response.headers()).or_else(|| {
-        let code = match response.status().as_u16() {
-            200 => return None,
-            400 => Code::Internal,
-            401 => Code::Unauthenticated,
-            403 => Code::PermissionDenied,
-            404 => Code::Unimplemented,
-            429 | 502..=504 => Code::Unavailable,
-            _ => Code::Unknown,
-        };
-        let message = format!("the answer is HTTP {} and not gRPC", response.status());
-        Some(Status::new(code, message))
-    })
 }
