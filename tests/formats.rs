@@ -407,7 +407,7 @@ async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_tra
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
         .format(Kratos)
-        .also(EtcdNaming)
+        .and_format(EtcdNaming)
         .build()?;
     let directory = Directory::builder(&client, "greeter")
         .and_format(Kratos)
@@ -482,7 +482,7 @@ async fn given_a_key_that_another_process_took_over_then_leaving_deletes_the_oth
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
         .format(Kratos)
-        .also(EtcdNaming)
+        .and_format(EtcdNaming)
         .build()?;
     let _stays = registrar.register(Instance::new("greeter", "h:2")).await?;
     let leaving = registrar
@@ -512,8 +512,8 @@ async fn given_a_lost_lease_then_an_instance_is_back_in_every_format() -> TestRe
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
         .format(GoZero)
-        .also(Kitex)
-        .also(GoMicro)
+        .and_format(Kitex)
+        .and_format(GoMicro)
         .build()?;
     let registration = registrar
         .register(Instance::new("greeter", "h:1").id("7"))
@@ -539,7 +539,7 @@ async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_
 -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
-    let registrar = Registrar::builder(&client).also(Kitex).build()?;
+    let registrar = Registrar::builder(&client).and_format(Kitex).build()?;
     let _first = registrar
         .register(Instance::new("greeter", "h:1").id("1"))
         .await?;
@@ -550,7 +550,7 @@ async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_
         second,
         Err(Error::InstanceAlreadyRegistered { key }) if key == "kitex/registry-etcd/greeter/h:1"
     ));
-    let twice = Registrar::builder(&client).also(EtcdNaming).build()?;
+    let twice = Registrar::builder(&client).and_format(EtcdNaming).build()?;
     let error = twice
         .register(Instance::new("greeter", "h:1"))
         .await
@@ -559,7 +559,7 @@ async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_
         error.to_string().contains("give one another prefix"),
         "{error}"
     );
-    let kratos = Registrar::builder(&client).also(Kratos).build()?;
+    let kratos = Registrar::builder(&client).and_format(Kratos).build()?;
     let error = kratos
         .register(Instance::new("greeter", "unix:/a"))
         .await
@@ -576,8 +576,8 @@ async fn given_a_service_with_another_name_in_another_format_then_both_are_read_
     let go_zero = Layout::new(GoZero).service("user.rpc");
     let staging = Layout::new(Kratos).prefix("/staging");
     let registrar = Registrar::builder(&client)
-        .also(go_zero.clone())
-        .also(staging.clone())
+        .and_format(go_zero.clone())
+        .and_format(staging.clone())
         .build()?;
     let directory = Directory::builder(&client, "user")
         .and_format(go_zero)
@@ -616,7 +616,7 @@ async fn given_a_running_server_that_changes_its_format_with_both_in_between_the
     let kratos = Registrar::builder(&client).format(Kratos).build()?;
     let both = Registrar::builder(&client)
         .format(Kratos)
-        .also(EtcdNaming)
+        .and_format(EtcdNaming)
         .build()?;
     let default = Registrar::new(&client);
 
@@ -689,7 +689,7 @@ async fn given_one_of_two_formats_that_may_not_be_read_any_more_then_the_other_g
     assert_eq!(shown(&directory.snapshot()), ["1=h:1", "2=h:2"]);
     assert!(directory.snapshot().freshness().is_live());
 
-    let registrar = Registrar::builder(&app).also(Layout::new(Kratos).prefix("/other"));
+    let registrar = Registrar::builder(&app).and_format(Layout::new(Kratos).prefix("/other"));
     let refused = registrar
         .build()?
         .register(Instance::new("greeter", "h:4"))
@@ -782,7 +782,7 @@ async fn given_a_format_of_ones_own_then_it_is_written_and_read_alone_and_beside
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
         .format(Bracketed)
-        .also(GoZero)
+        .and_format(GoZero)
         .build()?;
     let _one = registrar.register(Instance::new("greeter", "h:1")).await?;
     client.put("own/greeter/more", "<h:2> <h:3>", None).await?;

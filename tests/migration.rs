@@ -40,7 +40,7 @@ impl Running {
         let builder = Registrar::builder(&client);
         let registrar = match deploy {
             Deploy::Kratos => builder.format(Kratos),
-            Deploy::Both => builder.format(Kratos).also(EtcdNaming),
+            Deploy::Both => builder.format(Kratos).and_format(EtcdNaming),
             Deploy::Default => builder,
         }
         .build()?;

@@ -263,7 +263,7 @@ impl fmt::Debug for Registrar {
 
 /// Settings of a [`Registrar`].
 #[derive(Debug, Clone)]
-#[must_use = "a builder does nothing until `build`"]
+#[must_use = "a builder does nothing until `build` is called"]
 pub struct RegistrarBuilder {
     client: Client,
     prefix: Option<String>,
@@ -309,12 +309,12 @@ impl RegistrarBuilder {
     /// // For clients that read kratos' format still, and for those that read the default one.
     /// let registrar = Registrar::builder(&client)
     ///     .format(Kratos)
-    ///     .also(EtcdNaming)
+    ///     .and_format(EtcdNaming)
     ///     .build()?;
     /// # Ok(())
     /// # }
     /// ```
-    pub fn also(mut self, layout: impl Into<Layout>) -> Self {
+    pub fn and_format(mut self, layout: impl Into<Layout>) -> Self {
         self.others.push(layout.into());
         self
     }

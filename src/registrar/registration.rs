@@ -20,6 +20,7 @@ use crate::instance::Instance;
 /// reached while the process and its registrar live, and after the time to live otherwise. To know
 /// that it is gone, [`deregister`](Self::deregister).
 #[derive(Clone)]
+#[must_use = "dropping the last clone of a registration deregisters its instance"]
 pub struct Registration {
     inner: Arc<Inner>,
 }
