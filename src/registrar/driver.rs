@@ -11,8 +11,8 @@ use futures::stream::FuturesUnordered;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::exchange::Exchange;
-use super::lookout::Lookout;
+use super::executor::Executor;
+use super::key_watch::KeyWatches;
 use super::state::{Action, Next, Now, Outcome, Reconciler};
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -66,15 +66,15 @@ fn now() -> Now {
 
 /// Reconciles until no handle is left or the client is closed.
 pub(super) async fn reconcile(shared: Arc<Shared>, client: Client, ttl: Duration) {
-    let mut lookout = Lookout::new(client.clone());
-    let exchange = Exchange::new(client, ttl);
+    let mut key_watches = KeyWatches::new(client.clone());
+    let executor = Executor::new(client, ttl);
     let mut under_way: FuturesUnordered<BoxFuture<'_, (Action, Result<Outcome>)>> =
         FuturesUnordered::new();
     loop {
         let wake_at = loop {
             let next = shared.lock().next(now());
             match next {
-                Next::Do(action) => under_way.push(Box::pin(exchange.perform(action))),
+                Next::Do(action) => under_way.push(Box::pin(executor.perform(action))),
                 Next::WaitUntil(at) => break at,
             }
         };
@@ -83,7 +83,7 @@ pub(super) async fn reconcile(shared: Arc<Shared>, client: Client, ttl: Duration
             return;
         }
         let keys: BTreeSet<String> = shared.lock().to_watch().cloned().collect();
-        lookout.at(&keys);
+        key_watches.set_keys(&keys);
         tokio::select! {
             Some((action, result)) = under_way.next() => {
                 if let Err(error @ Error::Closed { .. }) = &result {
@@ -102,7 +102,7 @@ pub(super) async fn reconcile(shared: Arc<Shared>, client: Client, ttl: Duration
                     return;
                 }
             }
-            (key, heard) = lookout.next() => shared.lock().heard(&key, &heard, now()),
+            (key, heard) = key_watches.next() => shared.lock().heard(&key, &heard, now()),
             () = shared.changed.notified() => {}
             () = sleep_until(wake_at) => {}
         }

@@ -24,8 +24,8 @@
 //! best effort; a process that is killed disappears with its lease, after its time to live at most.
 
 mod driver;
-mod exchange;
-mod lookout;
+mod executor;
+mod key_watch;
 mod readiness;
 mod registration;
 mod state;

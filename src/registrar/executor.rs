@@ -12,17 +12,17 @@ use crate::error::{Error, Result};
 
 /// How often a transaction that lost a race against another writer is made anew before the registrar
 /// pauses: more than a few in a row are no accident.
-const RACES: usize = 5;
+const MAX_CONFLICTS: usize = 5;
 
 /// etcd, for one registrar.
-pub(super) struct Exchange {
+pub(super) struct Executor {
     client: Client,
     ttl: Duration,
     /// The stream of renewals, and the lease that it is for.
     link: Mutex<Option<(i64, RenewalStream)>>,
 }
 
-impl Exchange {
+impl Executor {
     pub(super) fn new(client: Client, ttl: Duration) -> Self {
         Self {
             client,
@@ -35,7 +35,7 @@ impl Exchange {
     /// another attempt before the lease is gone.
     pub(super) async fn perform(&self, action: Action) -> (Action, Result<Outcome>) {
         let limit = self.ttl / 3;
-        let result = match tokio::time::timeout(limit, self.exchange(&action)).await {
+        let result = match tokio::time::timeout(limit, self.execute(&action)).await {
             Ok(Err(Error::LeaseNotFound { .. })) => Ok(Outcome::LeaseGone),
             Ok(Err(error)) if error.code() == Some(tonic::Code::NotFound) => Ok(Outcome::LeaseGone),
             // A transaction does not say which keys it was about.
@@ -54,7 +54,7 @@ impl Exchange {
         (action, result)
     }
 
-    async fn exchange(&self, action: &Action) -> Result<Outcome> {
+    async fn execute(&self, action: &Action) -> Result<Outcome> {
         let client = &self.client;
         Ok(match action {
             Action::Grant => {
@@ -93,7 +93,7 @@ impl Exchange {
     async fn ensure(&self, ensure: &Ensure) -> Result<Outcome> {
         let pairs = ensure.pairs.iter().map(|(key, _)| key);
         let keys: Vec<&String> = pairs.chain(&ensure.gone).collect();
-        for _ in 0..RACES {
+        for _ in 0..MAX_CONFLICTS {
             let (revision, mut found) = self.read(&keys).await?;
             let gone = found.split_off(ensure.pairs.len());
             let (put, delete) = match ensure.judge(&found, &gone) {
@@ -112,12 +112,12 @@ impl Exchange {
                 return Ok(Outcome::Ensured { revision });
             }
         }
-        Err(raced())
+        Err(conflict_error())
     }
 
     async fn delete(&self, keys: &[String], ours: &[i64]) -> Result<()> {
         let keys: Vec<&String> = keys.iter().collect();
-        for _ in 0..RACES {
+        for _ in 0..MAX_CONFLICTS {
             let (_, found) = self.read(&keys).await?;
             let ours = |held: &Option<Held>| held.as_ref().is_some_and(|held| is_ours(held, ours));
             let mine: Vec<_> = keys
@@ -133,7 +133,7 @@ impl Exchange {
                 return Ok(());
             }
         }
-        Err(raced())
+        Err(conflict_error())
     }
 
     /// What a quorum says is at each key, and the revision at which it is.
@@ -177,7 +177,7 @@ impl Exchange {
     }
 }
 
-fn raced() -> Error {
+fn conflict_error() -> Error {
     Error::Rpc {
         operation: "write".into(),
         status: Box::new(tonic::Status::aborted(

@@ -15,7 +15,7 @@ use crate::client::{RawWatch, WatchOptions};
 use crate::error::Error;
 
 /// The watches, and what they tell.
-pub(super) struct Lookout {
+pub(super) struct KeyWatches {
     client: Client,
     watches: BTreeMap<String, AbortOnDropHandle<()>>,
     tell: mpsc::Sender<(String, Heard)>,
@@ -23,11 +23,11 @@ pub(super) struct Lookout {
 }
 
 /// How much may be told before it is taken: with more, the watches wait, which costs nothing.
-const UNTOLD: usize = 64;
+const EVENT_BUFFER: usize = 64;
 
-impl Lookout {
+impl KeyWatches {
     pub(super) fn new(client: Client) -> Self {
-        let (tell, told) = mpsc::channel(UNTOLD);
+        let (tell, told) = mpsc::channel(EVENT_BUFFER);
         Self {
             client,
             watches: BTreeMap::new(),
@@ -37,7 +37,7 @@ impl Lookout {
     }
 
     /// Watches these keys, and no others.
-    pub(super) fn at(&mut self, keys: &std::collections::BTreeSet<String>) {
+    pub(super) fn set_keys(&mut self, keys: &std::collections::BTreeSet<String>) {
         self.watches.retain(|key, _| keys.contains(key));
         for key in keys {
             if !self.watches.contains_key(key) {
