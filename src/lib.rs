@@ -107,7 +107,9 @@ pub use error::{Error, Result};
 pub use instance::{DEFAULT_WEIGHT, Instance};
 #[cfg(feature = "health")]
 pub use registrar::serving;
-pub use registrar::{Registrar, RegistrarBuilder, Registration, RegistrationState};
+pub use registrar::{
+    Registrar, RegistrarBuilder, Registration, RegistrationState, RegistrationStates,
+};
 pub use snapshot::{Freshness, InstanceKey, Snapshot};
 
 /// The client beneath; [`Client::client`] gives one of its own.

@@ -556,7 +556,7 @@ async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_
         .await
         .unwrap_err();
     assert!(
-        error.to_string().contains("give one another prefix"),
+        error.to_string().contains("set another prefix for one"),
         "{error}"
     );
     let kratos = Registrar::builder(&client).and_format(Kratos).build()?;

@@ -1,109 +1,127 @@
-//! Runs the reconciler: does what it asks for, and tells it what comes of it.
+//! Drives a reconciler: performs its actions, and reports their outcomes and the watches' events.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::executor::Executor;
 use super::key_watch::KeyWatches;
-use super::state::{Action, Next, Now, Outcome, Reconciler};
+use super::state::{Action, Event, Outcome, Reconciler, Step, Timestamp};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::time::sleep_until;
 
-/// What the handles and the task share.
+/// The registrations that share one lease, as the handles and the driver see them.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct LeaseGroup {
+    /// Locked for one request, event or step at a time, never over an await.
     reconciler: Mutex<Reconciler>,
-    changed: Notify,
-    /// No handle is left: what can be cleaned up at once is, and then the task ends.
+    /// Wakes the driver after a request.
+    wake: Notify,
+    /// Notified when the driver has stepped.
+    stepped: Notify,
+    /// Set when no handle is left: the driver cleans up once, and then ends.
     abandoned: AtomicBool,
 }
 
-impl Shared {
+impl LeaseGroup {
     pub(super) fn new() -> Self {
         Self {
             reconciler: Mutex::new(Reconciler::new()),
-            changed: Notify::new(),
+            wake: Notify::new(),
+            stepped: Notify::new(),
             abandoned: AtomicBool::new(false),
         }
     }
 
-    /// Changes what is wanted, and wakes the task.
-    pub(super) fn want<T>(&self, change: impl FnOnce(&mut Reconciler) -> T) -> T {
-        let result = change(&mut self.lock());
-        self.changed.notify_one();
+    /// Changes the desired state, and wakes the driver.
+    pub(super) fn with_reconciler<T>(&self, request: impl FnOnce(&mut Reconciler) -> T) -> T {
+        let result = request(&mut self.reconciler.lock());
+        self.wake.notify_one();
         result
     }
 
+    /// Tells the driver that no handle is left.
     pub(super) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Release);
-        self.changed.notify_one();
+        self.wake.notify_one();
     }
 
-    /// The lock is held for as long as a step takes, never over an await. A panic inside of one
-    /// leaves nothing half done that the next step would not see.
     pub(super) fn lock(&self) -> MutexGuard<'_, Reconciler> {
-        self.reconciler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.reconciler.lock()
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
+    fn step(&self) -> Step {
+        self.lock().step(now())
+    }
+
+    fn on_event(&self, event: Event) {
+        self.lock().on_event(event, now());
     }
 }
 
-fn now() -> Now {
-    Now {
+fn now() -> Timestamp {
+    Timestamp {
         instant: Instant::now(),
         wall: SystemTime::now(),
     }
 }
 
-/// Reconciles until no handle is left or the client is closed.
-pub(super) async fn reconcile(shared: Arc<Shared>, client: Client, ttl: Duration) {
+type RunningAction<'a> = BoxFuture<'a, (Action, Result<Outcome>)>;
+
+/// Drives a group's reconciler until no handle is left or the client is closed.
+pub(super) async fn run(group: Arc<LeaseGroup>, client: Client, ttl: Duration) {
     let mut key_watches = KeyWatches::new(client.clone());
     let executor = Executor::new(client, ttl);
-    let mut under_way: FuturesUnordered<BoxFuture<'_, (Action, Result<Outcome>)>> =
-        FuturesUnordered::new();
+    let mut running: FuturesUnordered<RunningAction<'_>> = FuturesUnordered::new();
     loop {
         let wake_at = loop {
-            let next = shared.lock().next(now());
-            match next {
-                Next::Do(action) => under_way.push(Box::pin(executor.perform(action))),
-                Next::WaitUntil(at) => break at,
+            match group.step() {
+                Step::Perform(action) => running.push(Box::pin(executor.perform(action))),
+                Step::SleepUntil(at) => break at,
             }
         };
-        let abandoned = shared.abandoned.load(Ordering::Acquire);
-        if abandoned && shared.lock().is_empty() {
+        group.stepped.notify_waiters();
+        let is_abandoned = group.is_abandoned();
+        if is_abandoned && group.lock().is_empty() {
             return;
         }
-        let keys: BTreeSet<String> = shared.lock().to_watch().cloned().collect();
+        let keys: BTreeSet<String> = group.lock().watched_keys().cloned().collect();
         key_watches.set_keys(&keys);
         tokio::select! {
-            Some((action, result)) = under_way.next() => {
-                if let Err(error @ Error::Closed { .. }) = &result {
-                    shared.lock().closed(error, now());
+            Some((action, result)) = running.next() => {
+                if let Err(error @ Error::Closed { .. }) = result {
+                    group.on_event(Event::ClientClosed(error));
+                    group.stepped.notify_waiters();
                     return;
                 }
-                let failed = result.is_err();
+                // No caller waits for an abandoned group, so a failed cleanup is not retried: the
+                // keys disappear when the TTL of the lease has passed.
+                let is_cleanup = matches!(action, Action::Revoke { .. } | Action::Delete { .. });
+                let ends = is_abandoned && is_cleanup && result.is_err();
                 let outcome = result.unwrap_or_else(|error| {
-                    tracing::debug!(%action, %error, "registrar: an attempt failed");
+                    tracing::debug!(%action, %error, "a request of the registrar failed");
                     Outcome::Failed(error)
                 });
-                shared.lock().finished(&action, outcome, now());
-                // Abandoned, etcd gets one attempt to clean up; the lease's time to live does the rest.
-                let cleans_up = matches!(action, Action::Revoke { .. } | Action::Delete { .. });
-                if failed && abandoned && cleans_up {
+                group.on_event(Event::Finished { action, outcome });
+                if ends {
                     return;
                 }
             }
-            (key, heard) = key_watches.next() => shared.lock().heard(&key, &heard, now()),
-            () = shared.changed.notified() => {}
+            (key, event) = key_watches.next() => group.on_event(Event::Key { key, event }),
+            () = group.wake.notified() => {}
             () = sleep_until(wake_at) => {}
         }
     }

@@ -1,25 +1,25 @@
-//! What the reconciler asks for, done at etcd.
+//! Performs the reconciler's actions at etcd.
 
-use std::sync::{Mutex, PoisonError};
+use std::fmt;
 use std::time::Duration;
 
-use super::state::{Action, Ensure, Held, Outcome, Verdict, is_ours};
-use crate::client::Client;
-use crate::client::{
-    Compare, CompareOp, KeyValue, PutOptions, RenewalStream, TxnOp, TxnOpResponse,
-};
+use parking_lot::Mutex;
+use tokio::time::timeout;
+
+use super::state::{Action, Ensure, Outcome, StoredKey, WritePlan};
+use crate::client::{Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse};
 use crate::error::{Error, Result};
 
-/// How often a transaction that lost a race against another writer is made anew before the registrar
-/// pauses: more than a few in a row are no accident.
+/// The number of attempts of a transaction that fails because another client changed the keys since
+/// they were read. More conflicts in a row are no accident, so the reconciler pauses instead.
 const MAX_CONFLICTS: usize = 5;
 
-/// etcd, for one registrar.
+/// Performs the actions of one reconciler.
 pub(super) struct Executor {
     client: Client,
     ttl: Duration,
-    /// The stream of renewals, and the lease that it is for.
-    link: Mutex<Option<(i64, RenewalStream)>>,
+    /// The open stream of renewals, and the lease that the stream renews.
+    renewals: Mutex<Option<(i64, RenewalStream)>>,
 }
 
 impl Executor {
@@ -27,18 +27,18 @@ impl Executor {
         Self {
             client,
             ttl,
-            link: Mutex::new(None),
+            renewals: Mutex::new(None),
         }
     }
 
-    /// One piece of work, bounded by a third of the lease's time to live: there must be time for
-    /// another attempt before the lease is gone.
+    /// Performs one action within a third of the lease's TTL, which leaves time for another attempt
+    /// before the lease expires.
     pub(super) async fn perform(&self, action: Action) -> (Action, Result<Outcome>) {
         let limit = self.ttl / 3;
-        let result = match tokio::time::timeout(limit, self.execute(&action)).await {
+        let result = match timeout(limit, self.execute(&action)).await {
             Ok(Err(Error::LeaseNotFound { .. })) => Ok(Outcome::LeaseGone),
             Ok(Err(error)) if error.code() == Some(tonic::Code::NotFound) => Ok(Outcome::LeaseGone),
-            // A transaction does not say which keys it was about.
+            // The client names the operation "txn"; the action also names the keys.
             Ok(Err(Error::Rpc { status, .. }))
                 if matches!(action, Action::Ensure(_) | Action::Delete { .. }) =>
             {
@@ -55,102 +55,95 @@ impl Executor {
     }
 
     async fn execute(&self, action: &Action) -> Result<Outcome> {
-        let client = &self.client;
-        Ok(match action {
-            Action::Grant => {
-                let ttl = self.ttl.as_secs().try_into().unwrap_or(i64::MAX);
-                let granted = client.grant(ttl).await?;
-                Outcome::Granted {
-                    lease: granted.id(),
-                    ttl: Duration::from_secs(granted.ttl().max(1).unsigned_abs()),
-                }
-            }
-            Action::Renew { lease } => {
-                let link = self.link().take().filter(|(of, _)| of == lease);
-                // So that there is time for two members, of which one may hang.
-                let within = self.ttl / 6;
-                let link = link.map(|(_, link)| link);
-                let link = client.renew(*lease, link, within).await?;
-                *self.link() = Some((*lease, link));
-                Outcome::Renewed
-            }
-            Action::Ensure(ensure) => self.ensure(ensure).await?,
-            Action::Delete { keys, ours, .. } => {
-                self.delete(keys, ours).await?;
-                Outcome::Done
-            }
+        match action {
+            Action::Grant => self.grant().await,
+            Action::Renew { lease } => self.renew(*lease).await,
+            Action::Ensure(ensure) => self.ensure(ensure).await,
+            Action::Delete {
+                keys, own_leases, ..
+            } => self.delete(keys, own_leases).await,
             Action::Revoke { lease } => {
-                client.revoke(*lease).await?;
-                Outcome::Done
+                self.client.revoke(*lease).await?;
+                Ok(Outcome::Done)
             }
+        }
+    }
+
+    async fn grant(&self) -> Result<Outcome> {
+        let ttl = self.ttl.as_secs().try_into().unwrap_or(i64::MAX);
+        let granted = self.client.grant(ttl).await?;
+        Ok(Outcome::Granted {
+            lease: granted.id(),
+            ttl: Duration::from_secs(granted.ttl().max(1).unsigned_abs()),
         })
     }
 
-    fn link(&self) -> std::sync::MutexGuard<'_, Option<(i64, RenewalStream)>> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    async fn renew(&self, lease: i64) -> Result<Outcome> {
+        let open = self.renewals.lock().take();
+        let stream = open.and_then(|(of, stream)| (of == lease).then_some(stream));
+        // Half of the action's time limit, which leaves time for a second member if the first
+        // hangs.
+        let limit = self.ttl / 6;
+        let stream = self.client.renew(lease, stream, limit).await?;
+        *self.renewals.lock() = Some((lease, stream));
+        Ok(Outcome::Renewed)
     }
 
     async fn ensure(&self, ensure: &Ensure) -> Result<Outcome> {
-        let pairs = ensure.pairs.iter().map(|(key, _)| key);
-        let keys: Vec<&String> = pairs.chain(&ensure.gone).collect();
+        let record_keys = ensure.records.iter().map(|(key, _)| key);
+        let keys: Vec<&String> = record_keys.chain(&ensure.stale_keys).collect();
         for _ in 0..MAX_CONFLICTS {
             let (revision, mut found) = self.read(&keys).await?;
-            let gone = found.split_off(ensure.pairs.len());
-            let (put, delete) = match ensure.judge(&found, &gone) {
-                Verdict::Fine => return Ok(Outcome::Ensured { revision }),
-                Verdict::Superseded { by } => return Ok(Outcome::Superseded { by }),
-                Verdict::Write { put, delete } => (put, delete),
+            let stale = found.split_off(ensure.records.len());
+            let (put, delete) = match ensure.plan(&found, &stale) {
+                WritePlan::UpToDate => return Ok(Outcome::Ensured { revision }),
+                WritePlan::Superseded { by } => return Ok(Outcome::Superseded { by }),
+                WritePlan::Write { put, delete } => (put, delete),
             };
-            let as_found = keys.iter().zip(found.iter().chain(&gone));
+            let as_read = keys.iter().zip(found.iter().chain(&stale));
             let options = PutOptions::new().with_lease(ensure.lease);
-            let put = put.iter().filter_map(|at| ensure.pairs.get(*at));
-            let puts = put
+            let records = put.iter().filter_map(|index| ensure.records.get(*index));
+            let puts = records
                 .map(|(key, value)| TxnOp::put(key.as_str(), value.clone(), Some(options.clone())));
-            let deletes = delete.iter().filter_map(|at| ensure.gone.get(*at));
-            let deletes = deletes.map(|key| TxnOp::delete(key.as_str(), None));
-            if let Some(revision) = self.commit(as_found, puts.chain(deletes)).await? {
+            let stale_keys = delete.iter().filter_map(|at| ensure.stale_keys.get(*at));
+            let deletes = stale_keys.map(|key| TxnOp::delete(key.as_str(), None));
+            if let Some(revision) = self.commit(as_read, puts.chain(deletes)).await? {
                 return Ok(Outcome::Ensured { revision });
             }
         }
         Err(conflict_error())
     }
 
-    async fn delete(&self, keys: &[String], ours: &[i64]) -> Result<()> {
+    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<Outcome> {
         let keys: Vec<&String> = keys.iter().collect();
+        let is_own = |stored: &Option<StoredKey>| {
+            let stored = stored.as_ref();
+            stored.is_some_and(|stored| stored.is_own(own_leases))
+        };
         for _ in 0..MAX_CONFLICTS {
             let (_, found) = self.read(&keys).await?;
-            let ours = |held: &Option<Held>| held.as_ref().is_some_and(|held| is_ours(held, ours));
-            let mine: Vec<_> = keys
-                .iter()
-                .zip(&found)
-                .filter(|(_, held)| ours(held))
-                .collect();
-            let deletes = mine
-                .iter()
-                .map(|(key, _)| TxnOp::delete(key.as_str(), None));
-            let as_found = mine.iter().copied();
-            if mine.is_empty() || self.commit(as_found, deletes).await?.is_some() {
-                return Ok(());
+            let found = keys.iter().zip(&found);
+            let own: Vec<_> = found.filter(|(_, stored)| is_own(stored)).collect();
+            let deletes = own.iter().map(|(key, _)| TxnOp::delete(key.as_str(), None));
+            let as_read = own.iter().copied();
+            if own.is_empty() || self.commit(as_read, deletes).await?.is_some() {
+                return Ok(Outcome::Done);
             }
         }
         Err(conflict_error())
     }
 
-    /// What a quorum says is at each key, and the revision at which it is.
-    async fn read(&self, keys: &[&String]) -> Result<(i64, Vec<Option<Held>>)> {
+    /// Reads the keys in one linearizable transaction. Returns the revision of the read, and the
+    /// stored key for each of `keys`.
+    async fn read(&self, keys: &[&String]) -> Result<(i64, Vec<Option<StoredKey>>)> {
         let gets = keys.iter().map(|key| TxnOp::get(key.as_str(), None));
-        let answer = self.client.txn().and_then(gets).commit().await?;
-        let revision = answer.header().map_or(0, |header| header.revision());
-        let held = |kv: &KeyValue| Held {
-            lease: kv.lease(),
-            mod_revision: kv.mod_revision(),
-            value: kv.value().to_vec(),
-        };
-        let mut found: Vec<Option<Held>> = answer
+        let response = self.client.txn().and_then(gets).commit().await?;
+        let revision = response.header().map_or(0, |header| header.revision());
+        let mut found: Vec<Option<StoredKey>> = response
             .op_responses()
             .iter()
             .map(|response| match response {
-                TxnOpResponse::Get(got) => got.kvs().first().map(held),
+                TxnOpResponse::Get(got) => got.kvs().first().map(StoredKey::from),
                 _ => None,
             })
             .collect();
@@ -158,49 +151,51 @@ impl Executor {
         Ok((revision, found))
     }
 
-    /// Writes if every key still is as it was found. That makes a write harmless which is late, for the
-    /// answer was lost and something else was done since: it finds another revision.
+    /// Writes if no key has changed since it was read; `None` if one has. The comparison makes a
+    /// late write harmless: a write with a lost response that etcd applies after a newer one finds
+    /// another revision.
     async fn commit<'a>(
         &self,
-        as_found: impl Iterator<Item = (&'a &'a String, &'a Option<Held>)>,
+        as_read: impl Iterator<Item = (&'a &'a String, &'a Option<StoredKey>)>,
         operations: impl Iterator<Item = TxnOp>,
     ) -> Result<Option<i64>> {
-        let unchanged = as_found.map(|(key, held)| {
-            let revision = held.as_ref().map_or(0, |held| held.mod_revision);
+        let unchanged = as_read.map(|(key, stored)| {
+            // etcd reports revision 0 for a key that does not exist.
+            let revision = stored.as_ref().map_or(0, |stored| stored.mod_revision);
             Compare::mod_revision(key.as_str(), CompareOp::Equal, revision)
         });
         let unchanged: Vec<Compare> = unchanged.collect();
         let transaction = self.client.txn().when(unchanged).and_then(operations);
-        let answer = transaction.commit().await?;
-        let revision = answer.header().map_or(0, |header| header.revision());
-        Ok(answer.succeeded().then_some(revision))
+        let response = transaction.commit().await?;
+        let revision = response.header().map_or(0, |header| header.revision());
+        Ok(response.succeeded().then_some(revision))
     }
 }
 
 fn conflict_error() -> Error {
+    let message = format!("gave up after {MAX_CONFLICTS} conflicting writes by another client");
     Error::Rpc {
         operation: "write".into(),
-        status: Box::new(tonic::Status::aborted(
-            "another writer changed the keys each time",
-        )),
+        status: Box::new(tonic::Status::aborted(message)),
     }
 }
 
-impl std::fmt::Display for Action {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Action::Grant => f.write_str("grant of a lease"),
             Action::Renew { lease } => write!(f, "keep-alive of lease {lease:x}"),
             Action::Ensure(ensure) => {
-                write!(f, "put {}", list(ensure.pairs.iter().map(|(key, _)| key)))
+                let keys = ensure.records.iter().map(|(key, _)| key);
+                write!(f, "put {}", quote(keys))
             }
-            Action::Delete { keys, .. } => write!(f, "delete {}", list(keys)),
+            Action::Delete { keys, .. } => write!(f, "delete {}", quote(keys)),
             Action::Revoke { lease } => write!(f, "revoke of lease {lease:x}"),
         }
     }
 }
 
-fn list<'a>(keys: impl IntoIterator<Item = &'a String>) -> String {
+fn quote<'a>(keys: impl IntoIterator<Item = &'a String>) -> String {
     let keys: Vec<String> = keys.into_iter().map(|key| format!("{key:?}")).collect();
     keys.join(" and ")
 }

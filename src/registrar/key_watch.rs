@@ -1,105 +1,114 @@
-//! Watches the registrar's own keys, so that what others do to them is noticed at once.
+//! Watches the registrar's own keys, so that changes by other clients are noticed at once.
 //!
-//! One watch for each key: that of a whole service would bring every server the news of all the others.
+//! Each key has its own watch. A watch of the service's prefix would bring every server the events
+//! of all other servers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::state::{Heard, Held};
+use super::state::{KeyEvent, StoredKey};
 use crate::backoff::Backoff;
-use crate::client::{Client, EventType};
-use crate::client::{RawWatch, WatchOptions};
+use crate::client::{Client, EventType, RawWatch, WatchOptions, WatchResponse};
 use crate::error::Error;
 
-/// The watches, and what they tell.
+/// The number of events that wait for the reconciler. When the buffer is full the watches pause,
+/// and no event is lost.
+const EVENT_BUFFER: usize = 64;
+
+/// The watches of a set of keys.
 pub(super) struct KeyWatches {
     client: Client,
     watches: BTreeMap<String, AbortOnDropHandle<()>>,
-    tell: mpsc::Sender<(String, Heard)>,
-    told: mpsc::Receiver<(String, Heard)>,
+    events_tx: mpsc::Sender<(String, KeyEvent)>,
+    events: mpsc::Receiver<(String, KeyEvent)>,
 }
-
-/// How much may be told before it is taken: with more, the watches wait, which costs nothing.
-const EVENT_BUFFER: usize = 64;
 
 impl KeyWatches {
     pub(super) fn new(client: Client) -> Self {
-        let (tell, told) = mpsc::channel(EVENT_BUFFER);
+        let (events_tx, events) = mpsc::channel(EVENT_BUFFER);
         Self {
             client,
             watches: BTreeMap::new(),
-            tell,
-            told,
+            events_tx,
+            events,
         }
     }
 
-    /// Watches these keys, and no others.
-    pub(super) fn set_keys(&mut self, keys: &std::collections::BTreeSet<String>) {
+    /// Starts watches of new keys, and ends those of keys that are not in `keys`.
+    pub(super) fn set_keys(&mut self, keys: &BTreeSet<String>) {
         self.watches.retain(|key, _| keys.contains(key));
         for key in keys {
             if !self.watches.contains_key(key) {
-                let watch = watch(self.client.clone(), key.clone(), self.tell.clone());
-                let handle = AbortOnDropHandle::new(tokio::spawn(watch));
+                let task = watch(self.client.clone(), key.clone(), self.events_tx.clone());
+                let handle = AbortOnDropHandle::new(tokio::spawn(task));
                 self.watches.insert(key.clone(), handle);
             }
         }
     }
 
-    /// What is told next.
-    pub(super) async fn next(&mut self) -> (String, Heard) {
-        match self.told.recv().await {
-            Some(told) => told,
-            // Never, since a sender is kept.
+    /// The next event, and its key.
+    pub(super) async fn next(&mut self) -> (String, KeyEvent) {
+        match self.events.recv().await {
+            Some(event) => event,
+            // Unreachable, because `events_tx` keeps the channel open.
             None => pending().await,
         }
     }
 }
 
-/// A watch that was lost is begun anew at the present, and the key is to be looked at then: that holds
-/// whatever happened in between, also if etcd was wiped.
-async fn watch(client: Client, key: String, tell: mpsc::Sender<(String, Heard)>) {
-    let mut pauses = Backoff::for_etcd();
+/// Watches one key until the client is closed. After a loss the watch starts again at the current
+/// revision. The [`KeyEvent::Started`] of each start makes the reconciler read the key, which
+/// covers every change in between, even a wiped etcd.
+async fn watch(client: Client, key: String, events: mpsc::Sender<(String, KeyEvent)>) {
+    let mut backoff = Backoff::for_etcd();
     loop {
         let error = match client.open_watch(key.as_str(), &WatchOptions::new()).await {
             Ok(mut watch) => {
-                pauses.reset();
-                listen(&mut watch, &key, &tell).await
+                backoff.reset();
+                forward_events(&mut watch, &key, &events).await
             }
             Err(error) => error,
         };
         if matches!(error, Error::Closed { .. }) {
             return;
         }
-        tracing::debug!(key, %error, "registrar: a key is not watched");
-        tokio::time::sleep(pauses.next()).await;
+        tracing::debug!(key, %error, "the watch of a registered key was lost");
+        tokio::time::sleep(backoff.next()).await;
     }
 }
 
-async fn listen(watch: &mut RawWatch, key: &str, tell: &mpsc::Sender<(String, Heard)>) -> Error {
-    let mut heard = Heard::Begun;
+/// Sends the events of a watch until it fails.
+async fn forward_events(
+    watch: &mut RawWatch,
+    key: &str,
+    events: &mpsc::Sender<(String, KeyEvent)>,
+) -> Error {
+    let mut event = KeyEvent::Started;
     loop {
-        // Nobody listens any more: the task is about to end.
-        drop(tell.send((key.to_owned(), heard)).await);
-        heard = loop {
-            let response = match watch.next().await {
-                Ok(response) => response,
+        // Fails only when the driver has ended, which also aborts this task.
+        drop(events.send((key.to_owned(), event)).await);
+        event = loop {
+            match watch.next().await {
+                Ok(response) => {
+                    if let Some(event) = latest_change(&response) {
+                        break event;
+                    }
+                }
                 Err(error) => return error,
-            };
-            // What it was in between is over.
-            if let Some(event) = response.events().last()
-                && let Some(kv) = event.kv()
-            {
-                let held = (event.event_type() == EventType::Put).then(|| Held {
-                    lease: kv.lease(),
-                    mod_revision: kv.mod_revision(),
-                    value: kv.value().to_vec(),
-                });
-                let revision = kv.mod_revision();
-                break Heard::Changed { revision, held };
             }
         };
     }
+}
+
+/// The last change in a response; earlier ones are outdated by it.
+fn latest_change(response: &WatchResponse) -> Option<KeyEvent> {
+    let event = response.events().last()?;
+    let kv = event.kv()?;
+    Some(KeyEvent::Changed {
+        revision: kv.mod_revision(),
+        stored: (event.event_type() == EventType::Put).then(|| StoredKey::from(kv)),
+    })
 }

@@ -1,4 +1,4 @@
-//! Registered only while its server says that it is ready.
+//! Registers an instance only while its server is ready.
 
 use std::pin::pin;
 
@@ -7,43 +7,46 @@ use tokio::sync::watch;
 
 use super::state::Status;
 
-/// Passes on what `ready` says, until it ends, or the registration is over, or nobody wants to know.
+/// Passes the items of `ready` to `set_ready` until the stream ends, the registration ends, or
+/// `set_ready` returns `false`.
 ///
-/// That it is withdrawn is enough, whether or not etcd can be told: a server that stops waits for its
-/// connections to end, and `ready` may hold one of them.
-pub(super) async fn follow(
+/// The registration ends for this purpose as soon as it is deregistered, even before etcd knows: a
+/// server that shuts down waits for its connections to close, and `ready` may hold one of them.
+pub(super) async fn forward(
     ready: impl Stream<Item = bool>,
     mut status: watch::Receiver<Status>,
-    tell: impl Fn(bool) -> bool,
+    set_ready: impl Fn(bool) -> bool,
 ) {
     let mut ready = pin!(ready);
-    let ended = async {
-        // An error says that the sender is gone, and with it the registration.
-        drop(status.wait_for(|status| status.over).await);
+    let terminated = async {
+        // An error means that the sender is gone, and the registration with it.
+        drop(status.wait_for(|status| status.terminal).await);
     };
-    let mut ended = pin!(ended);
+    let mut terminated = pin!(terminated);
     loop {
         tokio::select! {
             biased;
-            () = &mut ended => return,
-            said = ready.next() => match said {
-                Some(said) if tell(said) => {}
+            () = &mut terminated => return,
+            item = ready.next() => match item {
+                Some(is_ready) if set_ready(is_ready) => {}
                 _ => return,
             },
         }
     }
 }
 
-/// Whether a server says that it serves: the answers of its `grpc.health.v1.Health/Watch`, for
-/// [`Registrar::register_while_ready`](crate::Registrar::register_while_ready). Needs the feature `health`.
+/// Whether a server reports itself as serving: the responses of its `grpc.health.v1.Health/Watch`,
+/// for [`Registrar::register_while_ready`](crate::Registrar::register_while_ready). Needs the
+/// feature `health`.
 ///
-/// The `service` is the name that the server was asked to report about; empty: the server as a whole.
+/// `service` is the name that the health service is asked about; an empty name stands for the
+/// server as a whole. The stream watches only while it is polled.
 ///
-/// It asks for as long as it is polled. When the connection is lost it asks anew, at once if it had held for
-/// 10 s, and else up to a second apart. It says `false` when the server cannot be asked, or ends what was
-/// asked a second time without an answer. A server without a health service is
-/// taken as ready, and not asked again, as gRFC A17 has it. How a server is found out that accepts and is
-/// silent is `endpoint`'s to say (`http2_keep_alive_interval`).
+/// The stream yields `false` when the server cannot be reached, and when the watch ends twice in a
+/// row without a response. A lost watch is reopened: at once if it lasted for 10 s, otherwise after
+/// a backoff of up to 1 s. A server without a health service counts as ready, as gRFC A17
+/// specifies; the stream then yields `true` and ends. To detect a server that accepts connections
+/// but does not respond, set `http2_keep_alive_interval` on `endpoint`.
 ///
 /// ```no_run
 /// # async fn example(registrar: goo_etcd::Registrar) -> Result<(), Box<dyn std::error::Error>> {
@@ -52,7 +55,7 @@ pub(super) async fn follow(
 ///
 /// let own = Endpoint::from_static("http://127.0.0.1:50051");
 /// let instance = Instance::new("greeter", "10.0.0.5:50051");
-/// // Before the server serves, if that is convenient.
+/// // The server may start later: until it serves, the instance is held back.
 /// let registration = registrar.register_while_ready(instance, goo_etcd::serving(own, ""))?;
 /// # Ok(())
 /// # }
@@ -62,8 +65,8 @@ pub fn serving(
     endpoint: tonic::transport::Endpoint,
     service: impl Into<String>,
 ) -> impl Stream<Item = bool> + Send + 'static {
-    let asking = health::Asking::new(endpoint, service.into());
-    futures::stream::unfold(Some(asking), |asking| async move { asking?.next().await })
+    let watch = health::HealthWatch::new(endpoint, service.into());
+    futures::stream::unfold(Some(watch), |watch| async move { watch?.next().await })
 }
 
 #[cfg(feature = "health")]
@@ -71,7 +74,7 @@ mod health {
     use std::time::Duration;
 
     use futures::StreamExt;
-    use tokio::time::Instant;
+    use tokio::time::{Instant, sleep};
     use tonic::transport::Endpoint;
     use tonic::{Code, Status, Streaming};
     use tonic_health::pb::health_check_response::ServingStatus;
@@ -80,71 +83,107 @@ mod health {
 
     use crate::backoff::Backoff;
 
-    /// How long a watch must have held for its end to be no reason to wait before the next.
-    const QUIET: Duration = Duration::from_secs(10);
+    /// A watch that lasted this long is reopened without a pause.
+    const STABLE_AFTER: Duration = Duration::from_secs(10);
 
-    pub(super) struct Asking {
+    /// Watches a server's health service, and reopens the watch after a loss.
+    pub(super) struct HealthWatch {
         endpoint: Endpoint,
         service: String,
-        /// With when they began.
-        answers: Option<(Instant, Streaming<HealthCheckResponse>)>,
-        /// How many watches have ended since the last answer.
+        open: Option<OpenWatch>,
+        /// The number of watches that have ended since the last response.
         ended: u32,
-        pauses: Backoff,
+        backoff: Backoff,
     }
 
-    impl Asking {
+    struct OpenWatch {
+        responses: Streaming<HealthCheckResponse>,
+        opened_at: Instant,
+    }
+
+    /// The result of one attempt to learn the server's health.
+    enum Report {
+        Serving(bool),
+        /// The server has no health service.
+        Unimplemented,
+        /// The watch was opened, or has ended; nothing is known yet.
+        Unknown,
+    }
+
+    impl HealthWatch {
         pub(super) fn new(endpoint: Endpoint, service: String) -> Self {
             Self {
                 endpoint,
                 service,
-                answers: None,
+                open: None,
                 ended: 0,
-                pauses: Backoff::for_etcd(),
+                backoff: Backoff::for_etcd(),
             }
         }
 
-        /// What it says next, and how to go on after that.
+        /// Whether the server serves, and the watch to continue with.
         pub(super) async fn next(mut self) -> Option<(bool, Option<Self>)> {
             loop {
-                if let Some((begun, answers)) = &mut self.answers {
-                    match answers.next().await {
-                        Some(Ok(answer)) => {
-                            self.ended = 0;
-                            let serves = answer.status() == ServingStatus::Serving;
-                            return Some((serves, Some(self)));
-                        }
-                        Some(Err(status)) if has_none(&status) => return Some((true, None)),
-                        Some(Err(_)) | None => {
-                            if begun.elapsed() >= QUIET {
-                                self.pauses.reset();
-                            } else {
-                                tokio::time::sleep(self.pauses.next()).await;
-                            }
-                            self.answers = None;
-                            self.ended = self.ended.saturating_add(1);
-                            if self.ended > 1 {
-                                return Some((false, Some(self)));
-                            }
-                        }
-                    }
+                let report = match self.open.take() {
+                    Some(watch) => self.read(watch).await,
+                    None => self.open().await,
+                };
+                match report {
+                    Report::Serving(is_serving) => return Some((is_serving, Some(self))),
+                    Report::Unimplemented => return Some((true, None)),
+                    Report::Unknown => {}
                 }
-                let service = self.service.clone();
-                let mut client = HealthClient::new(self.endpoint.connect_lazy());
-                match client.watch(HealthCheckRequest { service }).await {
-                    Ok(answers) => self.answers = Some((Instant::now(), answers.into_inner())),
-                    Err(status) if has_none(&status) => return Some((true, None)),
-                    Err(error) => {
-                        tracing::debug!(%error, "a server's health cannot be asked");
-                        tokio::time::sleep(self.pauses.next()).await;
-                        return Some((false, Some(self)));
-                    }
+            }
+        }
+
+        async fn open(&mut self) -> Report {
+            let service = self.service.clone();
+            let mut client = HealthClient::new(self.endpoint.connect_lazy());
+            match client.watch(HealthCheckRequest { service }).await {
+                Ok(response) => {
+                    self.open = Some(OpenWatch {
+                        responses: response.into_inner(),
+                        opened_at: Instant::now(),
+                    });
+                    Report::Unknown
                 }
+                Err(status) if is_unimplemented(&status) => Report::Unimplemented,
+                Err(error) => {
+                    tracing::debug!(%error, "the health service cannot be reached");
+                    sleep(self.backoff.next()).await;
+                    Report::Serving(false)
+                }
+            }
+        }
+
+        async fn read(&mut self, mut watch: OpenWatch) -> Report {
+            match watch.responses.next().await {
+                Some(Ok(response)) => {
+                    self.ended = 0;
+                    self.open = Some(watch);
+                    Report::Serving(response.status() == ServingStatus::Serving)
+                }
+                Some(Err(status)) if is_unimplemented(&status) => Report::Unimplemented,
+                Some(Err(_)) | None => self.on_ended(watch.opened_at).await,
+            }
+        }
+
+        async fn on_ended(&mut self, opened_at: Instant) -> Report {
+            if opened_at.elapsed() >= STABLE_AFTER {
+                self.backoff.reset();
+            } else {
+                sleep(self.backoff.next()).await;
+            }
+            self.ended = self.ended.saturating_add(1);
+            if self.ended > 1 {
+                Report::Serving(false)
+            } else {
+                Report::Unknown
             }
         }
     }
 
-    fn has_none(status: &Status) -> bool {
+    fn is_unimplemented(status: &Status) -> bool {
         status.code() == Code::Unimplemented
     }
 }

@@ -2,23 +2,27 @@
 
 use std::fmt;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures::Stream;
+use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
 
-use super::driver::Shared;
-use super::state::{RegistrationState, Status, Ticket};
-use super::{Registrar, readiness};
+use super::driver::LeaseGroup;
+use super::lease_groups::LeaseGroups;
+use super::readiness;
+use super::state::{EntryHandle, EntryId, RegistrationState, Status, Target};
+use super::states::RegistrationStates;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// An instance that is kept registered. Cheap to clone.
+/// A registered instance. Cheap to clone.
 ///
-/// Dropping the last clone withdraws it, best effort: the key is deleted as soon as etcd can be
-/// reached while the process and its registrar live, and after the time to live otherwise. To know
-/// that it is gone, [`deregister`](Self::deregister).
+/// Dropping the last clone deregisters the instance, best effort: its keys are deleted as soon as
+/// etcd can be reached, while the process and its registrar live, and otherwise disappear after the
+/// TTL. To wait until the keys are gone, use [`deregister`](Self::deregister).
 #[derive(Clone)]
 #[must_use = "dropping the last clone of a registration deregisters its instance"]
 pub struct Registration {
@@ -26,282 +30,261 @@ pub struct Registration {
 }
 
 struct Inner {
-    registrar: Registrar,
-    /// The part of the registrar that keeps it.
-    part: Arc<Shared>,
-    key: String,
-    /// One for each format that it is written in, the first is `key`.
+    groups: Arc<LeaseGroups>,
+    /// The group that has the entry.
+    group: Arc<LeaseGroup>,
+    id: EntryId,
+    /// One key per format. The first one is the key of `id`.
     keys: Vec<String>,
-    token: u64,
     instance: Mutex<Instance>,
-    /// Held while a change is made, so that one is made after the other.
-    changing: tokio::sync::Mutex<()>,
+    /// Held during an update, so that concurrent updates run one after the other.
+    updating: tokio::sync::Mutex<()>,
     status: watch::Receiver<Status>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.withdraw();
+        self.start_deregistration();
     }
 }
 
 impl Inner {
-    fn lock(&self) -> MutexGuard<'_, Instance> {
-        self.instance.lock().unwrap_or_else(PoisonError::into_inner)
+    fn start_deregistration(&self) {
+        self.group
+            .with_reconciler(|reconciler| reconciler.deregister(&self.id));
     }
 
-    fn withdraw(&self) {
-        self.part
-            .want(|reconciler| reconciler.withdraw(&self.key, self.token));
+    /// Rejects a target with other keys than the registered ones.
+    fn check_keys(&self, target: &Target) -> Result<()> {
+        let mut pairs = target.keys().zip(&self.keys);
+        let Some((new, old)) = pairs.find(|(new, old)| new != old) else {
+            return Ok(());
+        };
+        let reason = format!("the key would change from {old:?}");
+        Err(Error::invalid("id", new, reason))
     }
 }
 
 impl Registration {
     pub(super) fn new(
-        registrar: Registrar,
-        part: Arc<Shared>,
+        groups: Arc<LeaseGroups>,
+        group: Arc<LeaseGroup>,
         keys: Vec<String>,
         instance: Instance,
-        ticket: Ticket,
+        handle: EntryHandle,
     ) -> Self {
         Self {
             inner: Arc::new(Inner {
-                registrar,
-                part,
-                key: keys.first().cloned().unwrap_or_default(),
+                groups,
+                group,
+                id: handle.id,
                 keys,
-                token: ticket.token,
                 instance: Mutex::new(instance),
-                changing: tokio::sync::Mutex::default(),
-                status: ticket.status,
+                updating: tokio::sync::Mutex::default(),
+                status: handle.status,
             }),
         }
     }
 
-    /// The instance's key in etcd; in the first format, if it is written in several.
+    /// The instance's key in etcd, in the first format.
     pub fn key(&self) -> &str {
-        &self.inner.key
+        &self.inner.id.key
     }
 
-    /// The instance's key in etcd in each format that it is written in.
+    /// The instance's keys in etcd, one per format.
     pub fn keys(&self) -> &[String] {
         &self.inner.keys
     }
 
     /// The instance as it should be in etcd.
     pub fn instance(&self) -> Instance {
-        self.inner.lock().clone()
+        self.inner.instance.lock().clone()
     }
 
-    /// Where it stands now.
+    /// The current state.
     pub fn state(&self) -> RegistrationState {
         self.inner.status.borrow().state.clone()
     }
 
-    /// The states as they come: the present one at once, then each newer one.
+    /// A stream of states: the current one at once, then each change.
     ///
-    /// A consumer that is slow misses those in between, never the newest. The stream does not keep
-    /// the instance registered; it ends when the registration has.
-    pub fn states(&self) -> impl Stream<Item = RegistrationState> + Send + Unpin + 'static {
-        let mut status = self.inner.status.clone();
-        status.mark_changed();
-        Box::pin(futures::stream::unfold(
-            (status, None),
-            |(mut status, mut last)| async move {
-                loop {
-                    status.changed().await.ok()?;
-                    let state = status.borrow_and_update().state.clone();
-                    if last.as_ref() != Some(&state) {
-                        last = Some(state.clone());
-                        return Some((state, (status, last)));
-                    }
-                }
-            },
-        ))
+    /// A slow consumer misses intermediate states, but never the latest one. The stream does not
+    /// keep the instance registered. The stream ends after
+    /// [`Deregistered`](RegistrationState::Deregistered), or when the registrar's task ends.
+    pub fn states(&self) -> RegistrationStates {
+        RegistrationStates::new(self.inner.status.clone())
     }
 
-    /// Changes the instance, and waits until etcd has the change. While the instance is held back, for
-    /// its server is not ready, there is nothing to wait for: it comes into etcd changed.
+    /// Changes the instance, and waits until etcd has the change. Returns at once while the
+    /// instance is held back because its server is not ready; the change then takes effect when it
+    /// is ready.
     ///
-    /// Dropping the future does not take the change back.
+    /// Dropping the future does not undo the change.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] if it cannot be registered any more, or if its key would change: the
-    /// service and the id cannot be changed, nor the address where a format has it in the key; register
-    /// a new one for that. [`Error::Deregistered`] after it was. Nothing is changed then.
+    /// The instance is unchanged after these errors:
     ///
-    /// etcd's answer when it refuses the change; when it cannot be reached within the client's request
-    /// time-out, the last failure; [`Error::Superseded`] while another has the key. The change stays wanted.
+    /// - [`Error::Invalid`] if the changed instance cannot be registered, or if its key would
+    ///   change. The service and the id cannot be changed, and neither can the address if a format
+    ///   has it in the key; register a new instance instead.
+    /// - [`Error::Deregistered`] if the instance was deregistered.
+    ///
+    /// After these errors the registrar keeps trying to write the change:
+    ///
+    /// - etcd's error if etcd refuses the change.
+    /// - The last failure if etcd cannot be reached within the client's request timeout.
+    /// - [`Error::Superseded`] while another process owns the key.
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
-        let inner = &self.inner;
-        let registrar = &inner.registrar.inner;
-        let generation = {
-            let _one_at_a_time = inner.changing.lock().await;
-            // The lock is not held over what the caller and the format do.
-            let mut changed = self.instance();
-            change(&mut changed);
-            changed.validate()?;
-            let pairs = registrar.write(&changed)?;
-            let moved = pairs
-                .iter()
-                .zip(&inner.keys)
-                .find(|((to, _), of)| to != *of);
-            if let Some(((to, _), of)) = moved {
-                let reason = format!("the key would change from {of:?}");
-                return Err(Error::invalid("id", to, reason));
-            }
-            let draining = changed.draining;
-            let generation = inner
-                .part
-                .want(|reconciler| reconciler.update(&inner.key, inner.token, pairs, draining))
-                .ok_or_else(|| Error::Deregistered {
-                    key: inner.key.clone(),
-                })?;
-            *inner.lock() = changed;
-            generation
-        };
+        let generation = self.apply(change).await?;
         self.wait_written(generation).await
     }
 
-    /// Leaves gracefully: marks the instance as draining, so that clients stop choosing it, waits
-    /// for `grace`, and deregisters. Where a format has no place for the mark, it deregisters first and
-    /// waits then, for clients to notice that. When it is out already, for its server is not ready, there is
-    /// nobody to wait for.
+    /// Changes the desired value. Returns the generation that has the change.
+    async fn apply(&self, change: impl FnOnce(&mut Instance)) -> Result<u64> {
+        let inner = &self.inner;
+        let _one_at_a_time = inner.updating.lock().await;
+        // `instance` is not locked while code of the caller and of the formats runs.
+        let mut changed = self.instance();
+        change(&mut changed);
+        changed.validate()?;
+        let target = inner.groups.settings().encode(&changed)?;
+        inner.check_keys(&target)?;
+        let generation = inner
+            .group
+            .with_reconciler(|reconciler| reconciler.update(&inner.id, target))
+            .ok_or_else(|| Error::Deregistered {
+                key: inner.id.key.clone(),
+            })?;
+        *inner.instance.lock() = changed;
+        Ok(generation)
+    }
+
+    /// Deregisters gracefully: marks the instance as draining, so that clients stop choosing it,
+    /// waits for `grace`, and deregisters.
     ///
-    /// The mark is for clients of this crate. Of the frameworks' own, dubbo-go's look at it; the others
-    /// turn away when the key is gone, so that a server that they call should go on serving for a
-    /// moment after this, as one that shuts down gracefully does.
+    /// If a format cannot express the mark, this method deregisters first, and then waits for
+    /// `grace` so that clients notice the deletion. An instance that is held back because its
+    /// server is not ready is deregistered without a wait, because no client knows it.
     ///
-    /// With etcd unreachable this takes `grace` and at most two request time-outs. Dropping the future
-    /// leaves it where it was: marked as draining, or withdrawn.
+    /// Clients of this crate honour the mark, and so do those of dubbo-go. The clients of other
+    /// frameworks turn away only when the key is deleted, so a server with such clients should
+    /// serve for a moment longer, as a graceful shutdown does.
+    ///
+    /// If etcd cannot be reached, this takes `grace` and up to two request timeouts. Dropping the
+    /// future leaves the instance as it is at that moment: marked as draining, or deregistered.
     ///
     /// # Errors
     ///
-    /// As [`deregister`](Self::deregister).
+    /// As for [`deregister`](Self::deregister). A failure to set the mark is only logged.
     pub async fn drain(&self, grace: Duration) -> Result<()> {
         if self.state() == RegistrationState::Unready {
-            // Nobody has been told of it.
             return self.deregister().await;
         }
         if let Err(error) = self.update(|instance| instance.draining = true).await {
-            // Leaving goes on: the key's deletion says the same, only less gently.
-            tracing::warn!(key = self.key(), %error, "could not mark as draining");
+            // The deletion of the key also turns clients away, only less gently.
+            tracing::warn!(key = self.key(), %error, "could not mark the instance as draining");
         }
-        if self.draining_shows() {
-            tokio::time::sleep(grace).await;
+        let settings = self.inner.groups.settings();
+        if settings.can_mark_draining(&self.instance()) {
+            sleep(grace).await;
             self.deregister().await
         } else {
             let result = self.deregister().await;
-            tokio::time::sleep(grace).await;
+            sleep(grace).await;
             result
         }
     }
 
-    /// Whether every format that it is written in has a place for draining.
-    fn draining_shows(&self) -> bool {
-        let registrar = &self.inner.registrar.inner;
-        let written = |draining| registrar.write(&self.instance().draining(draining));
-        match (written(true), written(false)) {
-            (Ok(leaving), Ok(staying)) => leaving.iter().zip(&staying).all(|(a, b)| a != b),
-            _ => false,
-        }
-    }
-
-    /// Withdraws the instance, and waits until it is gone from etcd. Dropping the future does not take
-    /// that back.
+    /// Deregisters the instance, and waits until its keys are gone from etcd.
+    ///
+    /// Dropping the future does not undo the deregistration.
     ///
     /// # Errors
     ///
-    /// etcd's answer when it refuses; when it cannot be reached within the client's request time-out,
-    /// the last failure; [`Error::Closed`] after the client was closed. It stays withdrawn: the registrar keeps trying to delete the key while it lives, and does not renew
-    /// the lease for it.
+    /// The instance is deregistered in any case: the registrar keeps trying to delete the keys
+    /// while it lives, and does not keep a lease alive for them.
+    ///
+    /// - etcd's error if etcd refuses the deletion.
+    /// - The last failure if etcd cannot be reached within the client's request timeout.
+    /// - [`Error::Closed`] after the client was closed.
     pub async fn deregister(&self) -> Result<()> {
-        self.inner.withdraw();
-        let gone = |status: &Status| status.state == RegistrationState::Deregistered;
-        self.wait(gone, "deregistration").await
+        self.inner.start_deregistration();
+        let is_gone = |status: &Status| status.state == RegistrationState::Deregistered;
+        self.wait(is_gone, "deregistration").await
     }
 
-    /// Waits for `signal`, leaves gracefully with the registrar's
-    /// [`leave_grace`](super::RegistrarBuilder::leave_grace), and resolves: for tonic's
-    /// `serve_with_shutdown`, which stops accepting then and finishes what is in flight.
+    /// Waits for `signal`, and then [drains](Self::drain) the registration with the registrar's
+    /// [`leave_grace`](super::RegistrarBuilder::leave_grace). Made for tonic's
+    /// `serve_with_shutdown`: when the future resolves, the server stops accepting connections and
+    /// finishes the calls in flight.
     ///
-    /// It resolves even if leaving fails, with a warning in the log: a server that is asked to stop
-    /// must stop. Dropping the future before the signal leaves the instance registered for as long
-    /// as another clone is held; after it, as [`drain`](Self::drain) says.
+    /// The future resolves even if draining fails, because a server must stop when asked to; the
+    /// error is logged. Dropping the future before the signal changes nothing. Dropping it later
+    /// acts as for [`drain`](Self::drain). The future holds a clone of the registration.
     pub fn leave_on<S: Future>(&self, signal: S) -> impl Future<Output = ()> + use<S> {
         let registration = self.clone();
         async move {
             signal.await;
-            let grace = registration.inner.registrar.inner.leave_grace;
+            let grace = registration.inner.groups.settings().leave_grace;
             if let Err(error) = registration.drain(grace).await {
                 tracing::warn!(key = registration.key(), %error, "could not deregister");
             }
         }
     }
 
-    /// Lets `ready` say when it is to be in etcd.
+    /// Holds the instance back whenever the last item of `ready` was `false`.
     pub(super) fn follow(&self, ready: impl Stream<Item = bool> + Send + 'static) {
         let inner = &self.inner;
-        // It keeps nothing alive: what it waits for is told by the part, or by that being gone.
-        let part = Arc::downgrade(&inner.part);
-        let (key, token) = (inner.key.clone(), inner.token);
-        let status = inner.status.clone();
-        tokio::spawn(readiness::follow(ready, status, move |ready| {
-            part.upgrade().is_some_and(|part| {
-                part.want(|reconciler| reconciler.set_ready(&key, token, ready))
-            })
-        }));
-    }
-
-    pub(super) async fn wait_written(&self, generation: u64) -> Result<()> {
-        let settled = |status: &Status| {
-            status.written.is_some_and(|up_to| up_to >= generation)
-                || (status.held_back && !status.over)
+        // The task holds no strong reference, so that it does not keep the registration alive.
+        let group = Arc::downgrade(&inner.group);
+        let id = inner.id.clone();
+        let set_ready = move |is_ready| {
+            let Some(group) = Weak::upgrade(&group) else {
+                return false;
+            };
+            group.with_reconciler(|reconciler| reconciler.set_ready(&id, is_ready))
         };
-        self.wait(settled, "registration").await
+        tokio::spawn(readiness::forward(ready, inner.status.clone(), set_ready));
     }
 
-    /// Waits for a status, for at most the client's request time-out; less if etcd refuses what it takes
-    /// to get there, for trying again within this call makes no sense then.
-    async fn wait(&self, reached: impl Fn(&Status) -> bool, what: &str) -> Result<()> {
-        let hopeless = |error: &Error| {
+    /// Waits until etcd has the generation, or the instance is held back.
+    pub(super) async fn wait_written(&self, generation: u64) -> Result<()> {
+        let is_settled = |status: &Status| {
+            status.written.is_some_and(|written| written >= generation)
+                || (status.held_back && !status.terminal)
+        };
+        self.wait(is_settled, "registration").await
+    }
+
+    /// Waits for a status, for up to the client's request timeout. Fails earlier with an error that
+    /// a retry within that time would not resolve.
+    async fn wait(&self, is_reached: impl Fn(&Status) -> bool, operation: &str) -> Result<()> {
+        let is_final = |error: &Error| {
             error.is_permanent() || matches!(error, Error::Closed { .. } | Error::Superseded { .. })
         };
-        let mut status = self.inner.status.clone();
-        let limit = self.inner.registrar.inner.request_timeout;
-        let waited = tokio::time::timeout(limit, async {
-            status
-                .wait_for(|status| reached(status) || status.error.as_ref().is_some_and(hopeless))
-                .await
-                .map(|status| {
-                    if reached(&status) {
-                        None
-                    } else {
-                        status.error.clone()
-                    }
-                })
-        })
-        .await;
-        let timeout = || Error::Timeout {
-            operation: format!("{what} of {:?}", self.inner.key),
-            after: limit,
-        };
-        match waited {
-            Ok(Ok(None)) => Ok(()),
-            Ok(Ok(Some(error))) => Err(error),
-            Ok(Err(_)) | Err(_) => {
-                let status = self.inner.status.borrow();
-                Err(status.error.clone().unwrap_or_else(timeout))
-            }
+        let has_final_error = |status: &Status| status.error.as_ref().is_some_and(is_final);
+        let limit = self.inner.groups.request_timeout();
+        let mut receiver = self.inner.status.clone();
+        let waiting = receiver.wait_for(|status| is_reached(status) || has_final_error(status));
+        if let Ok(Ok(status)) = timeout(limit, waiting).await {
+            return match &status.error {
+                Some(error) if !is_reached(&status) => Err(error.clone()),
+                _ => Ok(()),
+            };
         }
+        let error = self.inner.status.borrow().error.clone();
+        Err(error.unwrap_or_else(|| Error::Timeout {
+            operation: format!("{operation} of {:?}", self.key()),
+            after: limit,
+        }))
     }
 }
 
 impl fmt::Debug for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registration")
-            .field("key", &self.inner.key)
+            .field("key", &self.key())
             .field("state", &self.state())
             .finish_non_exhaustive()
     }

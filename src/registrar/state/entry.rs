@@ -1,212 +1,185 @@
-//! One registration: what should be in etcd, and what is known of that.
+//! One registration: the desired value in etcd, and the progress towards it.
 
-use std::time::Duration;
-
-use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::action::{Now, Pairs};
-use super::status::{RegistrationState, Status};
-use crate::backoff::Backoff;
-use crate::error::Error;
-
-/// After how long without others undoing it an entry is restored at once again.
-const QUIET: Duration = Duration::from_secs(10);
+use super::action::{Action, Timestamp};
+use super::ensure::{Ensure, EntryId, Target};
+use super::presence::{Desired, Presence};
+use super::schedule::Schedule;
+use super::status::{EntryHandle, RegistrationState, StatusSender};
 
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) token: u64,
-    pub(super) pairs: Pairs,
-    /// Keys of an earlier entry that may be in etcd under a lease of ours and are to go.
-    pub(super) gone: Vec<String>,
-    pub(super) draining: bool,
-    pub(super) wanted: bool,
-    /// What it is registered for says that it is ready.
-    pub(super) ready: bool,
-    /// Counts the changes of `pairs`.
+    id: EntryId,
+    pub(super) desired: Desired,
+    pub(super) target: Target,
+    /// The number of changes of `target`.
     pub(super) generation: u64,
-    /// The generation that is in etcd under the present lease.
-    pub(super) written: Option<u64>,
-    /// The revision at which that was seen.
-    pub(super) revision: i64,
-    /// Whether it was in etcd before: from then on it takes its key from no other.
-    pub(super) was_in: bool,
-    /// Something may have changed it: to be looked at.
-    pub(super) suspect: bool,
-    /// Another registration has its key. Nothing is done until the watch tells of a change.
-    pub(super) superseded: bool,
-    /// Whether it may be in etcd under the present lease.
-    pub(super) touched: bool,
-    /// A write whose answer was lost may still be done, for as long as the lease is there that it is
-    /// under: a process that is paused, or a network that is, may pass it on at any time.
-    pub(super) late: bool,
-    /// etcd has refused it; the others go on meanwhile.
-    pub(super) refused: Option<Pause>,
-    /// Somebody has undone it, and may do so over and over.
-    pub(super) undone: Option<Pause>,
-    /// When something was last tried for it that is wanted still.
-    pub(super) tried_at: Option<Instant>,
-    pub(super) status: watch::Sender<Status>,
+    /// Keys of an earlier entry that may exist under one of this registrar's leases and must go.
+    pub(super) stale_keys: Vec<String>,
+    pub(super) presence: Presence,
+    /// The revision at which the keys were last found as they should be. Watch events up to this
+    /// revision are old news. 0 after the watch restarted, because etcd may have lost its history.
+    pub(super) seen_revision: i64,
+    /// Whether the keys have been in etcd. An established entry takes its keys from no other
+    /// registration; a new one does, because the later registration wins.
+    pub(super) established: bool,
+    /// Whether the keys must be read again because another client may have changed them.
+    pub(super) needs_check: bool,
+    /// Whether a write with a lost response can still arrive. A paused process or network can
+    /// deliver the write at any time, until the lease is gone that the write names.
+    pub(super) late_write: bool,
+    pub(super) schedule: Schedule,
+    pub(super) status: StatusSender,
 }
 
-/// When one entry is tried again, while the others go on.
-#[derive(Debug)]
-pub(super) struct Pause {
-    retry_at: Instant,
-    backoff: Backoff,
-}
-
-impl Pause {
-    fn ending(now: Instant) -> Self {
-        Self {
-            retry_at: now,
-            backoff: Backoff::for_etcd(),
-        }
-    }
-
-    fn prolong(&mut self, now: Instant) {
-        self.retry_at = now + self.backoff.next();
-    }
+/// The knowledge that a new entry takes over from earlier entries with the same keys.
+#[derive(Debug, Default)]
+pub(super) struct Inherited {
+    /// The generation to start with.
+    pub(super) generation: u64,
+    /// Keys of the earlier entry that the new one does not have.
+    pub(super) stale_keys: Vec<String>,
+    /// Whether an earlier entry's keys may exist under the current lease.
+    pub(super) may_exist: bool,
+    /// Whether a write of an earlier entry can still arrive.
+    pub(super) late_write: bool,
 }
 
 impl Entry {
-    /// Whether it should be in etcd.
-    pub(super) fn belongs_in(&self) -> bool {
-        self.wanted && self.ready
+    pub(super) fn new(
+        id: EntryId,
+        target: Target,
+        desired: Desired,
+        inherited: Inherited,
+    ) -> (Self, EntryHandle) {
+        let (status, receiver) = StatusSender::new(desired);
+        let handle = EntryHandle {
+            id: id.clone(),
+            generation: inherited.generation,
+            status: receiver,
+        };
+        let entry = Self {
+            id,
+            desired,
+            target,
+            generation: inherited.generation,
+            stale_keys: inherited.stale_keys,
+            presence: if inherited.may_exist {
+                Presence::InDoubt
+            } else {
+                Presence::Absent
+            },
+            seen_revision: 0,
+            established: false,
+            needs_check: false,
+            late_write: inherited.late_write,
+            schedule: Schedule::default(),
+            status,
+        };
+        (entry, handle)
     }
 
-    /// Whether etcd does not have it as it should be, as far as is known.
+    pub(super) fn has_id(&self, id: &EntryId) -> bool {
+        self.id == *id
+    }
+
+    /// Whether the keys should be in etcd.
+    pub(super) fn should_exist(&self) -> bool {
+        self.desired == Desired::Registered
+    }
+
+    /// Whether etcd differs from the desired state, as far as known.
     pub(super) fn is_pending(&self) -> bool {
-        if self.belongs_in() {
-            self.suspect || (!self.superseded && self.written != Some(self.generation))
-        } else {
-            self.touched
+        if !self.should_exist() {
+            return self.presence.may_exist();
+        }
+        self.needs_check
+            || match self.presence {
+                Presence::Present { generation } => generation != self.generation,
+                Presence::Absent | Presence::InDoubt => true,
+                Presence::Superseded { .. } => false,
+            }
+    }
+
+    /// Whether any of the entry's keys may be left in etcd.
+    pub(super) fn has_leftovers(&self) -> bool {
+        self.presence.may_exist() && self.keys().next().is_some()
+    }
+
+    /// Priority among due entries, smallest first: never tried, then least recently tried, so that
+    /// one failing entry cannot starve the rest. Among entries never tried, deletions precede
+    /// writes, because a full etcd still accepts deletions.
+    pub(super) fn priority(&self) -> impl Ord + use<> {
+        (self.schedule.last_attempt(), self.should_exist())
+    }
+
+    /// All keys that the entry may have in etcd.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &String> {
+        self.target.keys().chain(&self.stale_keys)
+    }
+
+    /// Begins to bring the entry's keys into etcd, under `lease`.
+    pub(super) fn begin_ensure(
+        &mut self,
+        lease: i64,
+        own_leases: Vec<i64>,
+        now: Instant,
+    ) -> Action {
+        self.schedule.record_attempt(now);
+        self.presence.mark_maybe_written();
+        self.needs_check = false;
+        Action::Ensure(Ensure {
+            entry: self.id.clone(),
+            records: self.target.records.clone(),
+            stale_keys: self.stale_keys.clone(),
+            lease,
+            own_leases,
+            take_over: !self.established,
+            generation: self.generation,
+        })
+    }
+
+    /// Begins to delete the entry's keys from etcd.
+    pub(super) fn begin_delete(&mut self, own_leases: Vec<i64>, now: Instant) -> Action {
+        self.schedule.record_attempt(now);
+        self.presence.mark_removed();
+        Action::Delete {
+            key: self.id.key.clone(),
+            keys: self.keys().cloned().collect(),
+            own_leases,
         }
     }
 
-    /// Before when it is not tried, if so.
-    pub(super) fn not_before(&self) -> Option<Instant> {
-        let pauses = [&self.refused, &self.undone];
-        pauses
-            .into_iter()
-            .flatten()
-            .map(|pause| pause.retry_at)
-            .max()
-    }
-
-    /// Whose turn it is of those that are due: the least. Deletions go first, for etcd takes them also when
-    /// it takes nothing else, being full. What was tried is behind what was not, or not for as long: it may be
-    /// the only one for which that is in vain.
-    pub(super) fn turn(&self) -> impl Ord + use<> {
-        (self.tried_at, self.belongs_in())
-    }
-
-    /// What is wanted of it has changed: what was in vain before may not be so now.
-    pub(super) fn begin_anew(&mut self) {
-        (self.refused, self.undone, self.tried_at) = (None, None, None);
-    }
-
-    /// etcd has refused it: rights may change.
-    pub(super) fn pause_refused(&mut self, now: Instant) {
-        let pause = self.refused.get_or_insert_with(|| Pause::ending(now));
-        pause.prolong(now);
-    }
-
-    /// What was written has been undone: restored at once, unless it was a moment ago as well. Whoever does
-    /// so without end, such as another tool that has its own idea of the key, is not answered blow
-    /// for blow.
-    pub(super) fn pause_undone(&mut self, now: Instant) {
-        match &mut self.undone {
-            Some(pause) if now < pause.retry_at + QUIET => pause.prolong(now),
-            undone => *undone = Some(Pause::ending(now)),
-        }
-    }
-
-    /// It is being deleted, or is out: from now on it cannot be relied on to be in etcd.
-    pub(super) fn taken_out(&mut self) {
-        self.written = None;
-        self.superseded = false;
-    }
-
-    /// All keys that may be in etcd.
-    pub(super) fn keys(&self) -> impl Iterator<Item = String> {
-        let keys = self.pairs.iter().map(|(key, _)| key);
-        keys.chain(&self.gone).cloned()
-    }
-
-    pub(super) fn report(&self, change: impl FnOnce(&mut Status)) {
-        self.status.send_modify(change);
-    }
-
-    pub(super) fn report_state(&self, state: RegistrationState) {
-        self.status.send_if_modified(|status| {
-            let news = status.state != state;
-            status.state = state;
-            news
-        });
-    }
-
-    /// It is new, or as one that is.
-    pub(super) fn report_registering(&self) {
-        self.report(|status| {
-            status.state = RegistrationState::Registering;
-            status.written = None;
-            status.error = None;
-        });
-    }
-
-    pub(super) fn report_written(&self) {
-        if !self.belongs_in() || self.written.is_none() {
+    /// Reports the entry as registered or draining, if etcd has it.
+    pub(super) fn report_present(&self) {
+        let Presence::Present { generation } = self.presence else {
+            return;
+        };
+        if !self.should_exist() {
             return;
         }
-        let state = if self.draining && self.written == Some(self.generation) {
+        let state = if self.target.draining && generation == self.generation {
             RegistrationState::Draining
         } else {
             RegistrationState::Registered
         };
-        let changed = |status: &mut Status| {
-            let news = status.state != state || status.written != self.written;
-            status.state = state;
-            status.written = self.written;
-            status.error = None;
-            news
-        };
-        self.status.send_if_modified(changed);
+        self.status.report_present(state, generation);
     }
 
-    pub(super) fn report_superseded(&self, by: i64, key: &str, now: Now) {
-        self.report(|status| {
-            let since = match status.state {
-                RegistrationState::Superseded { since, by: same } if same == by => since,
-                _ => now.wall,
-            };
-            status.state = RegistrationState::Superseded { since, by };
-            status.written = None;
-            status.error = Some(Error::Superseded {
-                key: key.to_owned(),
-                by,
-            });
-        });
-    }
-
-    pub(super) fn report_recovering(&self, now: Now, noticed: &str) {
-        if !self.belongs_in() || self.superseded {
-            return;
+    /// Reports that the registration with the lease `by` owns one of the keys.
+    pub(super) fn report_superseded(&self, by: i64, now: Timestamp) {
+        if self.desired != Desired::Deregistered {
+            self.status.report_superseded(by, &self.id.key, now);
         }
-        self.report(|status| {
-            let since = match status.state {
-                // Never was in etcd, so there is nothing to recover.
-                RegistrationState::Registering | RegistrationState::Unready => return,
-                // Since when matters more than the latest thing that was noticed.
-                RegistrationState::Recovering { since, .. } => since,
-                _ => now.wall,
-            };
-            let reason = match &status.error {
-                Some(error) => format!("{noticed} ({error})").into(),
-                None => noticed.into(),
-            };
-            status.state = RegistrationState::Recovering { since, reason };
-            status.written = self.written;
-        });
+    }
+
+    /// Reports that the entry may be missing from etcd because of `fault`. Another registration of
+    /// the key is the more important news, so a superseded entry keeps its state.
+    pub(super) fn report_recovering(&self, fault: &str, now: Timestamp) {
+        if self.should_exist() && !self.presence.is_superseded() {
+            let written = self.presence.generation();
+            self.status.report_recovering(fault, written, now);
+        }
     }
 }

@@ -1,28 +1,30 @@
-//! The lease that the instances are under.
+//! The lease that the keys are under.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// A lease, and how long it lasts as far as is known here: judged from when the last renewal that was
-/// answered was sent, whatever was sent since.
+/// A lease and its expiry. The expiry is counted from the moment at which the last confirmed
+/// renewal was sent, which is the earliest time at which etcd can have received it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lease {
     id: i64,
-    /// What etcd granted, which may be more than what was asked for.
+    /// The TTL that etcd granted, which may be longer than requested.
     ttl: Duration,
     renew_at: Instant,
-    expires: Instant,
+    expires_at: Instant,
+    /// Whether `expires_at` has passed without a confirmed renewal.
     overdue: bool,
 }
 
 impl Lease {
-    pub(super) fn granted(id: i64, ttl: Duration, begun: Instant) -> Self {
+    /// A lease whose grant was requested at `sent_at`.
+    pub(super) fn new(id: i64, ttl: Duration, sent_at: Instant) -> Self {
         Self {
             id,
             ttl,
-            renew_at: begun + ttl / 3,
-            expires: begun + ttl,
+            renew_at: sent_at + ttl / 3,
+            expires_at: sent_at + ttl,
             overdue: false,
         }
     }
@@ -31,28 +33,32 @@ impl Lease {
         self.id
     }
 
-    /// A third of the time to live after the last renewal that was answered, sooner after a failure.
+    /// The time of the next renewal: a third of the TTL after the last confirmed one, sooner after
+    /// a failure.
     pub(super) fn renew_at(&self) -> Instant {
         self.renew_at
     }
 
-    pub(super) fn renewed(&mut self, begun: Instant) {
-        *self = Self::granted(self.id, self.ttl, begun);
+    /// Records that etcd confirmed the renewal sent at `sent_at`.
+    pub(super) fn on_renewed(&mut self, sent_at: Instant) {
+        *self = Self::new(self.id, self.ttl, sent_at);
     }
 
-    pub(super) fn renew_again_at(&mut self, at: Instant) {
+    /// Schedules another renewal after a failed one.
+    pub(super) fn retry_renewal_at(&mut self, at: Instant) {
         self.renew_at = at;
     }
 
-    /// When etcd drops it, unless that has passed.
+    /// The time at which the lease becomes overdue; `None` if it is overdue already.
     pub(super) fn overdue_at(&self) -> Option<Instant> {
-        (!self.overdue).then_some(self.expires)
+        (!self.overdue).then_some(self.expires_at)
     }
 
-    /// Whether its time is over, the first time that this is asked then.
-    pub(super) fn is_newly_overdue(&mut self, now: Instant) -> bool {
-        let newly = !self.overdue && now >= self.expires;
-        self.overdue |= newly;
-        newly
+    /// Marks the lease as overdue once its TTL has passed without a confirmed renewal. Returns
+    /// `true` only for the call that sets the mark.
+    pub(super) fn mark_overdue(&mut self, now: Instant) -> bool {
+        let is_newly_overdue = !self.overdue && now >= self.expires_at;
+        self.overdue |= is_newly_overdue;
+        is_newly_overdue
     }
 }

@@ -1,100 +1,114 @@
-//! The step function against a model of etcd and of others who write there: answers that are lost, writes
-//! that arrive late, watches with gaps, leases that end, wipes, and a clock that jumps.
+//! Property test of the state machine against a model of etcd and its other clients: lost
+//! responses, late writes, gaps in watches, expired leases, wipes, and jumps of the clock.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
+use tokio::time::Instant;
 
 use super::*;
+use crate::error::Error;
 
 const TTL: Duration = Duration::from_secs(9);
 
-/// The leases of another registrar are above this.
+/// The leases of other registrars are numbered from here.
 const FOREIGN: i64 = 1_000;
 
-/// How many keys there are.
+/// The number of keys.
 const KEYS: u8 = 4;
 
 #[derive(Debug, Clone)]
-enum Happening {
-    /// The handles: register, ready or not, change, withdraw, ready or not. By the instance.
+enum Op {
+    /// Register this instance, ready or not.
     Register(u8, bool),
+    /// Change this instance's value.
     Update(u8, u8),
-    Withdraw(u8),
-    Ready(u8, bool),
-    /// The registrar takes steps and etcd does what it asks for, in so many exchanges.
+    /// Deregister this instance.
+    Deregister(u8),
+    /// Set whether this instance's server is ready.
+    SetReady(u8, bool),
+    /// Perform up to this number of actions.
     Work(u8),
-    /// One exchange, whose answer is lost; and whether it was done, is never done, or is done later.
-    Lost(Fate),
-    /// What is late arrives.
-    Late,
-    /// So many events arrive.
-    Hear(u8),
-    /// The watches are lost, with what they had to tell, and begin again.
-    Gap,
-    /// By hand. From here on by the key.
+    /// Perform one action whose response is lost.
+    LoseResponse(Fate),
+    /// Apply the late writes.
+    ApplyLateWrites,
+    /// Deliver up to this number of watch events.
+    DeliverEvents(u8),
+    /// Restart the watches; pending events are lost.
+    RestartWatches,
+    /// Overwrite this key by hand.
     Overwrite(u8),
+    /// Delete this key by hand.
     Delete(u8),
-    /// Another process registers it, or leaves.
-    Foreign(u8),
-    ForeignGone(u8),
-    /// The lease ends, by hand or by expiry.
-    LeaseEnds,
+    /// Register this key by another process.
+    RegisterForeign(u8),
+    /// End the other process's registration of this key.
+    EndForeign(u8),
+    /// End the newest lease of the registrar, as by expiry.
+    EndLease,
+    /// Wipe etcd.
     Wipe,
-    Time(u16),
+    /// Advance the clock by this number of milliseconds.
+    Advance(u16),
 }
 
+/// The effect of an action whose response is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
-    Done,
-    Never,
+    Applied,
+    Dropped,
     Late,
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
-    use Happening::*;
+fn op() -> impl Strategy<Value = Op> {
+    use Op::*;
     let (id, key) = (0u8..3, 0u8..KEYS);
-    let fate = prop_oneof![Just(Fate::Done), Just(Fate::Never), Just(Fate::Late)];
+    let fate = prop_oneof![Just(Fate::Applied), Just(Fate::Dropped), Just(Fate::Late)];
     prop_oneof![
         4 => (id.clone(), any::<bool>()).prop_map(|(id, ready)| Register(id, ready)),
         2 => (id.clone(), any::<u8>()).prop_map(|(id, value)| Update(id, value)),
-        2 => id.clone().prop_map(Withdraw),
-        2 => (id, any::<bool>()).prop_map(|(id, ready)| Ready(id, ready)),
+        2 => id.clone().prop_map(Deregister),
+        2 => (id, any::<bool>()).prop_map(|(id, ready)| SetReady(id, ready)),
         8 => (1u8..5).prop_map(Work),
-        5 => fate.prop_map(Lost),
-        3 => Just(Late),
-        6 => (1u8..6).prop_map(Hear),
-        2 => Just(Gap),
+        5 => fate.prop_map(LoseResponse),
+        3 => Just(ApplyLateWrites),
+        6 => (1u8..6).prop_map(DeliverEvents),
+        2 => Just(RestartWatches),
         1 => key.clone().prop_map(Overwrite),
         1 => key.clone().prop_map(Delete),
-        1 => key.clone().prop_map(Foreign),
-        1 => key.prop_map(ForeignGone),
-        1 => Just(LeaseEnds),
+        1 => key.clone().prop_map(RegisterForeign),
+        1 => key.prop_map(EndForeign),
+        1 => Just(EndLease),
         1 => Just(Wipe),
-        4 => (1u16..5_000).prop_map(Time),
+        4 => (1u16..5_000).prop_map(Advance),
     ]
 }
 
-/// A transaction on its way, with the revisions that it compares with.
+/// A transaction on its way to etcd.
 struct Write {
+    /// The modification revisions that the transaction compares.
     unchanged: Vec<(String, i64)>,
     puts: Vec<(String, Vec<u8>)>,
     deletes: Vec<String>,
     lease: i64,
 }
 
-struct Bench {
+/// A reconciler, the model of etcd, and the state that the model expects.
+struct Harness {
     reconciler: Reconciler,
-    now: Now,
-    tickets: BTreeMap<u8, Ticket>,
+    now: Timestamp,
+    handles: BTreeMap<u8, EntryHandle>,
+    /// The value of each registered instance, and whether its server is ready.
     desired: BTreeMap<u8, (Vec<u8>, bool)>,
     revision: i64,
-    keys: BTreeMap<String, Held>,
+    keys: BTreeMap<String, StoredKey>,
     leases: BTreeSet<i64>,
     next_lease: i64,
-    late: Vec<Write>,
-    untold: VecDeque<(String, i64, Option<Held>)>,
+    late_writes: Vec<Write>,
+    /// Watch events that are not delivered yet.
+    events: VecDeque<(String, i64, Option<StoredKey>)>,
     watched: BTreeSet<String>,
 }
 
@@ -102,77 +116,82 @@ fn name(key: u8) -> String {
     format!("k{key}")
 }
 
-/// The first is the instance's own. The last key is that of two instances, one after the other.
+/// The keys of an instance. The first one is its own. Instances 0 and 1 share the last key, so only
+/// one of them can be registered at a time.
 fn keys(id: u8) -> Vec<String> {
     let shared = (id < 2).then_some(KEYS - 1);
     [id].into_iter().chain(shared).map(name).collect()
 }
 
-fn pairs(id: u8, value: &[u8]) -> Pairs {
-    let pair = |key| (key, value.to_vec());
-    keys(id).into_iter().map(pair).collect()
+fn target(id: u8, value: &[u8]) -> Target {
+    let record = |key| (key, value.to_vec());
+    Target {
+        records: keys(id).into_iter().map(record).collect(),
+        draining: false,
+    }
 }
 
-impl Bench {
+impl Harness {
     fn new() -> Self {
         Self {
             reconciler: Reconciler::new(),
-            now: Now {
+            now: Timestamp {
                 instant: Instant::now(),
                 wall: SystemTime::UNIX_EPOCH,
             },
-            tickets: BTreeMap::new(),
+            handles: BTreeMap::new(),
             desired: BTreeMap::new(),
             revision: 1,
             keys: BTreeMap::new(),
             leases: BTreeSet::new(),
             next_lease: 1,
-            late: Vec::new(),
-            untold: VecDeque::new(),
+            late_writes: Vec::new(),
+            events: VecDeque::new(),
             watched: BTreeSet::new(),
         }
     }
 
-    fn tell(&mut self, key: &str) {
+    fn notify(&mut self, key: &str) {
         if self.watched.contains(key) {
-            let held = self.keys.get(key).cloned();
-            self.untold.push_back((key.to_owned(), self.revision, held));
+            let stored = self.keys.get(key).cloned();
+            self.events
+                .push_back((key.to_owned(), self.revision, stored));
         }
     }
 
     fn put(&mut self, key: &str, lease: i64, value: Vec<u8>) {
         let mod_revision = self.revision;
-        let held = Held {
+        let stored = StoredKey {
             lease,
             mod_revision,
             value,
         };
-        self.keys.insert(key.to_owned(), held);
-        self.tell(key);
+        self.keys.insert(key.to_owned(), stored);
+        self.notify(key);
     }
 
     fn delete(&mut self, key: &str) {
         if self.keys.remove(key).is_some() {
-            self.tell(key);
+            self.notify(key);
         }
     }
 
     fn end_lease(&mut self, lease: i64) {
         self.revision += 1;
         self.leases.remove(&lease);
-        let of = |(key, held): (&String, &Held)| (held.lease == lease).then(|| key.clone());
-        let keys: Vec<String> = self.keys.iter().filter_map(of).collect();
+        let is_under = |(_, stored): &(&String, &StoredKey)| stored.lease == lease;
+        let keys = self.keys.iter().filter(is_under);
+        let keys: Vec<String> = keys.map(|(key, _)| key.clone()).collect();
         for key in keys {
             self.delete(&key);
         }
     }
 
-    /// `None`: the lease is not there.
-    fn apply(&mut self, write: &Write) -> Option<bool> {
-        let unchanged = |(key, revision): &(String, i64)| {
-            self.keys.get(key).map_or(0, |held| held.mod_revision) == *revision
-        };
-        if !write.unchanged.iter().all(unchanged) {
+    /// Applies a write. Returns whether its comparisons hold; `None` if its lease does not exist.
+    fn apply_write(&mut self, write: &Write) -> Option<bool> {
+        let mod_revision = |key: &String| self.keys.get(key).map_or(0, |key| key.mod_revision);
+        let mut compared = write.unchanged.iter();
+        if !compared.all(|(key, revision)| mod_revision(key) == *revision) {
             return Some(false);
         }
         if !write.puts.is_empty() && !self.leases.contains(&write.lease) {
@@ -188,44 +207,50 @@ impl Bench {
         Some(true)
     }
 
-    fn found(&self, keys: impl Iterator<Item = String>) -> Vec<Option<Held>> {
+    fn read(&self, keys: impl Iterator<Item = String>) -> Vec<Option<StoredKey>> {
         keys.map(|key| self.keys.get(&key).cloned()).collect()
     }
 
-    fn compared(&self, keys: impl Iterator<Item = String>) -> Vec<(String, i64)> {
-        let revision = |key: &String| self.keys.get(key).map_or(0, |held| held.mod_revision);
+    fn comparisons(&self, keys: impl Iterator<Item = String>) -> Vec<(String, i64)> {
+        let revision = |key: &String| self.keys.get(key).map_or(0, |key| key.mod_revision);
         keys.map(|key| (key.clone(), revision(&key))).collect()
     }
 
-    /// What the exchange does at etcd: nothing more than reading, or a write.
+    /// The executor's part of an action: the result of a read, or a write.
     fn plan(&self, action: &Action) -> std::result::Result<Outcome, Write> {
         match action {
             Action::Ensure(ensure) => {
-                let pairs = || ensure.pairs.iter().map(|(key, _)| key.clone());
-                let gone = || ensure.gone.iter().cloned();
-                match ensure.judge(&self.found(pairs()), &self.found(gone())) {
-                    Verdict::Fine => Ok(Outcome::Ensured {
+                let record_keys = || ensure.records.iter().map(|(key, _)| key.clone());
+                let stale_keys = || ensure.stale_keys.iter().cloned();
+                match ensure.plan(&self.read(record_keys()), &self.read(stale_keys())) {
+                    WritePlan::UpToDate => Ok(Outcome::Ensured {
                         revision: self.revision,
                     }),
-                    Verdict::Superseded { by } => Ok(Outcome::Superseded { by }),
-                    Verdict::Write { put, delete } => Err(Write {
-                        unchanged: self.compared(pairs().chain(gone())),
-                        puts: put.iter().map(|at| ensure.pairs[*at].clone()).collect(),
-                        deletes: delete.iter().map(|at| ensure.gone[*at].clone()).collect(),
-                        lease: ensure.lease,
-                    }),
+                    WritePlan::Superseded { by } => Ok(Outcome::Superseded { by }),
+                    WritePlan::Write { put, delete } => {
+                        let deletes = delete.iter().map(|at| ensure.stale_keys[*at].clone());
+                        Err(Write {
+                            unchanged: self.comparisons(record_keys().chain(stale_keys())),
+                            puts: put.iter().map(|at| ensure.records[*at].clone()).collect(),
+                            deletes: deletes.collect(),
+                            lease: ensure.lease,
+                        })
+                    }
                 }
             }
-            Action::Delete { keys, ours, .. } => {
-                let mine = |key: &&String| self.keys.get(*key).is_some_and(|h| is_ours(h, ours));
-                let mine: Vec<String> = keys.iter().filter(mine).cloned().collect();
-                if mine.is_empty() {
+            Action::Delete {
+                keys, own_leases, ..
+            } => {
+                let stored = |key: &String| self.keys.get(key);
+                let is_own = |key: &&String| stored(key).is_some_and(|k| k.is_own(own_leases));
+                let own: Vec<String> = keys.iter().filter(is_own).cloned().collect();
+                if own.is_empty() {
                     return Ok(Outcome::Done);
                 }
                 Err(Write {
-                    unchanged: self.compared(mine.iter().cloned()),
+                    unchanged: self.comparisons(own.iter().cloned()),
                     puts: Vec::new(),
-                    deletes: mine,
+                    deletes: own,
                     lease: 0,
                 })
             }
@@ -233,7 +258,7 @@ impl Bench {
         }
     }
 
-    fn done(&mut self, action: &Action) -> Outcome {
+    fn perform(&mut self, action: &Action) -> Outcome {
         match action {
             Action::Grant => {
                 let lease = self.next_lease;
@@ -249,7 +274,7 @@ impl Bench {
             }
             Action::Ensure(_) | Action::Delete { .. } => match self.plan(action) {
                 Ok(outcome) => outcome,
-                Err(write) => match self.apply(&write) {
+                Err(write) => match self.apply_write(&write) {
                     None => Outcome::LeaseGone,
                     Some(_) if matches!(action, Action::Delete { .. }) => Outcome::Done,
                     Some(_) => Outcome::Ensured {
@@ -260,161 +285,173 @@ impl Bench {
         }
     }
 
-    /// Watches what is to be watched; each new watch says that it has begun.
-    fn watch(&mut self) {
-        let wanted: BTreeSet<String> = self.reconciler.to_watch().cloned().collect();
-        let begun: Vec<String> = wanted.difference(&self.watched).cloned().collect();
-        self.untold.retain(|(key, ..)| wanted.contains(key));
+    /// Watches the keys that the reconciler asks for. Each new watch reports its start.
+    fn update_watches(&mut self) {
+        let wanted: BTreeSet<String> = self.reconciler.watched_keys().cloned().collect();
+        let started: Vec<String> = wanted.difference(&self.watched).cloned().collect();
+        self.events.retain(|(key, ..)| wanted.contains(key));
         self.watched = wanted;
-        for key in begun {
-            self.reconciler.heard(&key, &Heard::Begun, self.now);
+        for key in started {
+            self.on_key_event(key, KeyEvent::Started);
         }
     }
 
+    fn restart_watches(&mut self) {
+        self.events.clear();
+        self.watched.clear();
+        self.update_watches();
+    }
+
+    fn on_key_event(&mut self, key: String, event: KeyEvent) {
+        self.reconciler
+            .on_event(Event::Key { key, event }, self.now);
+    }
+
+    fn finish(&mut self, action: Action, outcome: Outcome) {
+        self.reconciler
+            .on_event(Event::Finished { action, outcome }, self.now);
+    }
+
     fn step(&mut self) -> Option<Action> {
-        let next = self.reconciler.next(self.now);
-        self.watch();
-        match next {
-            Next::Do(action) => Some(action),
-            Next::WaitUntil(at) => {
-                assert!(at.is_none_or(|at| at > self.now.instant), "it would spin");
+        let step = self.reconciler.step(self.now);
+        self.update_watches();
+        match step {
+            Step::Perform(action) => Some(action),
+            Step::SleepUntil(at) => {
+                assert!(at.is_none_or(|at| at > self.now.instant), "busy loop");
                 None
             }
         }
     }
 
-    fn work(&mut self, exchanges: u8) {
-        for _ in 0..exchanges {
+    fn work(&mut self, actions: u8) {
+        for _ in 0..actions {
             let Some(action) = self.step() else { return };
-            let outcome = self.done(&action);
-            self.reconciler.finished(&action, outcome, self.now);
+            let outcome = self.perform(&action);
+            self.finish(action, outcome);
         }
     }
 
-    fn lose(&mut self, fate: Fate) {
+    fn lose_response(&mut self, fate: Fate) {
         let Some(action) = self.step() else { return };
         match fate {
-            Fate::Done => drop(self.done(&action)),
-            Fate::Never => {}
+            Fate::Applied => drop(self.perform(&action)),
+            Fate::Dropped => {}
             Fate::Late => {
                 if let Err(write) = self.plan(&action) {
-                    self.late.push(write);
+                    self.late_writes.push(write);
                 }
             }
         }
         let (operation, after) = ("test".into(), Duration::ZERO);
         let error = Error::Timeout { operation, after };
-        self.reconciler
-            .finished(&action, Outcome::Failed(error), self.now);
+        self.finish(action, Outcome::Failed(error));
     }
 
-    fn arrive(&mut self) {
-        for write in std::mem::take(&mut self.late) {
-            self.apply(&write);
+    fn apply_late_writes(&mut self) {
+        for write in std::mem::take(&mut self.late_writes) {
+            self.apply_write(&write);
         }
     }
 
-    fn hear(&mut self, events: usize) {
+    fn deliver_events(&mut self, events: usize) {
         for _ in 0..events {
-            let Some((key, revision, held)) = self.untold.pop_front() else {
+            let Some((key, revision, stored)) = self.events.pop_front() else {
                 return;
             };
-            let heard = Heard::Changed { revision, held };
-            self.reconciler.heard(&key, &heard, self.now);
-            self.watch();
+            self.on_key_event(key, KeyEvent::Changed { revision, stored });
+            self.update_watches();
         }
     }
 
-    fn pass(&mut self, time: Duration) {
+    fn advance(&mut self, time: Duration) {
         self.now.instant += time;
         self.now.wall += time;
     }
 
-    fn happens(&mut self, happening: Happening) {
-        match happening {
-            Happening::Register(id, ready) => {
-                let value = vec![id];
-                let registered = self.reconciler.register(pairs(id, &value), false, ready);
-                let is_free = keys(id).iter().all(|key| !self.is_desired(key));
-                assert_eq!(registered.is_ok(), is_free);
-                if let Ok(ticket) = registered {
-                    self.tickets.insert(id, ticket);
-                    self.desired.insert(id, (value, ready));
-                }
-            }
-            Happening::Update(id, to) => {
+    fn apply(&mut self, op: Op) {
+        match op {
+            Op::Register(id, ready) => self.register(id, ready),
+            Op::Update(id, to) => {
                 if let Some((value, _)) = self.desired.get_mut(&id) {
                     *value = vec![id, to];
-                    let pairs = pairs(id, value);
-                    let token = self.tickets[&id].token;
-                    assert!(
-                        self.reconciler
-                            .update(&name(id), token, pairs, false)
-                            .is_some()
-                    );
+                    let target = target(id, value);
+                    let updated = self.reconciler.update(&self.handles[&id].id, target);
+                    assert!(updated.is_some());
                 }
             }
-            Happening::Withdraw(id) => {
+            Op::Deregister(id) => {
                 if self.desired.remove(&id).is_some() {
-                    let token = self.tickets[&id].token;
-                    self.reconciler.withdraw(&name(id), token);
+                    self.reconciler.deregister(&self.handles[&id].id);
                 }
             }
-            Happening::Ready(id, is) => {
+            Op::SetReady(id, is_ready) => {
                 if let Some((_, ready)) = self.desired.get_mut(&id) {
-                    *ready = is;
-                    let token = self.tickets[&id].token;
-                    assert!(self.reconciler.set_ready(&name(id), token, is));
+                    *ready = is_ready;
+                    assert!(self.reconciler.set_ready(&self.handles[&id].id, is_ready));
                 }
             }
-            Happening::Work(exchanges) => self.work(exchanges),
-            Happening::Lost(fate) => self.lose(fate),
-            Happening::Late => self.arrive(),
-            Happening::Hear(events) => self.hear(events.into()),
-            Happening::Gap => {
-                self.untold.clear();
-                self.watched.clear();
-                self.watch();
-            }
-            Happening::Overwrite(key) => {
+            Op::Work(actions) => self.work(actions),
+            Op::LoseResponse(fate) => self.lose_response(fate),
+            Op::ApplyLateWrites => self.apply_late_writes(),
+            Op::DeliverEvents(events) => self.deliver_events(events.into()),
+            Op::RestartWatches => self.restart_watches(),
+            Op::Overwrite(key) => {
                 self.revision += 1;
                 self.put(&name(key), 0, b"by hand".to_vec());
             }
-            Happening::Delete(key) => {
+            Op::Delete(key) => {
                 self.revision += 1;
                 self.delete(&name(key));
             }
-            Happening::Foreign(key) => {
+            Op::RegisterForeign(key) => {
                 self.revision += 1;
                 self.leases.insert(FOREIGN + i64::from(key));
                 self.put(&name(key), FOREIGN + i64::from(key), b"theirs".to_vec());
             }
-            Happening::ForeignGone(key) => self.end_lease(FOREIGN + i64::from(key)),
-            Happening::LeaseEnds => {
-                if let Some(lease) = self.leases.iter().rfind(|lease| **lease < FOREIGN).copied() {
+            Op::EndForeign(key) => self.end_lease(FOREIGN + i64::from(key)),
+            Op::EndLease => {
+                let mut own = self.leases.iter().filter(|lease| **lease < FOREIGN);
+                if let Some(lease) = own.next_back().copied() {
                     self.end_lease(lease);
                 }
             }
-            Happening::Wipe => {
-                self.keys.clear();
-                self.leases.clear();
-                self.revision = 1;
-                self.late.clear();
-                self.untold.clear();
-                self.watched.clear();
-                self.watch();
-            }
-            Happening::Time(millis) => self.pass(Duration::from_millis(millis.into())),
+            Op::Wipe => self.wipe(),
+            Op::Advance(millis) => self.advance(Duration::from_millis(millis.into())),
         }
     }
 
-    /// Everything that is on its way arrives, and etcd answers.
-    fn calm(&mut self) {
+    fn register(&mut self, id: u8, ready: bool) {
+        let value = vec![id];
+        let desired = if ready {
+            Desired::Registered
+        } else {
+            Desired::HeldBack
+        };
+        let registered = self.reconciler.register(target(id, &value), desired);
+        let is_free = keys(id).iter().all(|key| !self.is_desired(key));
+        assert_eq!(registered.is_ok(), is_free);
+        if let Ok(handle) = registered {
+            self.handles.insert(id, handle);
+            self.desired.insert(id, (value, ready));
+        }
+    }
+
+    fn wipe(&mut self) {
+        self.keys.clear();
+        self.leases.clear();
+        self.revision = 1;
+        self.late_writes.clear();
+        self.restart_watches();
+    }
+
+    /// Lets time pass without faults, until everything has settled.
+    fn quiesce(&mut self) {
         for _ in 0..60 {
             self.work(50);
-            self.arrive();
-            self.hear(usize::MAX);
-            self.pass(TTL / 9);
+            self.apply_late_writes();
+            self.deliver_events(usize::MAX);
+            self.advance(TTL / 9);
         }
     }
 
@@ -424,38 +461,41 @@ impl Bench {
 
     fn check(&self) -> std::result::Result<(), TestCaseError> {
         for id in 0..3 {
-            let held: Vec<_> = keys(id).iter().map(|key| self.keys.get(key)).collect();
-            let is_foreign = |held: &&Held| held.lease >= FOREIGN;
-            let state = self
-                .tickets
-                .get(&id)
-                .map(|t| t.status.borrow().state.clone());
-            match self.desired.get(&id) {
-                Some((_, true)) if held.iter().flatten().any(is_foreign) => {
-                    let superseded = matches!(state, Some(RegistrationState::Superseded { .. }));
-                    prop_assert!(superseded, "{id}: {state:?}");
-                }
-                Some((value, true)) => {
-                    let fine =
-                        |held: &Held| held.value == *value && self.leases.contains(&held.lease);
-                    let fine = held.iter().all(|held| held.is_some_and(fine));
-                    prop_assert!(fine, "{id}: {held:?} and not {value:?}, {state:?}");
-                    prop_assert_eq!(state, Some(RegistrationState::Registered));
-                }
-                wanted => {
-                    // Else it is another instance's by now.
-                    let is_its = |key: &String| wanted.is_some() || !self.is_desired(key);
-                    let held = keys(id).into_iter().filter(is_its);
-                    let mut held = held.filter_map(|key| self.keys.get(&key));
-                    let ours = held.find(|held| held.lease != 0 && !is_foreign(held));
-                    prop_assert!(ours.is_none(), "{id} is still there: {ours:?}");
-                    let fine = match state {
-                        Some(RegistrationState::Unready) => wanted.is_some(),
-                        Some(RegistrationState::Deregistered) | None => wanted.is_none(),
-                        _ => false,
-                    };
-                    prop_assert!(fine, "{id}: {state:?}");
-                }
+            self.check_instance(id)?;
+        }
+        Ok(())
+    }
+
+    fn check_instance(&self, id: u8) -> std::result::Result<(), TestCaseError> {
+        let stored: Vec<_> = keys(id).iter().map(|key| self.keys.get(key)).collect();
+        let is_foreign = |key: &&StoredKey| key.lease >= FOREIGN;
+        let handle = self.handles.get(&id);
+        let state = handle.map(|handle| handle.status.borrow().state.clone());
+        match self.desired.get(&id) {
+            Some((_, true)) if stored.iter().flatten().any(is_foreign) => {
+                let is_superseded = matches!(state, Some(RegistrationState::Superseded { .. }));
+                prop_assert!(is_superseded, "{id}: {state:?}");
+            }
+            Some((value, true)) => {
+                let is_right =
+                    |key: &StoredKey| key.value == *value && self.leases.contains(&key.lease);
+                let are_right = stored.iter().all(|key| key.is_some_and(is_right));
+                prop_assert!(are_right, "{id}: {stored:?}, not {value:?}, {state:?}");
+                prop_assert_eq!(state, Some(RegistrationState::Registered));
+            }
+            desired => {
+                // A key of a deregistered instance may belong to another instance by now.
+                let is_its = |key: &String| desired.is_some() || !self.is_desired(key);
+                let its_keys = keys(id).into_iter().filter(is_its);
+                let mut stored = its_keys.filter_map(|key| self.keys.get(&key));
+                let own = stored.find(|key| key.lease != 0 && !is_foreign(key));
+                prop_assert!(own.is_none(), "{id} is still in etcd: {own:?}");
+                let is_right = match state {
+                    Some(RegistrationState::Unready) => desired.is_some(),
+                    Some(RegistrationState::Deregistered) | None => desired.is_none(),
+                    _ => false,
+                };
+                prop_assert!(is_right, "{id}: {state:?}");
             }
         }
         Ok(())
@@ -465,21 +505,20 @@ impl Bench {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
+    /// After any sequence of operations, etcd and every handle reach the desired state.
     #[test]
-    fn whatever_happens_in_the_end_etcd_has_what_it_should_and_each_knows_where_it_stands(
-        happenings in proptest::collection::vec(happening(), 0..60),
-    ) {
-        let mut bench = Bench::new();
-        for happening in happenings {
-            bench.happens(happening);
+    fn etcd_and_handles_converge(ops in proptest::collection::vec(op(), 0..60)) {
+        let mut harness = Harness::new();
+        for op in ops {
+            harness.apply(op);
         }
-        bench.calm();
-        bench.check()?;
-        // And when the others go, all are back.
+        harness.quiesce();
+        harness.check()?;
+        // When the other processes end, every registration returns.
         for key in 0..KEYS {
-            bench.end_lease(FOREIGN + i64::from(key));
+            harness.end_lease(FOREIGN + i64::from(key));
         }
-        bench.calm();
-        bench.check()?;
+        harness.quiesce();
+        harness.check()?;
     }
 }

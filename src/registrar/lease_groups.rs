@@ -1,0 +1,89 @@
+//! Distributes the registrations of a registrar over leases.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::driver::{self, LeaseGroup};
+use super::settings::Settings;
+use super::state::{Desired, EntryHandle, Overlap, Target};
+use crate::client::Client;
+use crate::error::{Error, Result};
+
+/// The number of keys per lease. When a lease ends, etcd deletes its keys in one revision. etcd
+/// limits a client's transaction to 128 operations (`--max-txn-ops`); 100 keys stay below that.
+const KEYS_PER_LEASE: usize = 100;
+
+/// The lease groups of a registrar. Dropped when no handle is left, which ends their drivers.
+#[derive(Debug)]
+pub(super) struct LeaseGroups {
+    client: Client,
+    settings: Settings,
+    groups: Mutex<Vec<Arc<LeaseGroup>>>,
+}
+
+impl LeaseGroups {
+    pub(super) fn new(client: Client, settings: Settings) -> Self {
+        Self {
+            client,
+            settings,
+            groups: Mutex::default(),
+        }
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The client's request timeout, which limits how long a handle waits for etcd.
+    pub(super) fn request_timeout(&self) -> Duration {
+        self.client.request_timeout()
+    }
+
+    /// Registers with the group that is still deregistering one of the keys; otherwise with the
+    /// first group with room for the keys, or with a new group.
+    pub(super) fn register(
+        &self,
+        target: Target,
+        desired: Desired,
+    ) -> Result<(Arc<LeaseGroup>, EntryHandle)> {
+        let mut groups = self.groups.lock();
+        let (mut leaving, mut roomy) = (None, None);
+        for group in groups.iter() {
+            let reconciler = group.lock();
+            match reconciler.find_overlap(&target) {
+                Overlap::Active(key) => return Err(Error::InstanceAlreadyRegistered { key }),
+                Overlap::Leaving => leaving = Some(Arc::clone(group)),
+                Overlap::None if reconciler.len() + target.records.len() <= KEYS_PER_LEASE => {
+                    roomy.get_or_insert_with(|| Arc::clone(group));
+                }
+                Overlap::None => {}
+            }
+        }
+        let group = leaving.or(roomy).unwrap_or_else(|| {
+            let group = self.start_group();
+            groups.push(Arc::clone(&group));
+            group
+        });
+        let handle = group.with_reconciler(|reconciler| reconciler.register(target, desired))?;
+        Ok((group, handle))
+    }
+
+    /// Starts the driver of a new group. Dropping the `LeaseGroups` ends the driver.
+    fn start_group(&self) -> Arc<LeaseGroup> {
+        let group = Arc::new(LeaseGroup::new());
+        let client = self.client.clone();
+        tokio::spawn(driver::run(Arc::clone(&group), client, self.settings.ttl));
+        group
+    }
+}
+
+impl Drop for LeaseGroups {
+    fn drop(&mut self) {
+        for group in self.groups.get_mut() {
+            // Not aborted, because the driver first tries once to delete the keys.
+            group.abandon();
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The input of the step function: outcomes of actions, and changes that the watches report.
+
+use std::time::Duration;
+
+use super::action::Action;
+use super::stored_key::StoredKey;
+use crate::error::Error;
+
+/// An occurrence outside the reconciler.
+#[derive(Debug)]
+pub(in crate::registrar) enum Event {
+    /// The watch of `key` started, or saw a change.
+    Key { key: String, event: KeyEvent },
+    /// An action has finished.
+    Finished { action: Action, outcome: Outcome },
+    /// The client was closed; no further request can reach etcd.
+    ClientClosed(Error),
+}
+
+/// A report of a key's watch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::registrar) enum KeyEvent {
+    /// The watch started. Changes before its start may have been missed.
+    Started,
+    /// The key was put, or deleted (`stored` is `None`), in this revision.
+    Changed {
+        revision: i64,
+        stored: Option<StoredKey>,
+    },
+}
+
+/// The outcome of an action.
+#[derive(Debug)]
+pub(in crate::registrar) enum Outcome {
+    /// etcd granted a lease, with the TTL that etcd chose.
+    Granted { lease: i64, ttl: Duration },
+    /// The lease was renewed.
+    Renewed,
+    /// All keys of the entry were as they should be at this revision.
+    Ensured { revision: i64 },
+    /// Another registration, which has the lease `by`, owns one of the keys, so no key was
+    /// written.
+    Superseded { by: i64 },
+    /// The keys are deleted, or the lease is revoked.
+    Done,
+    /// The lease does not exist: it expired or was revoked.
+    LeaseGone,
+    /// The action failed; etcd may have applied it or not.
+    Failed(Error),
+}

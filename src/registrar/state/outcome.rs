@@ -1,0 +1,203 @@
+//! Outcomes of actions, and the close of the client.
+
+use tokio::time::Instant;
+
+use super::action::{Action, Timestamp};
+use super::ensure::Ensure;
+use super::event::Outcome;
+use super::lease::Lease;
+use super::presence::Presence;
+use super::reconciler::Reconciler;
+use crate::error::Error;
+
+impl Reconciler {
+    pub(super) fn on_finished(&mut self, action: &Action, outcome: Outcome, now: Timestamp) {
+        let started = match action {
+            Action::Renew { .. } => self.renewal_started.take(),
+            _ => self.mutation_started.take(),
+        };
+        let started = started.unwrap_or(now.instant);
+        match action {
+            Action::Grant => self.on_grant_finished(outcome, started, now),
+            Action::Renew { lease } => self.on_renewal_finished(*lease, outcome, started, now),
+            Action::Ensure(ensure) => self.on_ensure_finished(ensure, outcome, now),
+            Action::Delete { key, .. } => self.on_delete_finished(key, outcome, now),
+            Action::Revoke { .. } => self.on_revoke_finished(outcome, now),
+        }
+    }
+
+    fn on_grant_finished(&mut self, outcome: Outcome, started: Instant, now: Timestamp) {
+        match outcome {
+            Outcome::Granted { lease, ttl } => {
+                self.set_lease(Lease::new(lease, ttl, started));
+                self.on_success();
+            }
+            Outcome::Failed(error) => self.on_failure(&error, now),
+            _ => {}
+        }
+    }
+
+    fn on_renewal_finished(&mut self, id: i64, outcome: Outcome, started: Instant, now: Timestamp) {
+        let Some(lease) = self.lease.as_mut().filter(|lease| lease.id() == id) else {
+            // The renewed lease has been replaced.
+            return;
+        };
+        match outcome {
+            Outcome::Renewed => {
+                lease.on_renewed(started);
+                self.renewal_backoff.reset();
+                for entry in self.entries.values().filter(|entry| !entry.needs_check) {
+                    entry.report_present();
+                }
+            }
+            Outcome::LeaseGone => self.on_lease_lost(now),
+            Outcome::Failed(error) => {
+                lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
+                let entries = self.entries.values();
+                for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
+                    entry.status.set_error(Some(error.clone()));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn on_ensure_finished(&mut self, ensure: &Ensure, outcome: Outcome, now: Timestamp) {
+        let lease = self.lease.as_ref().map(Lease::id);
+        let is_current = lease == Some(ensure.lease);
+        match outcome {
+            Outcome::Ensured { revision } => self.on_ensured(ensure, revision, is_current),
+            Outcome::Superseded { by } => self.on_superseded(ensure, by, now),
+            Outcome::LeaseGone if is_current => self.on_lease_lost(now),
+            Outcome::Failed(error) => self.on_ensure_failed(ensure, error, now),
+            _ => {}
+        }
+    }
+
+    fn on_ensured(&mut self, ensure: &Ensure, revision: i64, is_current: bool) {
+        // Keys under a lease that has been lost meanwhile are gone with that lease.
+        if let Some(entry) = self.entry_mut(&ensure.entry).filter(|_| is_current) {
+            entry.schedule.clear_refusal();
+            entry.stale_keys.clear();
+            entry.presence = Presence::Present {
+                generation: ensure.generation,
+            };
+            entry.seen_revision = revision;
+            entry.established = true;
+            entry.report_present();
+        }
+        self.on_success();
+    }
+
+    fn on_superseded(&mut self, ensure: &Ensure, by: i64, now: Timestamp) {
+        if let Some(entry) = self.entry_mut(&ensure.entry) {
+            entry.schedule.clear_refusal();
+            entry.presence.mark_superseded();
+            entry.report_superseded(by, now);
+        }
+        self.on_success();
+    }
+
+    fn on_ensure_failed(&mut self, ensure: &Ensure, error: Error, now: Timestamp) {
+        if let Some(entry) = self.entries.get_mut(&ensure.entry.key) {
+            entry.needs_check |= entry.presence.is_known();
+        }
+        if is_entry_error(&error) {
+            self.on_refused(&ensure.entry.key, error, now);
+            return;
+        }
+        // The write may still arrive. The entry that has the keys by now must expect it.
+        let is_written = |key: &String| ensure.records.iter().any(|(written, _)| written == key);
+        for entry in self.entries.values_mut() {
+            if entry.keys().any(is_written) {
+                entry.late_write = true;
+            }
+        }
+        self.on_failure(&error, now);
+    }
+
+    fn on_delete_finished(&mut self, key: &str, outcome: Outcome, now: Timestamp) {
+        match outcome {
+            Outcome::Done => {
+                if let Some(entry) = self.entries.get_mut(key) {
+                    entry.presence = Presence::Absent;
+                    // A later return counts as a new registration, which takes the keys from
+                    // others.
+                    entry.established = false;
+                    entry.stale_keys.clear();
+                }
+                self.on_success();
+            }
+            Outcome::Failed(error) if is_entry_error(&error) => self.on_refused(key, error, now),
+            Outcome::Failed(error) => self.on_failure(&error, now),
+            _ => {}
+        }
+    }
+
+    fn on_revoke_finished(&mut self, outcome: Outcome, now: Timestamp) {
+        match outcome {
+            Outcome::Done | Outcome::LeaseGone => {
+                self.drop_lease();
+                for entry in self.entries.values_mut() {
+                    if !entry.should_exist() {
+                        // A later return counts as a new registration, as after a deletion.
+                        entry.established = false;
+                    }
+                }
+                self.on_success();
+            }
+            Outcome::Failed(error) => self.on_failure(&error, now),
+            _ => {}
+        }
+    }
+
+    fn on_lease_lost(&mut self, now: Timestamp) {
+        self.drop_lease();
+        self.report_recovering("the lease expired or was revoked", now);
+        self.jitter_recovery(now.instant);
+    }
+
+    /// Ends the pause after a failure. A pause before recovery continues, because an action that
+    /// was started before the fault says nothing about it.
+    fn on_success(&mut self) {
+        self.mutation_backoff.reset();
+        if !(self.jittered && self.retry_at.is_some()) {
+            self.retry_at = None;
+            self.jittered = false;
+        }
+    }
+
+    /// Pauses all mutations, because etcd cannot be reached or cannot do its work.
+    fn on_failure(&mut self, error: &Error, now: Timestamp) {
+        self.retry_at = Some(now.instant + self.mutation_backoff.next());
+        for entry in self.entries.values() {
+            if entry.is_pending() && !entry.presence.is_superseded() {
+                entry.status.set_error(Some(error.clone()));
+            }
+        }
+    }
+
+    /// Pauses one entry, because etcd refused its keys. The others continue.
+    fn on_refused(&mut self, key: &str, error: Error, now: Timestamp) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.schedule.pause_after_refusal(now.instant);
+            entry.status.set_error(Some(error));
+            entry.report_recovering("etcd refused the request", now);
+        }
+    }
+
+    pub(super) fn on_client_closed(&mut self, error: &Error, now: Timestamp) {
+        self.closed = Some(error.clone());
+        for entry in self.entries.values() {
+            entry.status.set_terminal();
+            entry.status.set_error(Some(error.clone()));
+        }
+        self.report_recovering("the lease is no longer kept alive", now);
+    }
+}
+
+/// Whether an error concerns one entry only: etcd refused its keys, or other clients keep writing
+/// to them. Other errors concern the connection to etcd, or etcd itself.
+fn is_entry_error(error: &Error) -> bool {
+    error.is_permanent() || error.code() == Some(tonic::Code::Aborted)
+}

@@ -1,0 +1,97 @@
+//! The desired state of an entry, and its known state in etcd.
+
+/// The state that the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registrar) enum Desired {
+    /// The keys should exist.
+    Registered,
+    /// The keys should not exist until the instance's server is ready.
+    HeldBack,
+    /// The keys should not exist, and the entry is removed once they are gone.
+    Deregistered,
+}
+
+/// The presence of the entry's keys in etcd under the current lease, as far as known.
+///
+/// ```text
+///            write sent            seen in etcd
+///   Absent ------------> InDoubt ---------------> Present { generation }
+///     ^  ^                 |  ^   deletion sent         |
+///     |  |  deleted        |  +-------------------------+
+///     |  +-----------------+                            |
+///     |                                                 |
+///     +----------- lease lost or revoked ---------------+
+/// ```
+///
+/// `Superseded` is reached from every state when another registration is found at one of the keys.
+/// A write leads from there to `Present`, a deletion to `InDoubt` or `Absent`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Presence {
+    /// The keys cannot exist.
+    Absent,
+    /// Some of the keys may exist: a write or a deletion was sent, and its effect is not confirmed.
+    InDoubt,
+    /// The keys existed with the values of this generation.
+    Present { generation: u64 },
+    /// Another registration owns one of the keys. The entry waits until a watch reports a change.
+    Superseded {
+        /// Whether some of the keys may exist as `InDoubt` says.
+        in_doubt: bool,
+    },
+}
+
+impl Presence {
+    /// Whether some of the keys may exist under the current lease.
+    pub(super) fn may_exist(self) -> bool {
+        !matches!(self, Self::Absent | Self::Superseded { in_doubt: false })
+    }
+
+    /// Whether the keys were found in etcd, either as written or owned by another registration.
+    pub(super) fn is_known(self) -> bool {
+        matches!(self, Self::Present { .. } | Self::Superseded { .. })
+    }
+
+    pub(super) fn is_superseded(self) -> bool {
+        matches!(self, Self::Superseded { .. })
+    }
+
+    /// The generation that is in etcd.
+    pub(super) fn generation(self) -> Option<u64> {
+        match self {
+            Self::Present { generation } => Some(generation),
+            _ => None,
+        }
+    }
+
+    /// Records that a write was sent, or may still arrive.
+    pub(super) fn mark_maybe_written(&mut self) {
+        match self {
+            Self::Absent => *self = Self::InDoubt,
+            Self::Superseded { in_doubt } => *in_doubt = true,
+            Self::InDoubt | Self::Present { .. } => {}
+        }
+    }
+
+    /// Records that another registration owns one of the keys.
+    pub(super) fn mark_superseded(&mut self) {
+        let in_doubt = self.may_exist();
+        *self = Self::Superseded { in_doubt };
+    }
+
+    /// Records that a deletion was sent, or is not needed: the keys no longer count as present.
+    pub(super) fn mark_removed(&mut self) {
+        *self = if self.may_exist() {
+            Self::InDoubt
+        } else {
+            Self::Absent
+        };
+    }
+
+    /// Records that the lease is gone, and with it every key under it.
+    pub(super) fn mark_lease_lost(&mut self) {
+        *self = match self {
+            Self::Superseded { .. } => Self::Superseded { in_doubt: false },
+            _ => Self::Absent,
+        };
+    }
+}

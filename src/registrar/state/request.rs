@@ -1,0 +1,152 @@
+//! Requests of the registration handles, which change the desired state.
+
+use super::ensure::{EntryId, Target};
+use super::entry::{Entry, Inherited};
+use super::presence::Desired;
+use super::reconciler::Reconciler;
+use super::status::{EntryHandle, RegistrationState};
+use crate::error::{Error, Result};
+
+/// How a new target's keys overlap with the entries of a reconciler.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::registrar) enum Overlap {
+    /// No entry has one of the keys.
+    None,
+    /// An entry that is being deregistered has one of the keys.
+    Leaving,
+    /// An active entry has this key.
+    Active(String),
+}
+
+impl Reconciler {
+    /// Finds the entries that share keys with `target`.
+    pub(in crate::registrar) fn find_overlap(&self, target: &Target) -> Overlap {
+        let mut overlap = Overlap::None;
+        for entry in self.entries.values() {
+            let Some(key) = entry.keys().find(|key| target.has_key(key)) else {
+                continue;
+            };
+            if entry.desired != Desired::Deregistered && entry.target.has_key(key) {
+                return Overlap::Active(key.clone());
+            }
+            overlap = Overlap::Leaving;
+        }
+        overlap
+    }
+
+    /// Adds an entry that brings `target` into etcd, now or when it is no longer held back.
+    pub(in crate::registrar) fn register(
+        &mut self,
+        target: Target,
+        desired: Desired,
+    ) -> Result<EntryHandle> {
+        if let Some(error) = &self.closed {
+            return Err(error.clone());
+        }
+        if let Overlap::Active(key) = self.find_overlap(&target) {
+            return Err(Error::InstanceAlreadyRegistered { key });
+        }
+        let key = target.keys().next().cloned().unwrap_or_default();
+        let inherited = self.inherit(&key, &target);
+        let id = EntryId {
+            key: key.clone(),
+            token: self.next_token,
+        };
+        self.next_token += 1;
+        let (entry, handle) = Entry::new(id, target, desired, inherited);
+        if let Some(replaced) = self.entries.insert(key, entry) {
+            replaced.status.set_state(RegistrationState::Deregistered);
+        }
+        self.retry_at = None;
+        Ok(handle)
+    }
+
+    /// Takes the keys of a new entry from the entries that are being deregistered, with everything
+    /// known about those keys. The entry with the same first key is about to be replaced, so its
+    /// other keys become stale keys of the new one.
+    fn inherit(&mut self, key: &str, target: &Target) -> Inherited {
+        let mut inherited = Inherited::default();
+        for (other_key, other) in &mut self.entries {
+            if other_key == key {
+                inherited.generation = other.generation + 1;
+                let stale_keys = other.keys().filter(|key| !target.has_key(key));
+                inherited.stale_keys = stale_keys.cloned().collect();
+            } else if other.keys().any(|key| target.has_key(key)) {
+                other.target.records.retain(|(key, _)| !target.has_key(key));
+                other.stale_keys.retain(|key| !target.has_key(key));
+            } else {
+                continue;
+            }
+            inherited.may_exist |= other.presence.may_exist();
+            inherited.late_write |= other.late_write;
+        }
+        inherited
+    }
+
+    /// Changes the value of an entry. Returns the generation that has the change; `None` if the
+    /// entry is being deregistered, or was replaced.
+    pub(in crate::registrar) fn update(&mut self, id: &EntryId, target: Target) -> Option<u64> {
+        let is_closed = self.closed.is_some();
+        let entry = self.active_entry_mut(id)?;
+        // A draining mark counts as a change even where no format expresses it.
+        if entry.target != target {
+            entry.generation += 1;
+            entry.target = target;
+            entry.schedule.clear_refusal();
+            // While another registration owns the key, the change does not reach etcd soon, and the
+            // error keeps saying why.
+            if !is_closed && !entry.presence.is_superseded() {
+                entry.status.set_error(None);
+            }
+        }
+        Some(entry.generation)
+    }
+
+    /// Records whether the instance's server is ready. Returns `false` if the entry is being
+    /// deregistered, or was replaced, so that nobody needs to report further changes.
+    pub(in crate::registrar) fn set_ready(&mut self, id: &EntryId, is_ready: bool) -> bool {
+        let is_closed = self.closed.is_some();
+        let Some(entry) = self.active_entry_mut(id) else {
+            return false;
+        };
+        if entry.should_exist() == is_ready {
+            return true;
+        }
+        entry.schedule.reset();
+        entry.status.set_held_back(!is_ready);
+        if is_ready {
+            entry.desired = Desired::Registered;
+            if entry.presence.is_known() {
+                // The keys were not removed. Read them again, because changes were not reported
+                // while the entry was held back.
+                entry.needs_check = true;
+            } else if !is_closed {
+                entry.status.report_registering();
+            }
+        } else {
+            entry.desired = Desired::HeldBack;
+        }
+        self.retry_at = None;
+        true
+    }
+
+    /// Deregisters an entry: its keys are deleted, and then the entry is removed.
+    pub(in crate::registrar) fn deregister(&mut self, id: &EntryId) {
+        let is_closed = self.closed.is_some();
+        let Some(entry) = self.entry_mut(id) else {
+            return;
+        };
+        entry.desired = Desired::Deregistered;
+        entry.schedule.reset();
+        entry.status.set_terminal();
+        if !is_closed {
+            entry.status.set_error(None);
+        }
+        self.retry_at = None;
+    }
+
+    fn active_entry_mut(&mut self, id: &EntryId) -> Option<&mut Entry> {
+        self.entry_mut(id)
+            .filter(|entry| entry.desired != Desired::Deregistered)
+    }
+}

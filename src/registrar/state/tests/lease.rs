@@ -1,0 +1,90 @@
+//! The lease: shared, renewed, lost and replaced.
+
+use super::*;
+
+#[test]
+fn shared_by_all_entries_and_renewed_at_a_third_of_its_ttl() {
+    let mut harness = Harness::new();
+    let (a, b) = (harness.register("a"), harness.register("b"));
+    assert_eq!(state(&a), RegistrationState::Registering);
+    let performed = harness.settle(1);
+    assert_eq!(performed, ["grant", "take a @1 #0", "take b @1 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    assert_eq!(state(&b), RegistrationState::Registered);
+    assert_eq!(harness.idle(), Some(harness.now.instant + TTL / 3));
+    harness.advance(TTL / 3);
+    assert_eq!(harness.settle(1), ["renew 1"]);
+}
+
+#[test]
+fn loss_rewrites_all_entries_under_a_new_lease() {
+    let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
+    harness.lose_lease();
+    assert!(is_recovering(&a) && is_recovering(&b));
+    harness.advance(MAX_BACKOFF);
+    let performed = harness.settle(2);
+    assert_eq!(performed, ["grant", "put a @2 #0", "put b @2 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+}
+
+#[test]
+fn no_renewal_for_the_ttl_is_recovering_until_one_succeeds() {
+    let (mut harness, [handle]) = Harness::with_registered(["a"]);
+    harness.advance(TTL / 3);
+    let mut waited = TTL / 3;
+    while waited < TTL {
+        assert_eq!(state(&handle), RegistrationState::Registered);
+        match harness.step() {
+            Step::Perform(renew) => harness.fail(&renew),
+            Step::SleepUntil(at) => {
+                let wait = at.unwrap() - harness.now.instant;
+                harness.advance(wait);
+                waited += wait;
+            }
+        }
+    }
+    if let Step::Perform(renew) = harness.step() {
+        harness.fail(&renew);
+    }
+    let RegistrationState::Recovering { since, reason } = state(&handle) else {
+        panic!("{:?}", state(&handle));
+    };
+    assert_eq!(since, harness.now.wall);
+    assert!(reason.contains("test"), "{reason}");
+    harness.advance(MAX_BACKOFF);
+    let renew = harness.action();
+    // etcd was only restarted, and still has the lease and the key.
+    harness.finish(&renew, Outcome::Renewed);
+    assert_eq!(state(&handle), RegistrationState::Registered);
+    harness.advance(TTL / 3);
+    assert_eq!(harness.settle(1), ["renew 1"]);
+}
+
+#[test]
+fn write_under_a_lost_lease_is_repeated_under_the_next() {
+    let (mut harness, [handle]) = Harness::with_lease(["a"]);
+    let slow_put = harness.action();
+    harness.lose_lease();
+    harness.finish(&slow_put, ENSURED);
+    assert_ne!(state(&handle), RegistrationState::Registered);
+    harness.advance(MAX_BACKOFF);
+    assert_eq!(harness.settle(2), ["grant", "take a @2 #0"]);
+    assert_eq!(state(&handle), RegistrationState::Registered);
+    // The end of the old lease says nothing about the new one.
+    harness.finish(&slow_put, Outcome::LeaseGone);
+    assert_eq!(state(&handle), RegistrationState::Registered);
+}
+
+#[test]
+fn renewal_of_a_replaced_lease_is_ignored() {
+    let (mut harness, [handle]) = Harness::with_registered(["a"]);
+    harness.advance(TTL / 3);
+    let renew = harness.action();
+    harness.deregister(&handle);
+    harness.settle(1);
+    let handle = harness.register("a");
+    assert_eq!(harness.settle(2), ["grant", "take a @2 #0"]);
+    harness.finish(&renew, Outcome::LeaseGone);
+    assert_eq!(state(&handle), RegistrationState::Registered);
+    assert_eq!(harness.idle(), Some(harness.now.instant + TTL / 3));
+}
