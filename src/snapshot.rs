@@ -1,17 +1,22 @@
-//! What a directory shows: a whole, immutable picture of a service.
+//! An immutable picture of a service's instances.
 
-use std::collections::BTreeMap;
+use std::borrow::Borrow;
+use std::collections::{BTreeMap, btree_map};
 use std::fmt;
+use std::iter::FusedIterator;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::instance::Instance;
 
-/// What tells one instance of a [`Snapshot`] from the others: its key in etcd.
+/// Identifies an instance within a [`Snapshot`]: its key in etcd.
 ///
-/// In a format that may hold several instances in one value (go-micro's), it is followed by `#` and
-/// the instance's address, so that it stays as it is whoever comes and goes beside it. Where instances are told apart by address (in a directory of several formats, and
-/// in formats that say so, such as go-zero's) it is the address instead.
+/// In a format with several instances in one value (go-micro's), `#` and the instance's address
+/// follow the key, so that the key of an instance does not change when another joins or leaves the
+/// value.
+///
+/// Where the address identifies instances, the key is the address. That is the case in a directory
+/// of several formats, and in formats that say so, such as go-zero's.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceKey(Arc<str>);
 
@@ -22,6 +27,19 @@ impl InstanceKey {
 
     /// The key as text.
     pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl AsRef<str> for InstanceKey {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A map by `InstanceKey` can be looked up by `&str`, because both compare and hash alike.
+impl Borrow<str> for InstanceKey {
+    fn borrow(&self) -> &str {
         &self.0
     }
 }
@@ -38,17 +56,19 @@ impl fmt::Display for InstanceKey {
     }
 }
 
-/// Whether a snapshot is being kept current.
+/// Whether a snapshot is kept current.
+///
+/// Displayed as `live`, or as `stale for 1m 30s: REASON`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Freshness {
     /// A watch is open: changes arrive as they happen.
     Live,
-    /// The way to etcd is lost; this is what was last known, and it is still being used.
+    /// The directory cannot reach etcd. The snapshot is the last known one and stays in use.
     Stale {
-        /// When the directory noticed.
+        /// When the directory noticed the loss.
         since: SystemTime,
-        /// What it noticed.
+        /// The cause of the loss.
         reason: Arc<str>,
     },
 }
@@ -59,7 +79,7 @@ impl Freshness {
         matches!(self, Freshness::Live)
     }
 
-    /// How long ago the snapshot stopped being kept current; zero while it is.
+    /// How long ago the snapshot became stale; zero while it is live.
     pub fn age(&self) -> Duration {
         match self {
             Freshness::Live => Duration::ZERO,
@@ -68,17 +88,29 @@ impl Freshness {
     }
 }
 
+impl fmt::Display for Freshness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Freshness::Live => f.write_str("live"),
+            Freshness::Stale { reason, .. } => {
+                let age = Duration::from_secs(self.age().as_secs());
+                write!(f, "stale for {}: {reason}", humantime::format_duration(age))
+            }
+        }
+    }
+}
+
 pub(crate) type Instances = BTreeMap<InstanceKey, Arc<Instance>>;
 
-/// The revision at which etcd last wrote what is known of an instance, where instances are told apart
-/// by address: only there may several entries be of one instance.
+/// The revision at which etcd last wrote an instance. Filled only where the address identifies
+/// instances, because only there several entries may be of one instance.
 pub(crate) type ModRevisions = BTreeMap<InstanceKey, i64>;
 
 /// A service's instances as they were at one revision of etcd.
 ///
-/// It never changes; a newer one replaces it. What it shows was in etcd at that revision, all of
-/// it and nothing else: changes made in one transaction are seen together or not at all. In a
-/// directory of several formats that holds for each of them, and one may be ahead of another.
+/// A snapshot never changes; a newer one replaces it. Its instances are exactly the instances in
+/// etcd at its revision, so the changes of one transaction appear together or not at all. In a
+/// directory of several formats that holds for each format, and one format may be ahead of another.
 #[derive(Clone)]
 pub struct Snapshot {
     pub(crate) range: Arc<str>,
@@ -90,7 +122,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// A set of instances from elsewhere than etcd, told apart by their ids.
+    /// A set of instances that does not come from etcd, identified by their ids.
     pub(crate) fn of(range: Arc<str>, instances: impl IntoIterator<Item = Instance>) -> Self {
         let keyed = instances
             .into_iter()
@@ -105,8 +137,8 @@ impl Snapshot {
         }
     }
 
-    /// The key prefix that it was read from, such as `services/greeter/`; several are separated by
-    /// a comma and a space.
+    /// The key prefix that the instances are read from, such as `services/greeter/`. A directory of
+    /// several formats has several, separated by a comma and a space.
     pub fn range(&self) -> &str {
         &self.range
     }
@@ -117,47 +149,83 @@ impl Snapshot {
     }
 
     /// The instances with their keys, ordered by key.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&InstanceKey, &Arc<Instance>)> {
-        self.instances.iter()
+    pub fn iter(&self) -> SnapshotIter<'_> {
+        SnapshotIter(self.instances.iter())
     }
 
-    /// The instance under a key.
+    /// The instance with this key.
     pub fn get(&self, key: &InstanceKey) -> Option<&Arc<Instance>> {
         self.instances.get(key)
     }
 
-    /// How many instances there are.
+    /// The number of instances.
     pub fn len(&self) -> usize {
         self.instances.len()
     }
 
-    /// Whether there are none.
+    /// Whether the snapshot has no instances.
     pub fn is_empty(&self) -> bool {
         self.instances.is_empty()
     }
 
-    /// etcd's revision that this is a picture of.
+    /// The revision of etcd that the snapshot shows.
     ///
-    /// It never falls from one snapshot to a later one, unless etcd itself was wiped or restored. In
-    /// a directory of several formats it is the smallest of theirs: all changes up to it are in, and
-    /// some later ones may be. It stands still there while one of the formats has no changes, however
-    /// many the others have.
+    /// Later snapshots have the same or a higher revision, unless etcd itself was wiped or
+    /// restored. In a directory of several formats, the revision is the lowest one of the formats:
+    /// the snapshot has all changes up to it, and perhaps some later ones. The revision does not
+    /// advance while one of the formats has no changes, even if the others have many.
     pub fn revision(&self) -> i64 {
         self.revision
     }
 
-    /// Whether it is being kept current, and if not, since when and why. A directory of several
-    /// formats is live when all of them are; otherwise it tells of the one that has been stale the
-    /// longest.
+    /// Whether the snapshot is kept current, and if not, since when and why.
+    ///
+    /// A directory of several formats is live if all of them are. Otherwise this is the freshness
+    /// of the format that has been stale the longest.
     pub fn freshness(&self) -> &Freshness {
         &self.freshness
     }
 
-    /// How many entries in etcd were left out because they could not be decoded.
+    /// The number of keys in etcd whose newest value cannot be decoded.
     pub fn undecodable(&self) -> usize {
         self.undecodable
     }
 }
+
+impl<'a> IntoIterator for &'a Snapshot {
+    type Item = (&'a InstanceKey, &'a Arc<Instance>);
+    type IntoIter = SnapshotIter<'a>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+/// An iterator over the instances of a [`Snapshot`] with their keys, ordered by key.
+#[derive(Debug, Clone)]
+pub struct SnapshotIter<'a>(btree_map::Iter<'a, InstanceKey, Arc<Instance>>);
+
+impl<'a> Iterator for SnapshotIter<'a> {
+    type Item = (&'a InstanceKey, &'a Arc<Instance>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next()
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.0.size_hint()
+    }
+}
+
+impl DoubleEndedIterator for SnapshotIter<'_> {
+    fn next_back(&mut self) -> Option<Self::Item> {
+        self.0.next_back()
+    }
+}
+
+impl ExactSizeIterator for SnapshotIter<'_> {}
+
+impl FusedIterator for SnapshotIter<'_> {}
 
 impl fmt::Debug for Snapshot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -171,42 +239,43 @@ impl fmt::Debug for Snapshot {
     }
 }
 
-/// One difference between two snapshots.
+/// A change between two sets of instances.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// New, or changed in any way.
+    /// A new instance, or a new version of one.
     Upsert(InstanceKey, Arc<Instance>),
-    /// Gone.
     Remove(InstanceKey),
 }
 
-/// What turns `old` into `new`, in key order; removals and additions are independent of each other.
+/// The changes that turn `old` into `new`, in key order. No key has more than one change.
 pub(crate) fn diff(old: &Instances, new: &Instances) -> Vec<Change> {
-    let mut found = Vec::new();
+    let mut changes = Vec::new();
     let mut old = old.iter().peekable();
     for (key, instance) in new {
-        while let Some((gone, _)) = old.next_if(|(before, _)| *before < key) {
-            found.push(Change::Remove(gone.clone()));
+        while let Some((removed, _)) = old.next_if(|(before, _)| *before < key) {
+            changes.push(Change::Remove(removed.clone()));
         }
         let unchanged = old
             .next_if(|(before, _)| *before == key)
             .is_some_and(|(_, before)| Arc::ptr_eq(before, instance) || before == instance);
         if !unchanged {
-            found.push(Change::Upsert(key.clone(), Arc::clone(instance)));
+            changes.push(Change::Upsert(key.clone(), Arc::clone(instance)));
         }
     }
-    found.extend(old.map(|(gone, _)| Change::Remove(gone.clone())));
-    found
+    changes.extend(old.map(|(removed, _)| Change::Remove(removed.clone())));
+    changes
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use proptest::prelude::*;
 
     use super::*;
 
-    fn instances(entries: &BTreeMap<u8, u16>) -> Instances {
-        entries
+    fn instances(ports: &BTreeMap<u8, u16>) -> Instances {
+        ports
             .iter()
             .map(|(key, port)| {
                 let instance = Instance::new("a", format!("h:{port}"));
@@ -217,20 +286,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn applying_the_differences_to_the_old_gives_the_new_and_none_is_superfluous(
+        fn diff_turns_old_into_new_without_needless_changes(
             old in proptest::collection::btree_map(0u8..12, 0u16..3, 0..12),
             new in proptest::collection::btree_map(0u8..12, 0u16..3, 0..12),
         ) {
             let (old, new) = (instances(&old), instances(&new));
-            let found = diff(&old, &new);
             let mut result = old.clone();
-            for difference in &found {
-                match difference {
+            for change in diff(&old, &new) {
+                match change {
                     Change::Upsert(key, instance) => {
-                        let before = result.insert(key.clone(), Arc::clone(instance));
-                        prop_assert_ne!(before.as_ref(), Some(instance));
+                        let before = result.insert(key, Arc::clone(&instance));
+                        prop_assert_ne!(before, Some(instance));
                     }
-                    Change::Remove(key) => prop_assert!(result.remove(key).is_some()),
+                    Change::Remove(key) => prop_assert!(result.remove(&key).is_some()),
                 }
             }
             prop_assert_eq!(result, new);
@@ -238,12 +306,44 @@ mod tests {
     }
 
     #[test]
-    fn a_live_snapshot_has_no_age_and_a_stale_one_has() {
+    fn freshness_has_an_age_only_while_stale() {
         assert_eq!(Freshness::Live.age(), Duration::ZERO);
         let stale = Freshness::Stale {
             since: SystemTime::now() - Duration::from_secs(5),
             reason: "cut off".into(),
         };
         assert!(stale.age() >= Duration::from_secs(5));
+    }
+
+    #[test]
+    fn freshness_displays_age_and_reason() {
+        assert_eq!(Freshness::Live.to_string(), "live");
+        let stale = Freshness::Stale {
+            since: SystemTime::now() - Duration::from_millis(90_100),
+            reason: "cut off".into(),
+        };
+        let text = stale.to_string();
+        assert!(text.starts_with("stale for 1m 3"), "{text}");
+        assert!(text.ends_with("s: cut off"), "{text}");
+    }
+
+    #[test]
+    fn maps_by_key_are_looked_up_by_text() {
+        let key = || InstanceKey::new("services/a/1");
+        assert_eq!(HashMap::from([(key(), 1)]).get("services/a/1"), Some(&1));
+        assert_eq!(BTreeMap::from([(key(), 1)]).get("services/a/1"), Some(&1));
+    }
+
+    #[test]
+    fn iterates_in_key_order_with_an_exact_size() {
+        let addresses = ["h:2", "h:1"].map(|address| Instance::new("a", address).id(address));
+        let snapshot = Snapshot::of("list".into(), addresses);
+        let mut keys = Vec::new();
+        for (key, instance) in &snapshot {
+            assert_eq!(key.as_ref(), instance.address);
+            keys.push(key.as_str());
+        }
+        assert_eq!(keys, ["h:1", "h:2"]);
+        assert_eq!(snapshot.iter().len(), 2);
     }
 }

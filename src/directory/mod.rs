@@ -20,7 +20,7 @@ mod driver;
 mod merge;
 #[cfg(test)]
 mod model;
-mod registry;
+mod shared;
 mod state;
 
 use std::collections::HashMap;
@@ -288,8 +288,8 @@ impl DirectoryBuilder {
             validate_service(layout.service_here(&self.service))?;
         }
         let (client, service, cache_dir) = (self.client, self.service, self.cache_dir);
-        let key = registry::Key::new(&client, &service, &layouts, cache_dir.as_ref());
-        let inner = registry::join(key, || open(client, service, layouts, cache_dir)).await?;
+        let key = shared::Key::new(&client, &service, &layouts, cache_dir.as_ref());
+        let inner = shared::join(key, || open(client, service, layouts, cache_dir)).await?;
         Ok(Directory { inner })
     }
 }
