@@ -102,7 +102,7 @@ pub use clients::{
     set_default, unregister, unregister_default,
 };
 pub use config::{Config, ConfigBuilder, TlsConfig};
-pub use directory::{Directory, DirectoryBuilder, Discovery};
+pub use directory::{Directory, DirectoryBuilder, Discovery, EndpointChanges, Snapshots};
 pub use error::{Error, Result};
 pub use instance::{DEFAULT_WEIGHT, Instance};
 #[cfg(feature = "health")]
@@ -110,7 +110,7 @@ pub use registrar::serving;
 pub use registrar::{
     Registrar, RegistrarBuilder, Registration, RegistrationState, RegistrationStates,
 };
-pub use snapshot::{Freshness, InstanceKey, Snapshot};
+pub use snapshot::{Freshness, InstanceKey, Snapshot, SnapshotIter};
 
 /// The client beneath; [`Client::client`] gives one of its own.
 pub use etcd_client;

@@ -182,7 +182,10 @@ fn given_the_runtime_ends_whose_task_follows_then_another_follows_that_has_the_d
     drop(second);
     main.block_on(becomes(&|snapshot| !is_live(snapshot)));
     let stale = format!("{:?}", held[0].snapshot().freshness());
-    assert!(stale.contains("nothing follows it any more"), "{stale}");
+    assert!(
+        stale.contains("no task is watching etcd any more"),
+        "{stale}"
+    );
     assert_eq!(shown(&held[0].snapshot()), ["b=h:2"]);
     // Who comes then has one that is followed.
     let third = watch(&main)?;

@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -54,6 +55,7 @@ pub(super) struct Inner {
     pub(super) config: Config,
     pub(super) transport: Transport,
     pub(super) closed: CancellationToken,
+    extensions: Mutex<http::Extensions>,
 }
 
 impl Client {
@@ -133,13 +135,16 @@ impl Client {
                 config,
                 transport,
                 closed,
+                extensions: Mutex::default(),
             }),
         }
     }
 
-    /// A number that this client shares with its clones and with no other client that exists.
-    pub(crate) fn identity(&self) -> usize {
-        Arc::as_ptr(&self.inner).addr()
+    /// The data that another module keeps with this client and its clones, by type. Created with its
+    /// default value on first use.
+    pub(crate) fn extension<T: Default + Send + Sync + 'static>(&self) -> Arc<T> {
+        let mut extensions = self.inner.extensions.lock();
+        Arc::clone(extensions.get_or_insert_default::<Arc<T>>())
     }
 
     /// The name given to [`Client::connect`].

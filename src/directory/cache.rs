@@ -1,11 +1,10 @@
-//! The last known instances on disk, for a client that starts while etcd is away.
+//! The last known instances on disk. A client that starts while etcd is unreachable uses them.
 //!
-//! One file for each source (a format under a prefix): a line with the version and a checksum, then JSON.
-//! It is written beside and renamed, so that whoever reads it sees a whole one, also when several processes
-//! share the folder.
+//! Each layout (a format under a prefix) has a file: a header line with the version and a checksum,
+//! then JSON. A write goes to a temporary file that replaces the old one by a rename, so that
+//! readers always see a complete file, even if several processes share the folder.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,31 +14,33 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::state::Machine;
+use super::state::ListWatchState;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 use crate::snapshot::{Freshness, InstanceKey, Instances, ModRevisions, Snapshot};
 
-/// The least time between two writes: a service that changes all the time costs no more than this.
-const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// The shortest time between two writes, which bounds the cost of a service that changes all the
+/// time.
+const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a list may take when there is a file to be served instead. A member in the same region
-/// answers in milliseconds; and those who start without etcd wait no longer than this.
-pub(super) const LIST_WITHIN: Duration = Duration::from_millis(500);
+/// How long the first list may take if there is a cache file. A member in the same region responds
+/// in milliseconds, and a process that starts without etcd waits only this long.
+pub(super) const LIST_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What each file begins with; another version of the format is another number.
-const MAGIC: &str = "goo-etcd instances 1";
+/// The start of the header line. Another version of the file format gets another number.
+const HEADER: &str = "goo-etcd instances 1";
 
-/// The file of one source.
+/// The cache file of one layout.
 #[derive(Debug, Clone)]
 pub(super) struct Cache {
     path: PathBuf,
-    of: Source,
+    key: CacheKey,
 }
 
-/// What a file is about. A name is not enough: several may come to the same one.
+/// The contents that belong into a file. The file also holds its key, because two keys may have the
+/// same file name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Source {
+struct CacheKey {
     client: String,
     format: String,
     range: String,
@@ -47,8 +48,8 @@ struct Source {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Saved {
-    of: Source,
+struct SavedSnapshot {
+    key: CacheKey,
     /// In milliseconds since 1970.
     saved_at: u64,
     revision: i64,
@@ -72,84 +73,70 @@ struct SavedInstance {
 }
 
 impl Cache {
-    /// The file of what `machine` reads, in a folder that is made if it is not there.
+    /// The file for what `machine` lists. Creates the folder if it does not exist.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a folder that cannot be made.
-    pub(super) fn of(machine: &Machine, client: &str, folder: &Path) -> Result<Self> {
+    /// [`Error::Invalid`] if the folder cannot be created.
+    pub(super) fn open<W>(
+        machine: &ListWatchState<W>,
+        client: &str,
+        folder: &Path,
+    ) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|error| {
             Error::invalid("cache_dir", folder.display().to_string(), error.to_string())
         })?;
-        let of = Source {
+        let key = CacheKey {
             client: client.to_owned(),
             format: machine.format_name().to_owned(),
             range: machine.range_name().to_owned(),
             by_address: machine.is_by_address(),
         };
-        let identity = format!(
-            "{}\0{}\0{}\0{}",
-            of.client, of.format, of.range, of.by_address
-        );
-        let mut name: String = machine
-            .service()
-            .chars()
-            // What no file system refuses; for people, the rest of the name is unique.
-            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-            .take(64)
-            .collect();
-        // A `String` takes everything.
-        let _ = write!(name, "-{:08x}.json", crc32fast::hash(identity.as_bytes()));
-        let path = folder.join(name);
-        Ok(Self { path, of })
+        let path = folder.join(key.file_name(machine.service()));
+        Ok(Self { path, key })
     }
 
-    /// What was last written; `None`, with a warning, if it cannot be used.
+    /// Reads the last written snapshot, which is stale since it was written. Returns `None` without
+    /// a file, and with a warning if the file is unusable.
     pub(super) fn load(&self) -> Option<Snapshot> {
-        let bytes = match fs::read(&self.path) {
-            Ok(bytes) => bytes,
+        let result = match fs::read(&self.path) {
+            Ok(bytes) => self.parse(&bytes),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-            Err(error) => return self.ignored(&error.to_string()),
+            Err(error) => Err(error.to_string()),
         };
-        match self.read(&bytes) {
-            Ok(snapshot) => Some(snapshot),
-            Err(reason) => self.ignored(&reason),
-        }
+        result
+            .inspect_err(|reason| {
+                tracing::warn!(
+                    file = %self.path.display(),
+                    reason,
+                    "ignoring an unusable cache file"
+                );
+            })
+            .ok()
     }
 
-    fn ignored(&self, reason: &str) -> Option<Snapshot> {
-        tracing::warn!(
-            file = %self.path.display(),
-            reason,
-            "the last known instances cannot be read and are ignored"
-        );
-        None
-    }
-
-    fn read(&self, bytes: &[u8]) -> Result<Snapshot, String> {
+    fn parse(&self, bytes: &[u8]) -> Result<Snapshot, String> {
         let end = bytes.iter().position(|byte| *byte == b'\n');
-        let (head, body) = bytes.split_at(end.ok_or("it has no first line")?);
+        let (header, body) = bytes.split_at(end.ok_or("the header line is missing")?);
         let body = &body[1..];
-        if head != first_line(body).as_bytes() {
-            return Err(
-                "its first line is not that of its content: it is damaged, or of another version"
-                    .into(),
-            );
+        if header != header_line(body).as_bytes() {
+            return Err("checksum or format version does not match".into());
         }
-        let saved: Saved = serde_json::from_slice(body).map_err(|error| error.to_string())?;
-        if saved.of != self.of {
-            return Err(format!("it is of {:?}", saved.of));
+        let saved: SavedSnapshot =
+            serde_json::from_slice(body).map_err(|error| error.to_string())?;
+        if saved.key != self.key {
+            return Err(format!("the file belongs to {:?}", saved.key));
         }
         let (mut instances, mut mod_revisions) = (Instances::new(), ModRevisions::new());
         for saved in saved.instances {
-            let (key, at, instance) = saved.into_instance();
-            if let Some(at) = at {
-                mod_revisions.insert(key.clone(), at);
+            let (key, mod_revision, instance) = saved.into_instance();
+            if let Some(mod_revision) = mod_revision {
+                mod_revisions.insert(key.clone(), mod_revision);
             }
             instances.insert(key, Arc::new(instance));
         }
         Ok(Snapshot {
-            range: self.of.range.as_str().into(),
+            range: self.key.range.as_str().into(),
             instances: Arc::new(instances),
             mod_revisions: Arc::new(mod_revisions),
             revision: saved.revision,
@@ -167,19 +154,20 @@ impl Cache {
         let instances = snapshot.iter().map(|(key, instance)| {
             SavedInstance::new(key, snapshot.mod_revisions.get(key).copied(), instance)
         });
-        let saved = Saved {
-            of: self.of.clone(),
+        let saved = SavedSnapshot {
+            key: self.key.clone(),
             saved_at: u64::try_from(saved_at).unwrap_or(u64::MAX),
             revision: snapshot.revision,
             undecodable: snapshot.undecodable,
             instances: instances.collect(),
         };
         let body = serde_json::to_vec(&saved)?;
-        // In the same folder, for a rename does not leave its file system. Of its own name, for another
-        // process may be writing as well; removed if anything fails.
+        // In the same folder, because a rename cannot leave its file system. With a unique name,
+        // because another process may be writing as well. `tempfile` deletes the file if a step
+        // fails.
         let folder = self.path.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        writeln!(file, "{}", first_line(&body))?;
+        writeln!(file, "{}", header_line(&body))?;
         file.write_all(&body)?;
         file.as_file().sync_all()?;
         file.persist(&self.path).map_err(|failed| failed.error)?;
@@ -187,13 +175,33 @@ impl Cache {
     }
 }
 
-fn first_line(body: &[u8]) -> String {
-    format!("{MAGIC} {:08x}", crc32fast::hash(body))
+impl CacheKey {
+    /// A checksum of the key tells files apart. The service's name in front is for people.
+    fn file_name(&self, service: &str) -> String {
+        let Self {
+            client,
+            format,
+            range,
+            by_address,
+        } = self;
+        let key = format!("{client}\0{format}\0{range}\0{by_address}");
+        // Only characters that every file system accepts.
+        let service: String = service
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+            .take(64)
+            .collect();
+        format!("{service}-{:08x}.json", crc32fast::hash(key.as_bytes()))
+    }
+}
+
+fn header_line(body: &[u8]) -> String {
+    format!("{HEADER} {:08x}", crc32fast::hash(body))
 }
 
 impl SavedInstance {
     fn new(key: &InstanceKey, mod_revision: Option<i64>, instance: &Instance) -> Self {
-        // Each by name, so that a new one is not forgotten.
+        // Without `..`, so that a new field cannot be forgotten.
         let Instance {
             service,
             id,
@@ -236,45 +244,50 @@ impl SavedInstance {
     }
 }
 
-/// Writes what it is given, the newest of it. When it is dropped, what is not written yet is, at once or a
-/// second later.
+/// Writes the newest snapshot to a cache file, in a background task. After the writer is dropped,
+/// the task still writes the last snapshot, up to a second later, and ends.
 #[derive(Debug)]
-pub(super) struct Keeper {
-    newest: watch::Sender<Option<Snapshot>>,
+pub(super) struct CacheWriter {
+    latest: watch::Sender<Option<Snapshot>>,
 }
 
-impl Keeper {
-    /// Its task ends after it.
-    pub(super) fn of(cache: Cache) -> Self {
-        let (newest, mut to_write) = watch::channel(None::<Snapshot>);
-        tokio::spawn(async move {
-            let cache = Arc::new(cache);
-            let mut failed = false;
-            while to_write.changed().await.is_ok() {
-                let snapshot = to_write.borrow_and_update().clone();
-                if let Some(snapshot) = snapshot {
-                    let to = Arc::clone(&cache);
-                    let written = tokio::task::spawn_blocking(move || to.write(&snapshot)).await;
-                    let result = written.unwrap_or_else(|panic| Err(std::io::Error::other(panic)));
-                    match &result {
-                        // Once for all that fail alike.
-                        Err(error) if !failed => tracing::warn!(
-                            file = %cache.path.display(),
-                            %error,
-                            "the last known instances cannot be written"
-                        ),
-                        _ => {}
-                    }
-                    failed = result.is_err();
-                }
-                tokio::time::sleep(WRITE_EVERY).await;
-            }
-        });
-        Self { newest }
+impl CacheWriter {
+    pub(super) fn spawn(cache: Cache) -> Self {
+        let (latest, receiver) = watch::channel(None);
+        tokio::spawn(write_changes(Arc::new(cache), receiver));
+        Self { latest }
     }
 
-    /// Has this written, unless something newer comes first.
-    pub(super) fn keep(&self, snapshot: &Snapshot) {
-        self.newest.send_replace(Some(snapshot.clone()));
+    /// Queues a snapshot, in place of an earlier one in the queue.
+    pub(super) fn write_latest(&self, snapshot: &Snapshot) {
+        self.latest.send_replace(Some(snapshot.clone()));
     }
+}
+
+async fn write_changes(cache: Arc<Cache>, mut latest: watch::Receiver<Option<Snapshot>>) {
+    let mut failed = false;
+    while latest.changed().await.is_ok() {
+        let snapshot = latest.borrow_and_update().clone();
+        if let Some(snapshot) = snapshot {
+            let result = write_blocking(Arc::clone(&cache), snapshot).await;
+            // Warn once for a series of failures.
+            if let Err(error) = &result
+                && !failed
+            {
+                tracing::warn!(
+                    file = %cache.path.display(),
+                    %error,
+                    "cannot write the cache file"
+                );
+            }
+            failed = result.is_err();
+        }
+        tokio::time::sleep(WRITE_INTERVAL).await;
+    }
+}
+
+async fn write_blocking(cache: Arc<Cache>, snapshot: Snapshot) -> std::io::Result<()> {
+    tokio::task::spawn_blocking(move || cache.write(&snapshot))
+        .await
+        .unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
 }

@@ -1,8 +1,8 @@
-//! A balanced channel over a directory. `balance` itself does not know etcd.
+//! A balanced channel to the instances of a directory. The `balance` module does not know etcd.
 
 use std::sync::Arc;
 
-use super::Directory;
+use super::handle::Directory;
 use crate::balance::{BalancedChannel, Source};
 use crate::client::Client;
 use crate::error::Result;

@@ -1,154 +1,116 @@
-//! A directory as tower's `Discover`, and into tonic's own balanced channel.
+//! A directory as tower's `Discover`, and as the source of tonic's own balanced channel.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
+use tokio::sync::mpsc;
 use tonic::transport::channel::Change as TonicChange;
 use tonic::transport::{Channel, Endpoint};
 use tower::discover::Change;
 
-use super::Directory;
+use super::handle::{Directory, Snapshots};
 use crate::error::{Error, Result};
-use crate::instance::Instance;
-use crate::instance::validate_address;
-use crate::snapshot::{self, InstanceKey, Instances, Snapshot};
+use crate::instance::{Instance, validate_address};
+use crate::snapshot::{self, InstanceKey, Instances};
 
-/// How many changes tonic's channel takes before its sender waits. Any number does: a task of our
-/// own waits there, and sends what is new by then.
+/// The number of changes that tonic's channel takes before its sender waits. Any number works,
+/// because only a task of ours waits there, and computes the difference to the newest snapshot
+/// afterwards.
 const TONIC_BUFFER: usize = 16;
 
-type Snapshots = Pin<Box<dyn Stream<Item = Arc<Snapshot>> + Send>>;
-
-/// A service's instances as a `tower::discover::Discover`: a stream of changes.
-///
-/// It yields an insert for each instance that may be called and a removal for each that may not any
-/// more: one that left, drains, or has weight 0. An instance that changes in any way is inserted
-/// anew under its key.
-///
-/// What it yields is the difference between what it has yielded so far and the newest snapshot, so
-/// that a consumer may stop polling for as long as it likes: nothing is queued meanwhile, nobody
-/// waits for it, and then it gets the net difference. It never yields an error and never ends, for
-/// one error from a `Discover` poisons tower's balancer for ever, whatever happens to etcd. It holds
-/// its directory.
-pub struct Discovery {
-    /// `None` after the client was closed.
-    snapshots: Option<Snapshots>,
-    /// What the consumer has.
-    told: Instances,
-    /// What turns that into what it should have.
-    pending: VecDeque<snapshot::Change>,
-}
-
 impl Directory {
-    /// The instances as a stream of changes, for a balancer of your own; the present ones come
-    /// first.
+    /// The instances as a stream of changes, for tower's balancer or a custom one. The present
+    /// instances come first.
     pub fn discover(&self) -> Discovery {
         Discovery {
-            snapshots: Some(Box::pin(self.changes())),
-            told: Instances::new(),
+            snapshots: Some(self.changes()),
+            yielded: Instances::new(),
             pending: VecDeque::new(),
         }
     }
 
-    /// As [`discover`](Self::discover), each instance as tonic's `Endpoint`, which `configure` may
-    /// change: time-outs, keep-alive, windows.
+    /// Like [`discover`](Self::discover), with each instance as tonic's `Endpoint`. `configure` may
+    /// change the endpoint, for example its time-outs, keep-alive and windows.
     ///
-    /// For TLS, `configure` must return an endpoint of its own, of `https://` and the instance's
-    /// address. The one that it is given is of `http://`, and on such a one tonic takes a TLS
-    /// configuration, ignores it, and talks plaintext.
+    /// For TLS, `configure` must return a new endpoint for `https://` and the instance's address.
+    /// The endpoint that it receives is for `http://`, where tonic accepts a TLS configuration,
+    /// ignores it and sends plaintext.
     ///
-    /// An instance whose address no endpoint can be made of is left out with a warning, and so is one that
-    /// says that it speaks TLS, for as long as its endpoint is not of `https://`.
+    /// An instance is left out, with a warning, if tonic cannot make an endpoint of its address, or
+    /// if it speaks TLS and its endpoint is not for `https://`.
     pub fn discover_endpoints(
         &self,
         configure: impl Fn(&Instance, Endpoint) -> Endpoint + Send + 'static,
-    ) -> impl Stream<Item = Result<Change<InstanceKey, Endpoint>, Infallible>> + Send + Unpin + 'static
-    {
-        use futures::StreamExt;
-        self.discover().filter_map(move |change| {
-            let Ok(change) = change;
-            let change = match change {
-                Change::Remove(key) => Some(Change::Remove(key)),
-                Change::Insert(key, instance) => match endpoint_of(&instance) {
-                    Ok(endpoint) => {
-                        let endpoint = configure(&instance, endpoint);
-                        let is_tls = endpoint.uri().scheme_str() == Some("https");
-                        if instance.tls == Some(true) && !is_tls {
-                            tracing::warn!(
-                                %key,
-                                "an instance that speaks TLS is left out: its endpoint is plaintext"
-                            );
-                            Some(Change::Remove(key))
-                        } else {
-                            Some(Change::Insert(key, endpoint))
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(%key, %error, "an instance cannot be called and is left out");
-                        // It may have been there before, under an address that could be called.
-                        Some(Change::Remove(key))
-                    }
-                },
-            };
-            futures::future::ready(change.map(Ok))
-        })
+    ) -> EndpointChanges {
+        EndpointChanges {
+            discovery: self.discover(),
+            configure: Box::new(configure),
+        }
     }
 
-    /// A tonic channel over the instances, through tonic's own `Channel::balance_channel`;
-    /// `configure` as in [`discover_endpoints`](Self::discover_endpoints), also for TLS.
+    /// A tonic channel over the instances, through tonic's own `Channel::balance_channel`. For
+    /// `configure` and for TLS see [`discover_endpoints`](Self::discover_endpoints).
     ///
-    /// It follows the directory for as long as the channel, or a clone of it, is held. Its balancing
-    /// is tonic's: endpoints are picked at random, dead ones among them until they leave the
-    /// directory, and with no endpoint a call waits without end, so give your requests a time-out
-    /// around the call.
+    /// The channel follows the directory until its last clone is dropped. tonic's balancing has
+    /// limits: it picks endpoints at random, including dead ones until they leave the directory,
+    /// and without an endpoint a call waits forever. So put a time-out around each call.
     ///
     /// Must be called within a Tokio runtime.
     pub fn balance_channel(
         &self,
         configure: impl Fn(&Instance, Endpoint) -> Endpoint + Send + 'static,
     ) -> Channel {
-        use futures::StreamExt;
-        let (channel, changes) = Channel::balance_channel(TONIC_BUFFER);
-        let mut discovery = self.discover_endpoints(configure);
-        // tonic looks at its changes only when it is called, so the sender may wait for long. That
-        // is this task's alone: the difference is made anew after each wait.
-        tokio::spawn(async move {
-            loop {
-                let change = tokio::select! {
-                    change = discovery.next() => change,
-                    () = changes.closed() => break,
-                };
-                let Some(Ok(change)) = change else { break };
-                // tonic has a type of its own for the same thing.
-                let change = match change {
-                    Change::Insert(key, endpoint) => TonicChange::Insert(key, endpoint),
-                    Change::Remove(key) => TonicChange::Remove(key),
-                };
-                if changes.send(change).await.is_err() {
-                    break;
-                }
-            }
-        });
+        let (channel, sender) = Channel::balance_channel(TONIC_BUFFER);
+        tokio::spawn(forward(self.discover_endpoints(configure), sender));
         channel
     }
 }
 
-fn endpoint_of(instance: &Instance) -> Result<Endpoint> {
-    // A URI would take more than can be called, an address without a port for port 80.
-    validate_address(&instance.address)?;
-    let uri = if instance.address.starts_with("unix:") {
-        // tonic has its own notation for these, and takes no other form of it.
-        instance.address.clone()
-    } else {
-        format!("http://{}", instance.address)
-    };
-    Endpoint::from_shared(uri)
-        .map_err(|error| Error::invalid("address", &instance.address, error.to_string()))
+/// Forwards changes to tonic's channel until it is dropped. tonic receives changes only when the
+/// channel is called, so sending may wait long.
+async fn forward(
+    mut changes: EndpointChanges,
+    sender: mpsc::Sender<TonicChange<InstanceKey, Endpoint>>,
+) {
+    loop {
+        let change = tokio::select! {
+            change = changes.next() => change,
+            () = sender.closed() => return,
+        };
+        let change = match change {
+            Some(Ok(Change::Insert(key, endpoint))) => TonicChange::Insert(key, endpoint),
+            Some(Ok(Change::Remove(key))) => TonicChange::Remove(key),
+            None => return,
+        };
+        if sender.send(change).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A service's instances as a `tower::discover::Discover`, made by [`Directory::discover`].
+///
+/// The stream yields an insert for each instance that may be called. When an instance leaves,
+/// drains, or gets weight 0, the stream yields a removal. An instance that changes in any way is
+/// inserted again under its key.
+///
+/// Each item is part of the difference between the items so far and the newest snapshot. So a
+/// consumer may stop polling for any time: nothing is queued meanwhile, nobody waits for it, and
+/// then it gets the net difference. The stream never yields an error and never ends, because a
+/// single error from a `Discover` breaks tower's balancer for good. The stream holds the directory.
+#[must_use = "streams do nothing unless polled"]
+pub struct Discovery {
+    /// `None` after the client was closed.
+    snapshots: Option<Snapshots>,
+    /// The instances that the consumer has.
+    yielded: Instances,
+    /// The changes from `yielded` to the newest snapshot.
+    pending: VecDeque<snapshot::Change>,
 }
 
 impl Stream for Discovery {
@@ -156,27 +118,27 @@ impl Stream for Discovery {
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
-        // Newer snapshots first: what is still pending may be outdated by one.
+        // First look for a newer snapshot, which may replace pending changes.
         while let Some(snapshots) = &mut this.snapshots {
-            match snapshots.as_mut().poll_next(cx) {
+            match Pin::new(snapshots).poll_next(cx) {
                 Poll::Ready(Some(snapshot)) => {
-                    let mut wanted = Instances::clone(&snapshot.instances);
-                    wanted.retain(|_, instance| instance.is_eligible());
-                    this.pending = snapshot::diff(&this.told, &wanted).into();
+                    let mut eligible = Instances::clone(&snapshot.instances);
+                    eligible.retain(|_, instance| instance.is_eligible());
+                    this.pending = snapshot::diff(&this.yielded, &eligible).into();
                 }
-                // Nothing will change any more; that is no reason to end.
+                // The client was closed. The consumer keeps its instances.
                 Poll::Ready(None) => this.snapshots = None,
                 Poll::Pending => break,
             }
         }
         match this.pending.pop_front() {
             Some(snapshot::Change::Upsert(key, instance)) => {
-                this.told.insert(key.clone(), Arc::clone(&instance));
+                this.yielded.insert(key.clone(), Arc::clone(&instance));
                 let instance = Instance::clone(&instance);
                 Poll::Ready(Some(Ok(Change::Insert(key, instance))))
             }
             Some(snapshot::Change::Remove(key)) => {
-                this.told.remove(&key);
+                this.yielded.remove(&key);
                 Poll::Ready(Some(Ok(Change::Remove(key))))
             }
             None => Poll::Pending,
@@ -187,8 +149,72 @@ impl Stream for Discovery {
 impl fmt::Debug for Discovery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Discovery")
-            .field("told", &self.told)
+            .field("yielded", &self.yielded)
             .field("pending", &self.pending)
             .finish_non_exhaustive()
     }
+}
+
+/// A service's instances as tonic's endpoints, made by [`Directory::discover_endpoints`].
+///
+/// The stream behaves like [`Discovery`].
+#[must_use = "streams do nothing unless polled"]
+pub struct EndpointChanges {
+    discovery: Discovery,
+    configure: Box<dyn Fn(&Instance, Endpoint) -> Endpoint + Send>,
+}
+
+impl EndpointChanges {
+    /// The change of the endpoint. An instance that is left out yields a removal, because an
+    /// earlier version of it may have been inserted.
+    fn to_endpoint(&self, change: Change<InstanceKey, Instance>) -> Change<InstanceKey, Endpoint> {
+        let (key, instance) = match change {
+            Change::Remove(key) => return Change::Remove(key),
+            Change::Insert(key, instance) => (key, instance),
+        };
+        let endpoint = match default_endpoint(&instance) {
+            Ok(endpoint) => (self.configure)(&instance, endpoint),
+            Err(error) => {
+                tracing::warn!(%key, %error, "ignoring an instance whose address is invalid");
+                return Change::Remove(key);
+            }
+        };
+        let is_tls = endpoint.uri().scheme_str() == Some("https");
+        if instance.tls == Some(true) && !is_tls {
+            tracing::warn!(%key, "ignoring an instance that speaks TLS: its endpoint is plaintext");
+            return Change::Remove(key);
+        }
+        Change::Insert(key, endpoint)
+    }
+}
+
+impl Stream for EndpointChanges {
+    type Item = Result<Change<InstanceKey, Endpoint>, Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let change = ready!(Pin::new(&mut self.discovery).poll_next(cx));
+        Poll::Ready(change.map(|Ok(change)| Ok(self.to_endpoint(change))))
+    }
+}
+
+impl fmt::Debug for EndpointChanges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EndpointChanges")
+            .field("discovery", &self.discovery)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The endpoint of an instance before `configure`.
+fn default_endpoint(instance: &Instance) -> Result<Endpoint> {
+    // A URI accepts more than an address that can be called, and takes port 80 if it has none.
+    validate_address(&instance.address)?;
+    let uri = if instance.address.starts_with("unix:") {
+        // tonic takes the address of a Unix socket without a scheme before it.
+        instance.address.clone()
+    } else {
+        format!("http://{}", instance.address)
+    };
+    Endpoint::from_shared(uri)
+        .map_err(|error| Error::invalid("address", &instance.address, error.to_string()))
 }

@@ -1,4 +1,5 @@
-//! The state machine against a model of etcd: random histories, pages, events, losses and wipes.
+//! Checks the state machine against a model of etcd with random histories, pages, events, losses
+//! and wipes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,47 +7,53 @@ use std::time::SystemTime;
 
 use proptest::prelude::*;
 
-use super::state::{Entry, Input, Machine, Todo};
+use super::event::{Action, Changes, Entry, Event, Page};
+use super::state::ListWatchState;
 use crate::format::EtcdNaming;
 use crate::snapshot::Snapshot;
 
 const RANGE: &str = "services/a/";
 
-/// What happens next.
+/// One step of a history.
 #[derive(Debug, Clone)]
-enum Happening {
-    /// A transaction: keys that get a value, or go.
+enum Op {
+    /// A transaction that sets keys to a port, or deletes them (`None`).
     Write(BTreeMap<u8, Option<u16>>),
-    /// The machine's next exchange with etcd: so many keys to a page, so many revisions to a
-    /// message, and so many that were sent before are sent again.
-    Exchange {
-        page: usize,
-        revisions: usize,
-        repeated: usize,
-    },
+    /// The machine's next exchange with etcd.
+    Exchange(Sizes),
     /// The exchange fails.
     Loss,
-    /// etcd starts over with nothing in it. Every connection ends with it.
+    /// etcd starts over with no data. Every connection ends.
     Wipe,
 }
 
-fn happening() -> impl Strategy<Value = Happening> {
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    /// Keys in a page.
+    page: usize,
+    /// Revisions in a message of the watch.
+    revisions: usize,
+    /// Revisions that the watch sends a second time.
+    repeated: usize,
+}
+
+fn op() -> impl Strategy<Value = Op> {
     let write = proptest::collection::btree_map(0u8..8, proptest::option::of(0u16..4), 1..4);
     prop_oneof![
-        10 => write.prop_map(Happening::Write),
+        10 => write.prop_map(Op::Write),
         10 => (1usize..5, 1usize..4, 0usize..3).prop_map(|(page, revisions, repeated)| {
-            Happening::Exchange { page, revisions, repeated }
+            Op::Exchange(Sizes { page, revisions, repeated })
         }),
-        2 => Just(Happening::Loss),
-        1 => Just(Happening::Wipe),
+        2 => Just(Op::Loss),
+        1 => Just(Op::Wipe),
     ]
 }
 
 type State = BTreeMap<u8, (i64, u16)>;
 
-/// An etcd with all that ever was in it.
+/// An etcd that remembers its whole history.
 struct Etcd {
-    /// The state at each revision from 1 on, and what changed in it.
+    /// The state at each revision from 1 on, with the changes of that revision.
     history: Vec<(State, Vec<Entry>)>,
 }
 
@@ -73,13 +80,13 @@ impl Etcd {
         for (id, address) in transaction {
             match address {
                 Some(address) => drop(state.insert(id, (revision, address))),
-                // etcd has no event for the deletion of what is not there.
+                // etcd has no event for the deletion of an absent key.
                 None if state.remove(&id).is_none() => continue,
                 None => {}
             }
             changed.push(entry(id, revision, address));
         }
-        // Nor a revision for a transaction that changes nothing.
+        // A transaction that changes nothing has no revision either.
         if !changed.is_empty() {
             self.history.push((state, changed));
         }
@@ -89,28 +96,27 @@ impl Etcd {
 fn entry(id: u8, mod_revision: i64, address: Option<u16>) -> Entry {
     Entry {
         key: format!("{RANGE}{id}").into_bytes(),
-        // Of no account where every value can be decoded.
+        // Irrelevant, because every value can be decoded.
         create_revision: 1,
         mod_revision,
         value: address.map(|address| format!(r#"{{"Addr":"h:{address}"}}"#).into_bytes()),
     }
 }
 
-/// The machine, and what a driver would keep between its steps.
-struct Bench {
+/// The machine and a model of its driver. The open watch is the revision that it has sent last.
+struct Harness {
     etcd: Etcd,
-    machine: Machine,
-    todo: Todo,
-    /// Up to which revision the open watch has sent.
-    sent: i64,
-    /// Whether this etcd was shown yet: until then the revision may go back.
+    machine: ListWatchState<i64>,
+    /// Whether no live snapshot has shown this etcd yet: until then the revision may go back.
     fresh: bool,
+    /// The revision of the last snapshot.
     last: i64,
 }
 
-impl Bench {
+impl Harness {
     fn new(by_address: bool) -> Self {
-        let machine = Machine::new(Arc::new(EtcdNaming), "services".into(), "a".into());
+        let format = Arc::new(EtcdNaming);
+        let machine = ListWatchState::new(format, "services".into(), "a".into());
         let machine = if by_address {
             machine.by_address()
         } else {
@@ -118,93 +124,75 @@ impl Bench {
         };
         Self {
             etcd: Etcd::new(),
-            todo: machine.start(),
             machine,
-            sent: 0,
             fresh: true,
             last: 0,
         }
     }
 
-    fn happens(&mut self, happening: Happening) -> Result<(), TestCaseError> {
-        match happening {
-            Happening::Write(transaction) => self.etcd.write(transaction),
-            Happening::Wipe => {
+    fn apply(&mut self, op: Op) -> Result<(), TestCaseError> {
+        match op {
+            Op::Write(transaction) => self.etcd.write(transaction),
+            Op::Wipe => {
                 self.etcd = Etcd::new();
                 self.fresh = true;
                 self.step(lost())?;
             }
-            Happening::Loss => self.step(lost())?,
-            Happening::Exchange {
-                page,
-                revisions,
-                repeated,
-            } => self.exchange(page, revisions, repeated)?,
+            Op::Loss => self.step(lost())?,
+            Op::Exchange(sizes) => self.exchange(sizes)?,
         }
         Ok(())
     }
 
-    /// Does what the machine asks for, as etcd would answer.
-    fn exchange(
-        &mut self,
-        page: usize,
-        revisions: usize,
-        repeated: usize,
-    ) -> Result<(), TestCaseError> {
-        match &self.todo {
-            Todo::List { from, revision } => {
+    /// Performs the machine's next action as etcd would respond.
+    fn exchange(&mut self, sizes: Sizes) -> Result<(), TestCaseError> {
+        let event = match self.machine.action() {
+            Action::List { from, revision } => {
                 let now = self.etcd.revision();
                 let (state, _) = self.etcd.at(revision.unwrap_or(now));
                 let mut entries: Vec<Entry> = state
                     .iter()
                     .map(|(id, (mod_revision, address))| entry(*id, *mod_revision, Some(*address)))
-                    .filter(|entry| entry.key >= *from)
+                    .filter(|entry| entry.key.as_slice() >= from)
                     .collect();
-                let more = entries.len() > page;
-                entries.truncate(page);
-                // As etcd does, a page tells the newest revision even when it is of an older one.
+                let more = entries.len() > sizes.page;
+                entries.truncate(sizes.page);
+                // Like etcd, a page reports the newest revision even if it is of an older one.
                 let revision = now;
-                self.step(Input::Page {
+                Event::Page(Page {
                     entries,
                     more,
                     revision,
                 })
             }
-            Todo::Watch { from_revision } => {
-                self.sent = from_revision - 1;
-                self.step(Input::Watching)
-            }
-            Todo::Listen => {
-                let up_to = (self.sent + revisions as i64).min(self.etcd.revision());
-                let since = (self.sent - repeated as i64).max(0);
+            Action::Watch { from_revision, .. } => Event::WatchOpened(from_revision - 1),
+            Action::Receive(sent) => {
+                let up_to = (*sent + sizes.revisions as i64).min(self.etcd.revision());
+                let since = (*sent - sizes.repeated as i64).max(0);
                 let entries: Vec<Entry> = (since + 1..=up_to)
                     .flat_map(|revision| self.etcd.at(revision).1.clone())
                     .collect();
-                self.sent = up_to;
-                match entries.last().map(|entry| entry.mod_revision) {
-                    Some(revision) => self.step(Input::Events { entries, revision }),
-                    None => Ok(()),
-                }
+                *sent = up_to;
+                let Some(revision) = entries.last().map(|entry| entry.mod_revision) else {
+                    return Ok(());
+                };
+                Event::Changes(Changes { entries, revision })
             }
-            Todo::RelistAfterBackoff => {
-                self.todo = self.machine.start();
-                Ok(())
-            }
-        }
+            Action::Backoff => Event::BackoffElapsed,
+        };
+        self.step(event)
     }
 
-    fn step(&mut self, input: Input) -> Result<(), TestCaseError> {
-        let news;
-        (self.todo, news) = self.machine.step(input, SystemTime::now());
-        if news {
+    fn step(&mut self, event: Event<i64>) -> Result<(), TestCaseError> {
+        if self.machine.step(event, SystemTime::now()) {
             let snapshot = self.machine.snapshot();
             self.check(&snapshot)?;
         }
         Ok(())
     }
 
-    /// Each snapshot is a state that etcd had, and none is older than the one before it. A stale one
-    /// may be of an etcd that has been wiped since.
+    /// Checks that a snapshot is a state that etcd had, and not older than the snapshot before it.
+    /// A stale snapshot may be of an etcd that was wiped since.
     fn check(&mut self, snapshot: &Snapshot) -> Result<(), TestCaseError> {
         if self.fresh {
             if !snapshot.freshness().is_live() {
@@ -216,8 +204,8 @@ impl Bench {
         prop_assert!(snapshot.revision() >= self.last);
         self.last = snapshot.revision();
         let (state, _) = self.etcd.at(snapshot.revision());
-        // With the keys they are shown under. By address, the one written last, of those that were written
-        // together that of the last key.
+        // By snapshot key. If several keys hold one address the newest one counts, and among keys
+        // of one transaction the last one.
         let mut written: Vec<(&u8, &(i64, u16))> = state.iter().collect();
         written.sort_by_key(|(_, (mod_revision, _))| *mod_revision);
         let by_address = self.machine.is_by_address();
@@ -241,33 +229,33 @@ impl Bench {
     }
 }
 
-fn lost() -> Input {
+fn lost() -> Event<i64> {
     let reason = "lost".into();
-    Input::Lost { reason }
+    Event::Lost { reason }
 }
 
 proptest! {
     #[test]
-    fn whatever_happens_every_snapshot_is_a_state_that_etcd_had_and_the_last_is_the_truth(
-        happenings in proptest::collection::vec(happening(), 0..80),
+    fn snapshots_are_states_of_etcd_and_converge(
+        ops in proptest::collection::vec(op(), 0..80),
         by_address: bool,
     ) {
-        let mut bench = Bench::new(by_address);
-        for happening in happenings {
-            bench.happens(happening)?;
+        let mut harness = Harness::new(by_address);
+        for op in ops {
+            harness.apply(op)?;
         }
-        // Then nothing more happens, and the machine catches up.
+        // Without further writes the machine catches up.
         for _ in 0..200 {
-            bench.exchange(2, 2, 1)?;
+            harness.exchange(Sizes { page: 2, revisions: 2, repeated: 1 })?;
         }
-        let snapshot = bench.machine.snapshot();
+        let snapshot = harness.machine.snapshot();
         prop_assert!(snapshot.freshness().is_live());
-        bench.check(&snapshot)?;
-        let (truth, _) = bench.etcd.at(bench.etcd.revision());
+        harness.check(&snapshot)?;
+        let (truth, _) = harness.etcd.at(harness.etcd.revision());
         if !by_address {
             prop_assert_eq!(snapshot.len(), truth.len());
         }
-        let (shown, _) = bench.etcd.at(snapshot.revision());
+        let (shown, _) = harness.etcd.at(snapshot.revision());
         prop_assert_eq!(shown, truth);
     }
 }

@@ -1,73 +1,68 @@
-//! One watch per service and process, however many look.
+//! Shares one watch per service among all directories of a client.
 //!
-//! Directories of one client with the same settings are the same directory: the first to be built lists
-//! and watches, the others join it, in the same runtime also while it is still being built. Each runtime
-//! that has it can go on with the watch when the one ends that did.
+//! Directories of one client with the same settings share a [`ServiceWatch`]. The first to be built
+//! lists and watches, and the others join it; within a runtime they also join a watch that is still
+//! being opened. Each runtime that has a handle can take over the watch when another runtime shuts
+//! down.
 
 use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared, WeakShared};
+use parking_lot::Mutex;
 use tokio::runtime;
 
-use super::Inner;
+use super::service_watch::ServiceWatch;
 use crate::client::Client;
 use crate::error::Result;
 use crate::format::{Format, Layout};
 
-/// What makes two directories the same one.
+/// The settings that must be equal for two directories to share a watch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    client: usize,
     service: String,
-    /// Format, prefix, and the service's name there.
-    sources: Vec<(Identity, String, String)>,
+    /// The format, the prefix and the layout's name of the service.
+    layouts: Vec<(Identity, String, String)>,
     cache_dir: Option<PathBuf>,
 }
 
 impl Key {
-    pub(super) fn new(
-        client: &Client,
-        service: &str,
-        layouts: &[Layout],
-        cache_dir: Option<&PathBuf>,
-    ) -> Self {
-        let source = |layout: &Layout| {
-            let here = layout.service_here(service).to_owned();
-            (Identity::of(&*layout.format), layout.prefix.clone(), here)
+    pub(super) fn new(service: &str, layouts: &[Layout], cache_dir: Option<&PathBuf>) -> Self {
+        let layout = |layout: &Layout| {
+            let name = layout.service_here(service).to_owned();
+            (Identity::of(&*layout.format), layout.prefix.clone(), name)
         };
         Self {
-            client: client.identity(),
             service: service.to_owned(),
-            sources: layouts.iter().map(source).collect(),
+            layouts: layouts.iter().map(layout).collect(),
             cache_dir: cache_dir.cloned(),
         }
     }
 }
 
-/// What tells formats apart, without asking them.
+/// Whether two formats are the same one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Identity {
-    /// A type whose values hold nothing are all alike.
+    /// All values of a type without fields are the same.
     Type(TypeId),
-    /// A value that holds something is like itself alone; its address, which is nobody else's while the
-    /// directory lives.
+    /// A value with fields is the same as itself only. The address is unique while the directory
+    /// lives.
     Value(usize),
 }
 
 impl Identity {
     fn of(format: &dyn Format) -> Self {
         let any: &dyn Any = format;
-        // Chosen at run time: what is behind.
-        if let Some(behind) = any.downcast_ref::<Arc<dyn Format>>() {
-            return Self::of(&**behind);
+        // A format that was chosen at run time: the format inside counts.
+        if let Some(inner) = any.downcast_ref::<Arc<dyn Format>>() {
+            return Self::of(&**inner);
         }
-        if let Some(behind) = any.downcast_ref::<Box<dyn Format>>() {
-            return Self::of(&**behind);
+        if let Some(inner) = any.downcast_ref::<Box<dyn Format>>() {
+            return Self::of(&**inner);
         }
         if size_of_val(format) == 0 {
             Self::Type(any.type_id())
@@ -77,89 +72,109 @@ impl Identity {
     }
 }
 
-type Opening = BoxFuture<'static, Result<Arc<Inner>>>;
+/// A watch that is being opened. All callers that wait for it share the future.
+type Opening = BoxFuture<'static, Result<Arc<ServiceWatch>>>;
 
 enum Slot {
-    /// It is being built by those who wait for it, in one runtime: what is half built ends with that. When
-    /// they are gone, nobody builds it any more.
+    /// Callers in one runtime are opening the watch. When the last of them is dropped, the
+    /// half-opened watch is dropped too.
     Opening(runtime::Id, WeakShared<Opening>),
-    Open(Weak<Inner>),
+    Open(Weak<ServiceWatch>),
 }
 
 impl Slot {
+    /// The open watch, unless it does not follow etcd any more.
+    fn followed(&self) -> Option<Arc<ServiceWatch>> {
+        match self {
+            Slot::Opening(..) => None,
+            Slot::Open(watch) => watch.upgrade().filter(|watch| watch.is_followed()),
+        }
+    }
+
     fn is_alive(&self) -> bool {
         match self {
             Slot::Opening(_, opening) => opening.upgrade().is_some(),
-            Slot::Open(inner) => inner.upgrade().is_some_and(|inner| inner.is_followed()),
+            Slot::Open(_) => self.followed().is_some(),
         }
     }
 }
 
-static OPEN: LazyLock<Mutex<HashMap<Key, Slot>>> = LazyLock::new(Mutex::default);
-
-fn open() -> std::sync::MutexGuard<'static, HashMap<Key, Slot>> {
-    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The directory of this key: the one that is there, or what `build` comes to.
-pub(super) async fn join<F>(key: Key, build: impl FnOnce() -> F) -> Result<Arc<Inner>>
-where
-    F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
-{
-    let inner = match find(&key, build) {
-        Found::Open(inner) => inner,
-        Found::Opening(opening) => there_first(key, opening.await?),
-    };
-    inner.follow_from_here();
-    Ok(inner)
-}
-
-/// What was built, unless another is there by now: all of those who waited have the same, and so have those
-/// of another runtime, who built another.
-fn there_first(key: Key, built: Arc<Inner>) -> Arc<Inner> {
-    let mut open = open();
-    if let Some(Slot::Open(inner)) = open.get(&key)
-        && let Some(inner) = inner.upgrade().filter(|inner| inner.is_followed())
-    {
-        return inner;
-    }
-    // Before anybody asks whether it is followed.
-    built.follow_from_here();
-    open.insert(key, Slot::Open(Arc::downgrade(&built)));
-    built
-}
-
-enum Found {
-    Open(Arc<Inner>),
+enum Lookup {
+    Open(Arc<ServiceWatch>),
     Opening(Shared<Opening>),
 }
 
-fn find<F>(key: &Key, build: impl FnOnce() -> F) -> Found
-where
-    F: Future<Output = Result<Arc<Inner>>> + Send + 'static,
-{
-    let here = runtime::Handle::current().id();
-    let mut open = open();
-    match open.get(key) {
-        Some(Slot::Open(inner)) => {
-            if let Some(inner) = inner.upgrade().filter(|inner| inner.is_followed()) {
-                return Found::Open(inner);
-            }
-        }
-        Some(Slot::Opening(runtime, opening)) if *runtime == here => {
-            if let Some(opening) = opening.upgrade() {
-                return Found::Opening(opening);
-            }
-        }
-        Some(Slot::Opening(..)) | None => {}
+/// The watches of one client. The client owns the registry, and the registry holds only weak
+/// references, so neither keeps the other alive.
+#[derive(Default)]
+pub(super) struct Registry {
+    slots: Mutex<HashMap<Key, Slot>>,
+}
+
+impl Registry {
+    pub(super) fn of(client: &Client) -> Arc<Self> {
+        client.extension()
     }
-    // Now and then is enough, and this is when there may be more of them.
-    open.retain(|_, slot| slot.is_alive());
-    let opening = build().boxed().shared();
-    if let Some(weak) = opening.downgrade() {
-        open.insert(key.clone(), Slot::Opening(here, weak));
+
+    /// Returns the watch for `key`, and opens it with `open` if there is none. Its tasks run on the
+    /// current runtime as well from then on.
+    pub(super) async fn get_or_open<F>(
+        &self,
+        key: Key,
+        open: impl FnOnce() -> F,
+    ) -> Result<Arc<ServiceWatch>>
+    where
+        F: Future<Output = Result<Arc<ServiceWatch>>> + Send + 'static,
+    {
+        let watch = match self.lookup(&key, open) {
+            Lookup::Open(watch) => watch,
+            Lookup::Opening(opening) => self.insert_or_get(key, opening.await?),
+        };
+        watch.follow_from_here();
+        Ok(watch)
     }
-    Found::Opening(opening)
+
+    fn lookup<F>(&self, key: &Key, open: impl FnOnce() -> F) -> Lookup
+    where
+        F: Future<Output = Result<Arc<ServiceWatch>>> + Send + 'static,
+    {
+        let here = runtime::Handle::current().id();
+        let mut slots = self.slots.lock();
+        match slots.get(key) {
+            Some(slot @ Slot::Open(_)) => {
+                if let Some(watch) = slot.followed() {
+                    return Lookup::Open(watch);
+                }
+            }
+            // An opening of another runtime would end with that runtime.
+            Some(Slot::Opening(runtime, opening)) if *runtime == here => {
+                if let Some(opening) = opening.upgrade() {
+                    return Lookup::Opening(opening);
+                }
+            }
+            Some(Slot::Opening(..)) | None => {}
+        }
+        // Only a new slot can make the map grow, so this is often enough.
+        slots.retain(|_, slot| slot.is_alive());
+        let opening = open().boxed().shared();
+        if let Some(weak) = opening.downgrade() {
+            slots.insert(key.clone(), Slot::Opening(here, weak));
+        }
+        Lookup::Opening(opening)
+    }
+
+    /// Registers the watch that was just opened, or returns an earlier one of another caller or
+    /// another runtime.
+    fn insert_or_get(&self, key: Key, opened: Arc<ServiceWatch>) -> Arc<ServiceWatch> {
+        let mut slots = self.slots.lock();
+        if let Some(watch) = slots.get(&key).and_then(Slot::followed) {
+            return watch;
+        }
+        // Before the slot is visible, because other callers ignore a watch without tasks.
+        opened.follow_from_here();
+        slots.insert(key, Slot::Open(Arc::downgrade(&opened)));
+        opened
+    }
 }
 
 #[cfg(test)]
@@ -168,9 +183,9 @@ mod tests {
     use crate::format::{EtcdNaming, Kratos};
 
     #[derive(Debug)]
-    struct Flavoured(#[allow(dead_code, reason = "it is what makes it a value")] u8);
+    struct WithField(#[allow(dead_code, reason = "a field makes values differ")] u8);
 
-    impl Format for Flavoured {
+    impl Format for WithField {
         fn name(&self) -> &'static str {
             EtcdNaming.name()
         }
@@ -201,20 +216,20 @@ mod tests {
     }
 
     #[test]
-    fn formats_are_alike_that_cannot_differ_however_they_were_chosen() {
-        let of = |format: &dyn Format| Identity::of(format);
+    fn formats_without_fields_are_the_same_behind_any_pointer() {
+        let identity = |format: &dyn Format| Identity::of(format);
         let chosen: Arc<dyn Format> = Arc::new(EtcdNaming);
         let boxed: Box<dyn Format> = Box::new(EtcdNaming);
-        assert_eq!(of(&EtcdNaming), of(&chosen));
-        assert_eq!(of(&EtcdNaming), of(&boxed));
-        assert_ne!(of(&EtcdNaming), of(&Kratos));
-        let (one, other) = (Flavoured(1), Flavoured(1));
-        assert_eq!(of(&one), of(&one));
-        assert_ne!(of(&one), of(&other));
+        assert_eq!(identity(&EtcdNaming), identity(&chosen));
+        assert_eq!(identity(&EtcdNaming), identity(&boxed));
+        assert_ne!(identity(&EtcdNaming), identity(&Kratos));
+        let (one, other) = (WithField(1), WithField(1));
+        assert_eq!(identity(&one), identity(&one));
+        assert_ne!(identity(&one), identity(&other));
         let (chosen, same): (Arc<dyn Format>, _) = {
-            let chosen: Arc<dyn Format> = Arc::new(Flavoured(1));
+            let chosen: Arc<dyn Format> = Arc::new(WithField(1));
             (Arc::clone(&chosen), chosen)
         };
-        assert_eq!(of(&chosen), of(&same));
+        assert_eq!(identity(&chosen), identity(&same));
     }
 }

@@ -1,0 +1,74 @@
+//! Follows one layout in a background task.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::cache::{Cache, CacheWriter};
+use super::driver::Driver;
+use super::list_watch::EtcdRange;
+use super::merge::LayoutInput;
+use super::publisher::Publisher;
+use super::state::ListWatchState;
+use crate::client::RawWatch;
+
+/// Why a snapshot is stale after its task has ended early.
+const NOT_FOLLOWED: &str = "no task is watching etcd any more";
+
+/// Follows one layout. Each runtime that uses the directory has a task for it; one task at a time
+/// follows etcd, and the others wait to take over when its runtime shuts down.
+pub(super) struct Follower {
+    range: EtcdRange,
+    cache: Option<Cache>,
+    /// Locked by the task that follows etcd. `None` once the client is closed.
+    state: Mutex<Option<FollowState>>,
+}
+
+/// The state that one task hands over to the next. The directory's streams end when the last
+/// layout's `input` is dropped.
+struct FollowState {
+    machine: ListWatchState<RawWatch>,
+    input: LayoutInput,
+}
+
+impl Follower {
+    /// Continues from `machine`, whose snapshot is published already.
+    pub(super) fn new(
+        range: EtcdRange,
+        machine: ListWatchState<RawWatch>,
+        input: LayoutInput,
+        cache: Option<Cache>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            range,
+            cache,
+            state: Mutex::new(Some(FollowState { machine, input })),
+        })
+    }
+
+    /// Waits until no other task follows etcd, then follows it until the client is closed.
+    pub(super) async fn run(self: Arc<Self>) {
+        let mut guard = StaleOnDrop(self.state.lock().await);
+        if let Some(FollowState { machine, input }) = &mut *guard.0 {
+            let mut publisher = Publisher::new(input, self.cache.clone().map(CacheWriter::spawn));
+            publisher.write_cache(&machine.snapshot());
+            let mut driver = Driver::new(self.range.clone());
+            driver.follow(machine, &mut publisher).await;
+            *guard.0 = None;
+        }
+    }
+}
+
+/// Marks the layout stale if the task ends early, because its runtime shuts down or it panics. The
+/// next task lists again.
+struct StaleOnDrop<'a>(MutexGuard<'a, Option<FollowState>>);
+
+impl Drop for StaleOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = &mut *self.0 {
+            state.machine.restart(NOT_FOLLOWED, SystemTime::now());
+            state.input.mark_stale(NOT_FOLLOWED);
+        }
+    }
+}
