@@ -20,7 +20,7 @@
 
 mod cluster;
 mod concurrency;
-mod etcd_error;
+pub(crate) mod etcd_error;
 mod handle;
 mod keep_alive;
 mod kv;
