@@ -90,7 +90,10 @@ mod telemetry;
 pub mod testing;
 mod time;
 
-pub use balance::BalancedChannel;
+pub use balance::{
+    BalancePolicy, BalancedChannel, BalancedChannelBuilder, EndpointState, EndpointStatus,
+    RetryPolicy,
+};
 pub use client::{
     Client, Compare, CompareOp, DeleteOptions, Event, EventType, GetOptions, KeepAlive, KeyValue,
     Leaders, Leadership, Lock, PutOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, Watch,

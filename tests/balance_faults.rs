@@ -347,7 +347,7 @@ async fn given_an_idle_channel_when_a_peer_falls_silent_then_keep_alive_takes_it
     let silent = servers[0].address();
     let channel = fixed(servers.iter().map(EchoProcess::address), |builder| {
         builder
-            .http2_keep_alive_interval(INTERVAL)
+            .http2_keep_alive_interval(Some(INTERVAL))
             .keep_alive_timeout(TIMEOUT)
     });
     until_ready(&channel, 2).await;
@@ -378,7 +378,7 @@ async fn given_calls_in_flight_on_a_peer_that_falls_silent_then_they_fail_in_tim
     let server = EchoProcess::start().await;
     let channel = fixed([server.address()], |builder| {
         builder
-            .http2_keep_alive_interval(INTERVAL)
+            .http2_keep_alive_interval(Some(INTERVAL))
             .keep_alive_timeout(TIMEOUT)
     });
     until_ready(&channel, 1).await;

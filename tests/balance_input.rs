@@ -60,7 +60,7 @@ async fn given_the_longest_of_all_durations_when_called_then_nothing_panics() {
             .ready_timeout(long)
             .connect_timeout(long)
             .max_connect_backoff(long)
-            .http2_keep_alive_interval(long)
+            .http2_keep_alive_interval(Some(long))
             .keep_alive_timeout(long)
             .retry(RetryPolicy::new(2).backoff(long, long))
     });
@@ -82,7 +82,7 @@ async fn given_no_keep_alive_or_one_of_no_interval_when_built_then_the_one_works
     assert_eq!(call(&channel).await.unwrap(), server.address());
     let (_, source) = support::balanced::Sets::new();
     let refused = goo_etcd::BalancedChannel::builder(source)
-        .http2_keep_alive_interval(Duration::ZERO)
+        .http2_keep_alive_interval(Some(Duration::ZERO))
         .build();
     let message = refused.unwrap_err().to_string();
     assert!(

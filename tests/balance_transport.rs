@@ -111,7 +111,7 @@ async fn given_every_setting_when_called_then_it_works() {
         builder
             .tcp_nodelay(false)
             .tcp_keepalive(Some(Duration::from_secs(60)))
-            .http2_keep_alive_interval(Duration::from_millis(50))
+            .http2_keep_alive_interval(Some(Duration::from_millis(50)))
             .keep_alive_timeout(Duration::from_secs(20))
             .keep_alive_while_idle(true)
             .initial_stream_window_size(70_000)

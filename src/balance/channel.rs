@@ -1,4 +1,4 @@
-//! The channel, and its place in a generated client.
+//! The channel as a generated client sees it, and the state of its endpoints.
 
 use std::fmt;
 use std::future::Future;
@@ -12,56 +12,62 @@ use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
 
-use super::call::{Calls, Tried};
-use super::pool::EndpointStatus;
-use crate::error::Result;
+use super::call::{AttemptedEndpoints, Dispatcher};
+use super::pool::{EndpointStatus, View};
 
-/// A channel over a changing set of endpoints, for any generated tonic client. Cheap to clone;
-/// clones share the connections.
+/// A channel over a changing set of endpoints, for any generated tonic client.
 ///
-/// Dropping the last clone closes the connections, each after the calls in flight on it.
+/// Clones are cheap and share the connections. Dropping the last clone closes each connection once
+/// the calls in flight on it have ended.
 #[derive(Clone)]
+#[must_use = "dropping the last clone of a channel closes its connections"]
 pub struct BalancedChannel {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    calls: Calls,
-    task: JoinHandle<()>,
+    dispatcher: Dispatcher,
+    /// Keeps the endpoints connected.
+    pool: JoinHandle<()>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.task.abort();
+        self.pool.abort();
     }
 }
 
 impl BalancedChannel {
-    /// A channel whose endpoints `task` keeps connected.
-    pub(super) fn new(calls: Calls, task: JoinHandle<()>) -> Self {
+    pub(super) fn new(dispatcher: Dispatcher, pool: JoinHandle<()>) -> Self {
         Self {
-            inner: Arc::new(Inner { calls, task }),
+            inner: Arc::new(Inner { dispatcher, pool }),
         }
     }
 
-    /// What is known of each endpoint now.
+    /// Returns the present state of each endpoint.
     pub fn endpoints(&self) -> Vec<EndpointStatus> {
-        self.inner.calls.view.endpoints()
+        self.view().endpoints()
     }
 
-    /// Makes a call that avoids where others were sent, and notes where it is sent itself.
-    pub(crate) async fn call_beside(
+    /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints of its own
+    /// attempts.
+    pub(crate) async fn call_avoiding(
         &self,
         request: Request<Body>,
-        tried: Option<&Tried>,
+        attempted: Option<&AttemptedEndpoints>,
     ) -> Result<Response<Body>, Status> {
-        self.inner.calls.call(request, tried).await
+        self.inner.dispatcher.call(request, attempted).await
+    }
+
+    fn view(&self) -> &View {
+        &self.inner.dispatcher.view
     }
 }
 
-/// Resolves to the response's head; its body follows.
+/// The future of a call. Resolves to the response's head, whose body follows as a stream.
 ///
-/// Dropping it gives the call up.
+/// Dropping the future cancels the call.
+#[must_use = "futures do nothing unless polled"]
 pub struct ResponseFuture(Pin<Box<dyn Future<Output = Result<Response<Body>, Status>> + Send>>);
 
 impl Future for ResponseFuture {
@@ -83,16 +89,16 @@ impl Service<Request<Body>> for BalancedChannel {
     type Error = Status;
     type Future = ResponseFuture;
 
-    /// Always ready: a call waits for its endpoint itself, bounded by its own time-out.
+    /// Always ready. Calls themselves wait for an endpoint, within their deadlines.
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<Body>) -> ResponseFuture {
         let inner = Arc::clone(&self.inner);
-        ResponseFuture(Box::pin(
-            async move { inner.calls.call(request, None).await },
-        ))
+        ResponseFuture(Box::pin(async move {
+            inner.dispatcher.call(request, None).await
+        }))
     }
 }
 
@@ -104,7 +110,7 @@ impl fmt::Debug for BalancedChannel {
     }
 }
 
-/// What a generated client needs, checked when this is compiled.
+/// Checks at compile time that generated clients accept the channel.
 const _: () = {
     const fn is_channel<T>()
     where

@@ -1,6 +1,4 @@
-//! What a failed exchange means: whether a server can have seen the call, and which status it gets.
-
-use std::time::Duration;
+//! gRPC statuses of exchanges that failed, and of responses.
 
 use h2::Reason;
 use http::{HeaderMap, Response};
@@ -8,28 +6,34 @@ use tonic::{Code, Status};
 
 use crate::error::chain;
 
-/// Whether no server has acted on the call, for certain: the stream was refused, or the server went
-/// away before it looked at it (RFC 9113, sections 8.7 and 6.8).
+/// Whether no server application has seen the call, for certain: the server refused the stream, or
+/// it sent GOAWAY before it processed the stream (RFC 9113, sections 8.7 and 6.8).
 pub(super) fn is_refused(error: &h2::Error) -> bool {
-    // h2 gives a stream the peer's GOAWAY as its error only if the stream's id is above the last one
-    // that the peer has looked at; the others see the connection end.
+    // h2 reports the peer's GOAWAY as a stream's error only if the stream's id is above the last
+    // stream id that the peer has processed. Other streams end with the connection's error.
     error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
 }
 
-/// The status of a call whose exchange failed, with the endpoint's address and the cause.
-pub(super) fn status_of_error(address: &str, error: &h2::Error, ending: Option<&str>) -> Status {
-    match (error.reason(), ending) {
-        (Some(reason), _) if error.is_reset() => {
-            Status::new(code_of(reason), format!("{address}: {}", chain(error)))
-        }
-        // Better known than h2's "broken pipe".
-        (_, Some(ending)) => Status::unavailable(format!("{address}: connection lost: {ending}")),
+/// The status of a call whose exchange with `address` failed with `error`. `close_reason` is the
+/// cause that the connection's I/O has seen.
+pub(super) fn status_of_error(
+    address: &str,
+    error: &h2::Error,
+    close_reason: Option<&str>,
+) -> Status {
+    match (error.reason(), close_reason) {
+        (Some(reason), _) if error.is_reset() => Status::new(
+            code_of_reset(reason),
+            format!("{address}: {}", chain(error)),
+        ),
+        // More exact than h2's own "broken pipe".
+        (_, Some(cause)) => Status::unavailable(format!("{address}: connection lost: {cause}")),
         (_, None) => Status::unavailable(format!("{address}: {}", chain(error))),
     }
 }
 
-/// gRPC's code for a reset stream ("gRPC over HTTP2", Errors).
-fn code_of(reason: Reason) -> Code {
+/// gRPC's code for a stream that was reset ("gRPC over HTTP2", Errors).
+fn code_of_reset(reason: Reason) -> Code {
     match reason {
         Reason::REFUSED_STREAM => Code::Unavailable,
         Reason::CANCEL => Code::Cancelled,
@@ -39,11 +43,7 @@ fn code_of(reason: Reason) -> Code {
     }
 }
 
-pub(super) fn deadline_exceeded(limit: Duration, during: &str) -> Status {
-    Status::deadline_exceeded(format!("the call's time of {limit:?} is over, {during}"))
-}
-
-/// Whether a status is the endpoint's fault, as far as can be told, and not the call's.
+/// Whether a status counts as a failure of the endpoint, as opposed to a fault of the call.
 pub(super) fn is_failure(code: Code) -> bool {
     matches!(
         code,
@@ -56,14 +56,15 @@ pub(super) fn is_failure(code: Code) -> bool {
     )
 }
 
-/// The gRPC status in headers or trailers, if it is there.
-pub(super) fn status_of(headers: &HeaderMap) -> Option<Code> {
-    let status = headers.get("grpc-status")?;
+/// The code in a response's trailers. `None` without a `grpc-status`.
+pub(super) fn code_of_trailers(trailers: &HeaderMap) -> Option<Code> {
+    let status = trailers.get("grpc-status")?;
     Some(Code::from_bytes(status.as_bytes()))
 }
 
-/// The status of a response that is over with its head: one that says so, and one that is not
-/// gRPC's at all ("HTTP to gRPC Status Code Mapping").
+/// The status of a response that ends with its head: a gRPC response without messages, or a
+/// response that is not gRPC at all ("HTTP to gRPC Status Code Mapping"). `None` if the status
+/// follows in trailers.
 pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
     Status::from_header_map(response.headers()).or_else(|| {
         let code = match response.status().as_u16() {
@@ -75,7 +76,7 @@ pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
             429 | 502..=504 => Code::Unavailable,
             _ => Code::Unknown,
         };
-        let message = format!("the answer is HTTP {} and not gRPC", response.status());
+        let message = format!("expected a gRPC response, got HTTP {}", response.status());
         Some(Status::new(code, message))
     })
 }

@@ -1,8 +1,8 @@
-//! A channel that never calls a dead endpoint.
+//! Client-side load balancing that sends calls to connected endpoints only.
 //!
-//! A [`BalancedChannel`] is what a generated tonic client takes. It keeps every endpoint of its set
-//! connected, whether calls are made or not, and sends each call to one that is: an endpoint that is not
-//! connected is not in the choice.
+//! A [`BalancedChannel`] is a channel for generated tonic clients. The channel keeps a connection to
+//! every endpoint of a changing set, with or without calls, and picks a connected endpoint for each
+//! call.
 //!
 //! ```no_run
 //! # async fn example(client: goo_etcd::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -27,19 +27,34 @@
 //!                   Picker (immutable, swapped)  <--reads-- calls
 //! ```
 //!
-//! The parts that make up a call:
+//! A call consists of four parts:
 //!
-//! - **Waiting.** With no endpoint ready, or with as many calls on each as its server allows streams, a
-//!   call waits for one, for its own time-out or
-//!   [`ready_timeout`](BalancedChannelBuilder::ready_timeout), and then says what is known of each.
-//! - **Picking.** See [`BalancePolicy`]. Weights count under every policy; an instance that drains or has
-//!   weight 0 gets no new calls.
-//! - **Sending again.** A call that provably reached no server goes to another endpoint, unseen: its
-//!   connection was closing, its stream was refused. One that a server may have seen is sent again only
-//!   by a [`RetryPolicy`].
-//! - **Ending.** A call is in flight until its response's body ends or is dropped. An endpoint that
-//!   leaves the set, and a connection whose server is shutting down, get no new calls and finish
-//!   those they have.
+//! - **Waiting.** If no endpoint is ready, or all ready endpoints have as many streams as their
+//!   servers allow, the call waits until its deadline or for
+//!   [`ready_timeout`](BalancedChannelBuilder::ready_timeout). Then it fails with the state of each
+//!   endpoint.
+//! - **Picking.** A [`BalancePolicy`] picks the endpoint. Every policy honours weights. An instance
+//!   that is draining or has weight 0 gets no new calls.
+//! - **Retrying.** A call that provably reached no server application, because its connection was
+//!   closing or its stream was refused, is sent to another endpoint without the caller's notice (a
+//!   transparent retry, gRFC A6). A call that a server may have seen is repeated only by a
+//!   [`RetryPolicy`].
+//! - **Ending.** A call is in flight until the body of its response ends or is dropped. An endpoint
+//!   that leaves the set, and a connection whose server is shutting down, get no new calls and
+//!   finish the calls in flight on them.
+//!
+//! # Layers
+//!
+//! Each layer uses only the layers below:
+//!
+//! - the channel and its builder: settings, and the place in a generated client;
+//! - `call`: one call, from the wait for an endpoint to the end of its response;
+//! - `pool`: the endpoints of the set, and the picker made from the ready ones;
+//! - `pick` and `connection`: the policies, and one HTTP/2 connection;
+//! - `replay` and `grpc_status`: request bodies that can be sent again, and what failures mean.
+//!
+//! This module knows nothing of etcd. A [`Directory`](crate::Directory) becomes a [`Source`] in the
+//! directory's own module.
 
 mod builder;
 mod call;
@@ -52,8 +67,8 @@ mod replay;
 mod source;
 
 pub use builder::BalancedChannelBuilder;
-pub use call::RetryPolicy;
-pub(crate) use call::Tried;
+pub(crate) use call::AttemptedEndpoints;
+pub use call::{RetryPolicy, ServedBy};
 pub use channel::{BalancedChannel, ResponseFuture};
 pub(crate) use grpc_status::status_of_head;
 pub use pick::BalancePolicy;

@@ -1,39 +1,46 @@
 //! Request bodies that can be sent again.
 //!
-//! A call that provably reached no server is sent to another endpoint (G7), and for that its body
-//! must still be there. A unary call's body is one chunk that tonic has at hand: it is taken whole,
-//! and every attempt gets a cheap clone. The body of a client stream is kept while it is being sent, up
-//! to [`LIMIT`] and until the response begins; past that the call cannot be sent again.
+//! A transparent retry sends a call to another endpoint (G7), so the call's body must still be
+//! available then. A unary call's body is one chunk that tonic has in memory, and of which each
+//! attempt gets a cheap clone. The body of a client stream is recorded while it is sent, up to
+//! [`LIMIT`] bytes and until the response begins. A call with a longer body, or whose response has
+//! begun, cannot be sent again.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
+use parking_lot::Mutex;
 use tonic::Status;
 use tonic::body::Body;
 
-/// How much of a streamed body is kept for another attempt. A unary body is at hand whole, so
-/// keeping it costs nothing, whatever its size.
+/// The most bytes of a streamed body that are recorded for another attempt. A unary body has no
+/// limit, because it is in memory anyway.
 const LIMIT: usize = 64 * 1024;
 
 /// The body of one call, from which each attempt gets its own.
 #[derive(Debug)]
 pub(super) enum Replay {
-    /// At hand from beginning to end.
+    /// The complete body, in memory.
     Whole(Bytes),
     Streamed(Arc<Mutex<Streamed>>),
 }
 
-/// What went wrong in the body itself, if anything did. It outlives the body, which is let go when it was
-/// sent.
+/// The error of a request's body, once the body has failed. Outlives the body, which is dropped
+/// after it was sent.
 #[derive(Debug, Clone, Default)]
-pub(super) struct OwnFailure(Arc<OnceLock<Status>>);
+pub(super) struct RequestBodyError(Arc<OnceLock<Status>>);
 
-impl OwnFailure {
+impl RequestBodyError {
     pub(super) fn get(&self) -> Option<Status> {
         self.0.get().cloned()
+    }
+
+    /// Only the first error is kept.
+    pub(super) fn set(&self, status: Status) {
+        let _ = self.0.set(status);
     }
 }
 
@@ -41,27 +48,28 @@ impl OwnFailure {
 pub(super) struct Streamed {
     body: Body,
     ended: bool,
-    /// Why it has no end.
-    failed: OwnFailure,
-    /// The frames so far; `None` once they are too much.
-    kept: Option<Vec<Bytes>>,
-    kept_bytes: usize,
-    /// The response has begun: what is kept is only what the present attempt still has to read.
-    released: bool,
-    /// Which attempt may read; an earlier one that is still being torn down may not.
+    error: RequestBodyError,
+    /// The frames so far. `None` once their size is over the limit, or they are no longer needed.
+    recorded: Option<Vec<Bytes>>,
+    recorded_bytes: usize,
+    /// There will be no other attempt (gRFC A6). `recorded` then only holds the frames that
+    /// the present attempt has not read yet.
+    committed: bool,
+    /// The number of the attempt that may read. An earlier attempt whose upload has not stopped yet
+    /// may not.
     attempt: u32,
 }
 
 impl Replay {
-    /// Looks at what of the body is at hand.
+    /// Reads the frames of the body that are available now. Is always ready.
     pub(super) fn poll_new(body: &mut Body, cx: &mut Context<'_>) -> Poll<Result<Self, Status>> {
-        let mut kept = Vec::new();
+        let mut frames = Vec::new();
         let mut ended = body.is_end_stream();
-        while !ended && kept.len() < 2 {
+        while !ended && frames.len() < 2 {
             match Pin::new(&mut *body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Ok(data) = frame.into_data() {
-                        kept.push(data);
+                        frames.push(data);
                     }
                     ended = body.is_end_stream();
                 }
@@ -70,83 +78,95 @@ impl Replay {
                 Poll::Pending => break,
             }
         }
-        if ended && kept.len() < 2 {
-            return Poll::Ready(Ok(Self::Whole(kept.pop().unwrap_or_default())));
+        if ended && frames.len() < 2 {
+            return Poll::Ready(Ok(Self::Whole(frames.pop().unwrap_or_default())));
         }
-        let kept_bytes = kept.iter().map(Bytes::len).sum();
+        let recorded_bytes = frames.iter().map(Bytes::len).sum();
         Poll::Ready(Ok(Self::Streamed(Arc::new(Mutex::new(Streamed {
             body: std::mem::take(body),
             ended,
-            failed: OwnFailure::default(),
-            kept: Some(kept),
-            kept_bytes,
-            released: false,
+            error: RequestBodyError::default(),
+            recorded: Some(frames),
+            recorded_bytes,
+            committed: false,
             attempt: 0,
         })))))
     }
 
-    /// The body for another attempt; `None` when it is not there any more.
-    pub(super) fn attempt(&self) -> Option<AttemptBody> {
+    /// The body of the first attempt.
+    pub(super) fn first_attempt(&self) -> AttemptBody {
         match self {
-            Self::Whole(bytes) => Some(AttemptBody::Whole(
-                (!bytes.is_empty()).then(|| bytes.clone()),
-            )),
+            Self::Whole(bytes) => AttemptBody::whole(bytes),
             Self::Streamed(streamed) => {
-                let mut state = lock(streamed);
-                // The first attempt is always there.
-                if state.attempt > 0 && (state.released || state.kept.is_none()) {
-                    return None;
-                }
-                state.attempt += 1;
-                Some(AttemptBody::Streamed {
-                    attempt: state.attempt,
-                    position: 0,
-                    streamed: Arc::clone(streamed),
-                })
+                let attempt = streamed.lock().start_attempt();
+                AttemptBody::streamed(streamed, attempt)
+            }
+        }
+    }
+
+    /// The body of a further attempt. `None` if it is no longer complete.
+    ///
+    /// The attempt before cannot read the body any more.
+    pub(super) fn next_attempt(&self) -> Option<AttemptBody> {
+        match self {
+            Self::Whole(bytes) => Some(AttemptBody::whole(bytes)),
+            Self::Streamed(streamed) => {
+                let mut state = streamed.lock();
+                let attempt = state.is_replayable().then(|| state.start_attempt())?;
+                Some(AttemptBody::streamed(streamed, attempt))
             }
         }
     }
 
     /// Whether there can be another attempt.
-    pub(super) fn is_repeatable(&self) -> bool {
+    pub(super) fn is_replayable(&self) -> bool {
         match self {
             Self::Whole(_) => true,
-            Self::Streamed(streamed) => {
-                let state = lock(streamed);
-                !state.released && state.kept.is_some()
-            }
+            Self::Streamed(streamed) => streamed.lock().is_replayable(),
         }
     }
 
-    /// `None` for a body that cannot fail any more.
-    pub(super) fn own_failure(&self) -> Option<OwnFailure> {
+    /// Where an error of the body will be found. `None` for a body in memory, which cannot fail.
+    pub(super) fn body_error(&self) -> Option<RequestBodyError> {
         match self {
             Self::Whole(_) => None,
-            Self::Streamed(streamed) => Some(lock(streamed).failed.clone()),
+            Self::Streamed(streamed) => Some(streamed.lock().error.clone()),
         }
     }
 
-    /// The response has begun: there will be no other attempt.
-    pub(super) fn release(&self) {
+    /// Stops recording, because the response has begun and there will be no other attempt.
+    pub(super) fn commit(&self) {
         if let Self::Streamed(streamed) = self {
-            lock(streamed).released = true;
+            streamed.lock().committed = true;
         }
     }
-}
-
-fn lock(streamed: &Mutex<Streamed>) -> MutexGuard<'_, Streamed> {
-    streamed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The body of one attempt.
 #[derive(Debug)]
 pub(super) enum AttemptBody {
+    /// `None` once the body was read, and for an empty body.
     Whole(Option<Bytes>),
     Streamed {
         streamed: Arc<Mutex<Streamed>>,
         attempt: u32,
+        /// How many of the recorded frames were read.
         position: usize,
     },
+}
+
+impl AttemptBody {
+    fn whole(bytes: &Bytes) -> Self {
+        Self::Whole((!bytes.is_empty()).then(|| bytes.clone()))
+    }
+
+    fn streamed(streamed: &Arc<Mutex<Streamed>>, attempt: u32) -> Self {
+        Self::Streamed {
+            streamed: Arc::clone(streamed),
+            attempt,
+            position: 0,
+        }
+    }
 }
 
 impl http_body::Body for AttemptBody {
@@ -164,9 +184,9 @@ impl http_body::Body for AttemptBody {
                 attempt,
                 position,
             } => {
-                let mut state = lock(streamed);
+                let mut state = streamed.lock();
                 if state.attempt != *attempt {
-                    let superseded = Status::cancelled("sent to another endpoint");
+                    let superseded = Status::cancelled("the call was sent to another endpoint");
                     return Poll::Ready(Some(Err(superseded)));
                 }
                 state.poll_frame(position, cx)
@@ -180,34 +200,43 @@ impl http_body::Body for AttemptBody {
             Self::Streamed {
                 streamed, position, ..
             } => {
-                let state = lock(streamed);
-                let kept = state.kept.as_ref().map_or(0, Vec::len);
-                state.ended && *position >= kept
+                let state = streamed.lock();
+                let recorded = state.recorded.as_ref().map_or(0, Vec::len);
+                state.ended && *position >= recorded
             }
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        // Not the exact size: hyper would send it as `content-length`, which gRPC requests
-        // do not carry.
+        // An exact size would be sent as `content-length`, which gRPC requests do not carry.
         SizeHint::default()
     }
 }
 
 impl Streamed {
+    fn is_replayable(&self) -> bool {
+        !self.committed && self.recorded.is_some()
+    }
+
+    fn start_attempt(&mut self) -> u32 {
+        self.attempt += 1;
+        self.attempt
+    }
+
     fn poll_frame(
         &mut self,
         position: &mut usize,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(kept) = &self.kept {
-            if let Some(bytes) = kept.get(*position) {
+        if let Some(recorded) = &self.recorded {
+            if let Some(bytes) = recorded.get(*position) {
                 *position += 1;
                 return Poll::Ready(Some(Ok(Frame::data(bytes.clone()))));
             }
-            // Also what was at hand at the beginning may be more than is kept, once it was read.
-            if self.released || self.kept_bytes > LIMIT {
-                self.kept = None;
+            // The frames that were available at the beginning may exceed the limit, and are
+            // dropped only after an attempt has read them.
+            if self.committed || self.recorded_bytes > LIMIT {
+                self.recorded = None;
             }
         }
         if self.ended {
@@ -217,16 +246,14 @@ impl Streamed {
             self.ended = true;
             return Poll::Ready(None);
         };
-        let frame = frame.inspect_err(|status| {
-            let _ = self.failed.0.set(status.clone());
-        })?;
+        let frame = frame.inspect_err(|status| self.error.set(status.clone()))?;
         self.ended = self.body.is_end_stream();
-        if let (Some(kept), Some(data)) = (&mut self.kept, frame.data_ref()) {
-            self.kept_bytes = self.kept_bytes.saturating_add(data.len());
-            if self.kept_bytes > LIMIT {
-                self.kept = None;
+        if let (Some(recorded), Some(data)) = (&mut self.recorded, frame.data_ref()) {
+            self.recorded_bytes = self.recorded_bytes.saturating_add(data.len());
+            if self.recorded_bytes > LIMIT {
+                self.recorded = None;
             } else {
-                kept.push(data.clone());
+                recorded.push(data.clone());
                 *position += 1;
             }
         }
@@ -256,36 +283,36 @@ mod tests {
     }
 
     fn next(body: &mut AttemptBody) -> Option<Bytes> {
-        let frame = body.frame().now_or_never().expect("a frame at hand")?;
+        let frame = body.frame().now_or_never().expect("a frame is available")?;
         Some(frame.unwrap().into_data().unwrap())
     }
 
     #[test]
-    fn a_body_that_is_at_hand_is_sent_whole_as_often_as_needed() {
+    fn body_in_memory_is_sent_whole_each_time() {
         for content in ["", "hello"] {
             let replay = replay(Body::new(http_body_util::Full::new(Bytes::from(content))));
             assert!(matches!(replay, Replay::Whole(_)));
+            let mut body = replay.first_attempt();
             for _ in 0..3 {
-                let mut body = replay.attempt().unwrap();
+                assert_eq!(body.is_end_stream(), content.is_empty());
                 let collected = body.collect().now_or_never().unwrap().unwrap();
                 assert_eq!(collected.to_bytes(), content);
-                body = replay.attempt().unwrap();
-                assert_eq!(body.is_end_stream(), content.is_empty());
+                body = replay.next_attempt().unwrap();
             }
         }
     }
 
     #[test]
-    fn a_stream_is_replayed_and_then_goes_on_where_it_was() {
+    fn stream_is_replayed_and_continues() {
         let (sender, body) = streamed();
         sender.unbounded_send("a".into()).unwrap();
         let replay = replay(body);
-        let mut first = replay.attempt().unwrap();
+        let mut first = replay.first_attempt();
         assert_eq!(next(&mut first).unwrap(), "a");
         sender.unbounded_send("b".into()).unwrap();
         assert_eq!(next(&mut first).unwrap(), "b");
-        let mut second = replay.attempt().unwrap();
-        // The first is not torn down yet, and must not take anything from the second.
+        let mut second = replay.next_attempt().unwrap();
+        // The first attempt has not stopped yet, and must not take a frame from the second.
         sender.unbounded_send("c".into()).unwrap();
         assert!(first.frame().now_or_never().unwrap().unwrap().is_err());
         drop(sender);
@@ -297,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_at_hand_and_was_not_all_read_can_be_sent_again_whatever_its_size() {
+    fn unread_frames_are_replayable_whatever_their_size() {
         let (sender, body) = streamed();
         let chunk = Bytes::from(vec![7; LIMIT]);
         for _ in 0..3 {
@@ -305,46 +332,46 @@ mod tests {
         }
         drop(sender);
         let replay = replay(body);
-        // Its connection was closed before a byte was taken, and the next one's after some were.
-        drop(replay.attempt().unwrap());
-        assert!(replay.is_repeatable());
-        let mut second = replay.attempt().unwrap();
+        // The first attempt reads nothing before its connection closes, the second reads one frame.
+        drop(replay.first_attempt());
+        assert!(replay.is_replayable());
+        let mut second = replay.next_attempt().unwrap();
         assert_eq!(next(&mut second).unwrap(), chunk);
-        let mut third = replay.attempt().unwrap();
+        let mut third = replay.next_attempt().unwrap();
         for _ in 0..3 {
             assert_eq!(next(&mut third).unwrap(), chunk);
         }
         assert_eq!(next(&mut third), None);
-        assert!(!replay.is_repeatable());
+        assert!(!replay.is_replayable());
     }
 
     #[test]
-    fn past_the_limit_nothing_is_kept_and_nothing_is_lost() {
+    fn over_the_limit_nothing_is_recorded_or_lost() {
         let (sender, body) = streamed();
         let replay = replay(body);
-        let mut first = replay.attempt().unwrap();
+        let mut first = replay.first_attempt();
         let chunk = Bytes::from(vec![7; LIMIT / 2]);
         for _ in 0..5 {
             sender.unbounded_send(chunk.clone()).unwrap();
             assert_eq!(next(&mut first).unwrap(), chunk);
         }
-        assert!(replay.attempt().is_none());
+        assert!(replay.next_attempt().is_none());
         drop(sender);
         assert_eq!(next(&mut first), None);
     }
 
     #[test]
-    fn once_the_response_has_begun_nothing_is_kept_and_nothing_is_lost() {
+    fn after_commit_nothing_is_recorded_or_lost() {
         let (sender, body) = streamed();
         sender.unbounded_send("a".into()).unwrap();
         sender.unbounded_send("b".into()).unwrap();
         let replay = replay(body);
-        let mut first = replay.attempt().unwrap();
+        let mut first = replay.first_attempt();
         assert_eq!(next(&mut first).unwrap(), "a");
-        replay.release();
+        replay.commit();
         assert_eq!(next(&mut first).unwrap(), "b");
         sender.unbounded_send("c".into()).unwrap();
         assert_eq!(next(&mut first).unwrap(), "c");
-        assert!(replay.attempt().is_none());
+        assert!(replay.next_attempt().is_none());
     }
 }

@@ -11,22 +11,24 @@ use crate::error::Result;
 use crate::instance::{Instance, validate_address};
 use crate::snapshot::Snapshot;
 
-/// A stream of whole sets of instances, each replacing the one before.
+/// A stream of complete sets of instances. Each set replaces the set before it.
 ///
-/// A [`Directory`](crate::Directory) is one; [`Source::new`] takes any stream, and [`Source::fixed`] a list.
+/// A [`Directory`](crate::Directory) converts into a `Source`. [`Source::new`] takes any stream, and
+/// [`Source::fixed`] a list.
+#[must_use = "a source does nothing until a channel is built from it"]
 pub struct Source {
     name: Arc<str>,
-    /// How long a registration in it lasts when it is not renewed: it may end though its server lives.
-    /// `None`: its sets are not made of such.
+    /// The TTL of the registrations in the set, which may expire while their servers live. `None`
+    /// if the set does not consist of registrations.
     ttl: Option<Duration>,
     snapshots: Pin<Box<dyn Stream<Item = Arc<Snapshot>> + Send>>,
 }
 
 impl Source {
-    /// A source of sets that come from anywhere. The name appears in errors: "no instances under
-    /// NAME". When the stream ends, the last set stays.
+    /// Creates a source from a stream of sets. When the stream ends, the last set stays in use.
     ///
-    /// Instances are told apart by their id.
+    /// The instances of successive sets are matched by their id. Error messages contain the name:
+    /// "no instances under NAME".
     pub fn new<S>(name: impl Into<String>, sets: S) -> Self
     where
         S: Stream<Item = Vec<Instance>> + Send + 'static,
@@ -41,7 +43,7 @@ impl Source {
         }
     }
 
-    /// A source of snapshots. `ttl` is how long a registration lasts when it is not renewed.
+    /// Creates a source from a stream of snapshots of registrations with the given TTL.
     pub(crate) fn from_snapshots<S>(name: Arc<str>, ttl: Duration, snapshots: S) -> Self
     where
         S: Stream<Item = Arc<Snapshot>> + Send + 'static,
@@ -53,14 +55,14 @@ impl Source {
         }
     }
 
-    /// A set that does not change.
+    /// Creates a source of one set that never changes.
     pub fn fixed(instances: impl IntoIterator<Item = Instance>) -> Self {
         let set = instances.into_iter().collect();
         Self::new("the fixed list", futures::stream::iter([set]))
     }
 
-    /// The addresses of a set that does not change: `host:port` or `unix:/path`.
-    pub(super) fn addresses<A: Into<String>>(
+    /// Creates a source of one set of addresses, `host:port` or `unix:/path`.
+    pub(super) fn from_addresses<A: Into<String>>(
         addresses: impl IntoIterator<Item = A>,
     ) -> Result<Self> {
         let instances = addresses

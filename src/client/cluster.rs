@@ -6,7 +6,8 @@ use etcd_client::{
 };
 
 use super::handle::Client;
-use super::transport::{Route, members};
+use super::members;
+use super::wire::Route;
 use crate::error::Result;
 
 /// The cluster's members. The calls fail like [`Client::put`].

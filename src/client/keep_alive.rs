@@ -14,12 +14,11 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
-use super::etcd_error::OLD_TOKEN;
-use super::handle::{Client, STREAM_OPEN_TIMEOUT};
+use super::handle::{Client, OLD_TOKEN, STREAM_OPEN_TIMEOUT};
 use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
-use super::transport::Route;
+use super::wire::Route;
 use crate::backoff::Backoff;
-use crate::balance::Tried;
+use crate::balance::AttemptedEndpoints;
 use crate::error::{Error, Result};
 
 /// Renewals. The calls fail as those on [leases](Client::grant) do.
@@ -290,7 +289,7 @@ impl Renewer {
         let limit = (self.ttl / 3).min(self.client.request_timeout());
         let route = Route {
             only: None,
-            tried: Some(Tried::default()),
+            tried: Some(AttemptedEndpoints::default()),
         };
         let mut backoff = Backoff::for_etcd();
         loop {

@@ -1,34 +1,52 @@
-//! Where the attempts of one call went.
+//! The endpoints that the attempts of one operation were sent to.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-/// The addresses that one caller's attempts at the same thing were sent to. The next attempt, made after
-/// or beside them, goes to another where there is one.
+use parking_lot::Mutex;
+
+/// The addresses to which one caller's attempts at the same operation were sent. Further attempts,
+/// made after these or beside them, prefer other endpoints.
 ///
-/// It keeps away from the latest two: of three endpoints it goes to the one that was asked longest ago,
-/// which may have recovered.
+/// Only the latest two addresses are kept. With three endpoints the next attempt therefore goes to
+/// the endpoint that was called longest ago, which may have recovered since.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Tried(Arc<Mutex<Latest>>);
+pub(crate) struct AttemptedEndpoints(Arc<Mutex<[Option<Arc<str>>; 2]>>);
 
-/// The latest first.
-type Latest = [Option<Arc<str>>; 2];
-
-impl Tried {
+impl AttemptedEndpoints {
     pub(super) fn add(&self, address: &Arc<str>) {
-        let mut tried = self.lock();
-        tried[1] = tried[0].replace(Arc::clone(address));
+        let mut latest = self.0.lock();
+        latest[1] = latest[0].replace(Arc::clone(address));
     }
 
     pub(super) fn contains(&self, address: &Arc<str>) -> bool {
-        self.lock().iter().flatten().any(|tried| tried == address)
+        let latest = self.0.lock();
+        latest
+            .iter()
+            .flatten()
+            .any(|attempted| attempted == address)
     }
 
-    /// Where the latest attempt went.
+    /// The address of the latest attempt.
     pub(crate) fn last(&self) -> Option<Arc<str>> {
-        self.lock()[0].clone()
+        self.0.lock()[0].clone()
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Latest> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_the_latest_two_addresses() {
+        let [a, b, c] = ["a:1", "b:1", "c:1"].map(Arc::<str>::from);
+        let attempted = AttemptedEndpoints::default();
+        assert_eq!(attempted.last(), None);
+        for address in [&a, &b, &c] {
+            attempted.add(address);
+        }
+        assert_eq!(attempted.last(), Some(Arc::clone(&c)));
+        assert!(!attempted.contains(&a));
+        assert!(attempted.contains(&b));
+        assert!(attempted.contains(&c));
     }
 }

@@ -1,4 +1,4 @@
-//! An attempt that is in flight, as its endpoint's load counts it.
+//! An attempt in flight, as its endpoint's load counts it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,23 +7,31 @@ use tokio::time::Instant;
 
 use crate::balance::pool::Endpoint;
 
-/// A call that was sent to an endpoint. Its end, or its drop, takes it from the load.
+/// An attempt that counts as in flight on its endpoint until this guard is dropped.
+///
+/// A guard that is dropped before [`observe`](Self::observe) or [`discard`](Self::discard) belongs
+/// to an attempt without a response. Its wait then becomes the latency sample, so that an endpoint
+/// that does not respond never looks fast.
 #[derive(Debug)]
 pub(super) struct InFlight {
     endpoint: Arc<Endpoint>,
-    begun: Instant,
-    /// When the call's time is over.
+    started: Instant,
+    /// The call's deadline.
     deadline: Option<Instant>,
-    /// Whether the load has learned the latency.
+    /// Whether the load has its sample of this attempt, or should get none.
     observed: bool,
 }
 
 impl InFlight {
-    pub(super) fn begin(endpoint: Arc<Endpoint>, deadline: Option<Instant>, now: Instant) -> Self {
+    pub(super) fn begin(
+        endpoint: Arc<Endpoint>,
+        deadline: Option<Instant>,
+        started: Instant,
+    ) -> Self {
         endpoint.load.begin();
         Self {
             endpoint,
-            begun: now,
+            started,
             deadline,
             observed: false,
         }
@@ -33,23 +41,28 @@ impl InFlight {
         &self.endpoint
     }
 
-    /// The response has begun, or the call has failed.
+    /// The time since the attempt was sent.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Records the latency, because the response has begun or the attempt has failed.
     pub(super) fn observe(&mut self, failed: bool) {
         let now = Instant::now();
-        self.endpoint.load.observe(now - self.begun, failed, now);
+        self.endpoint.load.observe(now - self.started, failed, now);
         self.observed = true;
     }
 
-    /// The response began and did not end well. How long it went on until then says nothing about how
-    /// long an answer takes.
-    pub(super) fn broke_off(&self) {
+    /// Records a failure of a response that had begun. The duration of the response is no latency
+    /// sample, because latency is measured up to a response's head.
+    pub(super) fn record_broken_stream(&self) {
         self.endpoint
             .load
             .observe(Duration::ZERO, true, Instant::now());
     }
 
-    /// It was not sent after all, or failed by itself: nothing is to be learned from it.
-    pub(super) fn says_nothing(mut self) {
+    /// Ends the attempt without a sample: it was never sent, or the client caused the failure.
+    pub(super) fn discard(mut self) {
         self.observed = true;
     }
 }
@@ -61,13 +74,12 @@ impl Drop for InFlight {
             return;
         }
         let now = Instant::now();
-        let waited = now - self.begun;
-        // A silent endpoint must not look fast.
+        let waited = now - self.started;
         if self.deadline.is_some_and(|deadline| now >= deadline) {
-            // Its time was over: that is a failure as any other.
+            // A missed deadline is a failure like any other.
             self.endpoint.load.observe(waited, true, now);
         } else {
-            // Given up by the caller. How long an answer takes is not known, but it is not less than this.
+            // The caller cancelled the call. The latency is unknown, but at least this long.
             self.endpoint.load.observe_at_least(waited, now);
         }
     }

@@ -1,8 +1,8 @@
-//! The body of a response: what keeps its call in flight.
+//! The body of a response, which keeps its attempt in flight.
 
+use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::Bytes;
 use h2::Reason;
@@ -11,82 +11,88 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 use tonic::Status;
 
-use super::grpc_timeout;
+use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
 use crate::balance::connection::Incoming;
-use crate::balance::grpc_status::{self, is_failure, status_of};
-use crate::balance::replay::OwnFailure;
+use crate::balance::grpc_status::{self, code_of_trailers, is_failure};
+use crate::balance::replay::RequestBodyError;
 
-/// When a call's time may be over.
-const DURING: &str = "during the response";
+/// Why a deadline ended a call whose response had begun.
+const RESPONSE_NOT_ENDED: &str = "the response had not ended";
 
-/// The response's body: ends in DEADLINE_EXCEEDED when the call's time is over, and keeps the call
-/// in flight until it ends or is dropped.
-pub(super) struct ResponseBody {
-    incoming: Incoming,
-    deadline: Option<(Pin<Box<Sleep>>, Duration)>,
-    /// The head has said how it ended: there is nothing to come.
-    is_over: bool,
-    call: Option<(InFlight, Option<OwnedSemaphorePermit>)>,
-    own_failure: Option<OwnFailure>,
+/// The resources of a call between the head and the end of its response.
+#[derive(Debug)]
+pub(super) struct OpenCall {
+    pub(super) in_flight: InFlight,
+    /// The call's permit under the channel's concurrency limit, until it is dropped.
+    pub(super) _permit: Option<OwnedSemaphorePermit>,
+    /// The head carries the call's status, and no message follows.
+    pub(super) trailers_only: bool,
+    /// Set if the request's body fails while it is sent.
+    pub(super) body_error: Option<RequestBodyError>,
 }
 
-/// A call whose response has begun.
-pub(super) struct AnsweredCall {
-    /// The head has said how it ended.
-    pub(super) is_over: bool,
-    pub(super) deadline: Option<(Instant, Duration)>,
-    pub(super) in_flight: InFlight,
-    pub(super) permit: Option<OwnedSemaphorePermit>,
-    /// What may go wrong with the request's body.
-    pub(super) own_failure: Option<OwnFailure>,
+/// The body of a response.
+///
+/// The attempt stays in flight until the body ends or is dropped. At the call's deadline the body
+/// ends with DEADLINE_EXCEEDED.
+pub(super) struct ResponseBody {
+    incoming: Incoming,
+    deadline: Option<(Deadline, Pin<Box<Sleep>>)>,
+    /// `None` once the response has ended.
+    call: Option<OpenCall>,
 }
 
 impl ResponseBody {
-    pub(super) fn new(incoming: Incoming, call: AnsweredCall) -> Self {
+    pub(super) fn new(incoming: Incoming, deadline: Option<Deadline>, call: OpenCall) -> Self {
         Self {
-            // Nothing will be waited for, so no timer either.
-            deadline: call
-                .deadline
+            // A body that is empty never waits, so it needs no timer.
+            deadline: deadline
                 .filter(|_| !incoming.is_at_end())
-                .map(|(at, limit)| (Box::pin(tokio::time::sleep_until(at)), limit)),
+                .map(|deadline| (deadline, Box::pin(tokio::time::sleep_until(deadline.at)))),
             incoming,
-            is_over: call.is_over,
-            call: Some((call.in_flight, call.permit)),
-            own_failure: call.own_failure,
+            call: Some(call),
         }
     }
 
-    fn ended(&mut self, failed: bool) {
+    /// Ends the response. `failed` says whether the endpoint failed.
+    fn end(&mut self, failed: bool) {
         self.incoming.finish();
-        if let Some((in_flight, _)) = self.call.take()
+        if let Some(call) = self.call.take()
             && failed
         {
-            in_flight.broke_off();
+            call.in_flight.record_broken_stream();
         }
     }
 
-    fn failed(&mut self, error: &h2::Error) -> Status {
-        if let Some(own) = self.own_failure.as_ref().and_then(OwnFailure::get) {
-            // The caller's to know, and no fault of the endpoint.
-            self.ended(false);
-            return own;
+    fn end_at_deadline(&mut self, deadline: Deadline) -> Status {
+        self.end(false);
+        deadline.exceeded(RESPONSE_NOT_ENDED)
+    }
+
+    /// Ends the response after an error of its stream. Returns the call's status, or `None` if the
+    /// response had ended before.
+    fn end_with(&mut self, error: &h2::Error) -> Option<Status> {
+        let (status, failed) = self.classify(self.call.as_ref()?, error);
+        self.end(failed);
+        Some(status)
+    }
+
+    /// The status of a call whose stream failed, and whether the endpoint failed.
+    fn classify(&self, call: &OpenCall, error: &h2::Error) -> (Status, bool) {
+        if let Some(status) = call.body_error.as_ref().and_then(RequestBodyError::get) {
+            // The caller's own body failed, which is no failure of the endpoint.
+            return (status, false);
         }
-        let ending = self.incoming.ending();
-        let address = match &self.call {
-            Some((in_flight, _)) => &*in_flight.endpoint().target.address,
-            None => "",
-        };
-        let status = grpc_status::status_of_error(address, error, ending.as_deref());
-        if let Some((sleep, limit)) = &self.deadline
-            && grpc_timeout::is_late(&status, sleep.deadline())
-        {
-            let late = grpc_status::deadline_exceeded(*limit, DURING);
-            self.ended(false);
-            return late;
+        let close_reason = self.incoming.ending();
+        let address = &call.in_flight.endpoint().target.address;
+        let status = grpc_status::status_of_error(address, error, close_reason.as_deref());
+        match &self.deadline {
+            Some((deadline, _)) if deadline.caused(&status) => {
+                (deadline.exceeded(RESPONSE_NOT_ENDED), false)
+            }
+            _ => (status, true),
         }
-        self.ended(true);
-        status
     }
 
     fn poll_incoming(
@@ -98,12 +104,12 @@ impl ResponseBody {
         };
         match ready!(stream.poll_data(cx)) {
             Some(Ok(data)) => {
-                // What was taken makes room for more.
+                // Data that was read makes room in the flow-control window.
                 let _ = stream.flow_control().release_capacity(data.len());
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             }
-            // The server has said all it wants to say, and wants to hear no more (RFC 9113,
-            // section 8.1).
+            // The server has sent its whole response and does not read the rest of the request
+            // (RFC 9113, section 8.1).
             Some(Err(error)) if error.reason() == Some(Reason::NO_ERROR) => {}
             Some(Err(error)) => return Poll::Ready(Some(Err(error))),
             None => {}
@@ -128,39 +134,38 @@ impl Body for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        if this.call.is_none() {
+        let Some(call) = &this.call else {
             return Poll::Ready(None);
-        }
-        // Looked at before every frame: a reader that is slower than its server never waits for one.
-        if let Some((sleep, limit)) = &this.deadline
-            && sleep.deadline() <= Instant::now()
+        };
+        let trailers_only = call.trailers_only;
+        // Checked before every frame, because a reader that is slower than the server never waits
+        // for a frame and so never polls the timer.
+        if let Some(deadline) = this.deadline.as_ref().map(|(deadline, _)| *deadline)
+            && deadline.at <= Instant::now()
         {
-            let status = grpc_status::deadline_exceeded(*limit, DURING);
-            this.ended(false);
-            return Poll::Ready(Some(Err(status)));
+            return Poll::Ready(Some(Err(this.end_at_deadline(deadline))));
         }
         match this.poll_incoming(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 if let Some(trailers) = frame.trailers_ref() {
-                    let failed = status_of(trailers).is_some_and(is_failure);
-                    this.ended(failed);
+                    let failed = code_of_trailers(trailers).is_some_and(is_failure);
+                    this.end(failed);
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(this.failed(&error)))),
+            Poll::Ready(Some(Err(error))) => Poll::Ready(this.end_with(&error).map(Err)),
             Poll::Ready(None) => {
-                // Without a status it was cut short.
-                this.ended(!this.is_over);
+                // A response that ends without a status was cut short.
+                this.end(!trailers_only);
                 Poll::Ready(None)
             }
             Poll::Pending => {
-                let Some((sleep, limit)) = &mut this.deadline else {
+                let Some((deadline, timer)) = &mut this.deadline else {
                     return Poll::Pending;
                 };
-                ready!(sleep.as_mut().poll(cx));
-                let status = grpc_status::deadline_exceeded(*limit, DURING);
-                this.ended(false);
-                Poll::Ready(Some(Err(status)))
+                ready!(timer.as_mut().poll(cx));
+                let deadline = *deadline;
+                Poll::Ready(Some(Err(this.end_at_deadline(deadline))))
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Which failed calls are sent again, and how often.
+//! Which failed calls are retried, and when.
 
 use std::time::Duration;
 
@@ -10,19 +10,25 @@ use crate::time::MAX_DURATION;
 /// The most attempts that gRPC allows (gRFC A6).
 const MAX_ATTEMPTS: u32 = 5;
 
+/// The default backoff: before the second attempt, and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
 /// gRPC's jitter of retries: 20 % either way (gRFC A6).
 const JITTER: std::ops::Range<f64> = 0.8..1.2;
 
-/// Sends failed calls again, on another endpoint where there is one.
+/// Retries failed calls, each time on another endpoint if there is one.
 ///
-/// A call is sent again only while its response has not begun, its request can be repeated (see
-/// below), and its status is one of the chosen. Choose statuses with which a server has not done
-/// what it was asked, or calls that may be done twice: after `UNAVAILABLE` from a connection that
-/// broke, a server may have done it all.
+/// A failed call is retried while all of this holds: its response has not begun, its status is one
+/// of the policy's [codes](Self::on), the policy has attempts left, its deadline leaves time for
+/// the backoff, and its request can be sent again. A request can be sent again when it is unary, or
+/// a stream of which at most 64 KiB were sent.
 ///
-/// A request can be repeated when it is unary, or a stream of which no more than 64 KiB were sent.
+/// Retry only on statuses that say that the server did not execute the call, or only calls that may
+/// be executed twice. After `UNAVAILABLE` from a connection that broke, the server may have
+/// executed the call completely.
 ///
-/// What provably reached no server is sent again without any policy, and counts as no attempt.
+/// Transparent retries need no policy and do not count as attempts: a call that provably reached no
+/// server application is always sent to another endpoint.
 ///
 /// ```
 /// use goo_etcd::balance::RetryPolicy;
@@ -31,6 +37,7 @@ const JITTER: std::ops::Range<f64> = 0.8..1.2;
 /// let policy = RetryPolicy::new(3).on([Code::Unavailable, Code::ResourceExhausted]);
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[must_use = "a policy has no effect until `BalancedChannelBuilder::retry`"]
 pub struct RetryPolicy {
     attempts: u32,
     codes: Vec<Code>,
@@ -38,37 +45,40 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// At most `attempts` per call, the first one included, from 1 to 5 (gRFC A6); on
-    /// `UNAVAILABLE`, after 10 ms at first and 1 s at most.
+    /// Creates a policy of at most `attempts` attempts per call, including the first one. The
+    /// number is limited to the range from 1 to 5 (gRFC A6).
+    ///
+    /// The policy retries on `UNAVAILABLE`, after a backoff of 10 ms at first and 1 s at most.
     pub fn new(attempts: u32) -> Self {
         Self {
             attempts: attempts.clamp(1, MAX_ATTEMPTS),
             codes: vec![Code::Unavailable],
-            backoff: (Duration::from_millis(10), Duration::from_secs(1)),
+            backoff: BACKOFF,
         }
     }
 
-    /// The statuses after which a call is sent again, instead of `UNAVAILABLE`.
-    #[must_use]
+    /// Sets the codes on which a call is retried. Default: `UNAVAILABLE` alone.
     pub fn on(mut self, codes: impl IntoIterator<Item = Code>) -> Self {
         self.codes = codes.into_iter().collect();
         self
     }
 
-    /// The wait before the second attempt, and the most before any; it grows by 1.6, with a jitter
-    /// of 20 %.
-    #[must_use]
+    /// Sets the backoff before the second attempt and the longest one before any attempt. Default:
+    /// 10 ms and 1 s.
+    ///
+    /// The backoff grows by a factor of 1.6 per attempt, with a jitter of 20 %.
     pub fn backoff(mut self, initial: Duration, max: Duration) -> Self {
         self.backoff = (initial.min(MAX_DURATION), max.min(MAX_DURATION));
         self
     }
 
-    /// Whether a call that has failed so after so many attempts is to be sent again.
+    /// Whether a call whose latest attempt, of `attempts` so far, ended with `code` may be retried.
     pub(super) fn allows(&self, code: Code, attempts: u32) -> bool {
         attempts < self.attempts && self.codes.contains(&code)
     }
 
-    pub(super) fn waits(&self) -> Backoff {
+    /// The backoff of one call.
+    pub(super) fn start_backoff(&self) -> Backoff {
         Backoff::with_jitter(self.backoff.0, self.backoff.1, JITTER)
     }
 }
@@ -78,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attempts_are_counted_and_only_the_chosen_statuses_are_sent_again() {
+    fn only_listed_codes_and_counted_attempts_are_retried() {
         let policy = RetryPolicy::new(2);
         assert!(policy.allows(Code::Unavailable, 1));
         assert!(!policy.allows(Code::Unavailable, 2));

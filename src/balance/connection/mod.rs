@@ -5,6 +5,7 @@ mod driver;
 mod io;
 mod monitor;
 mod sender;
+mod settings;
 mod state;
 mod target;
 mod tls;

@@ -254,7 +254,7 @@ mod tests {
             for _ in 0..100 {
                 assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2, "{policy:?}");
             }
-            // Tried again after a while.
+            // AttemptedEndpoints again after a while.
             let later = now + Duration::from_secs(2);
             assert_eq!(
                 picker.pick(later, |_| false).unwrap().weight,

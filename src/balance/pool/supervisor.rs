@@ -11,7 +11,9 @@ use tokio::time::Instant;
 use super::endpoint::{Endpoint, Slot};
 use crate::backoff::Backoff;
 use crate::balance::connection::{Connector, Target};
+use crate::error::{Error, Result};
 use crate::instance::Instance;
+use crate::time::MAX_DURATION;
 
 /// gRPC's connection backoff ("GRPC Connection Backoff Protocol"): the first wait and the jitter.
 const BACKOFF_BASE: Duration = Duration::from_secs(1);
@@ -126,5 +128,45 @@ impl Task {
             change(slot);
         }
         self.changed.notify_one();
+    }
+}
+
+/// The most connections to one endpoint. Each connection carries thousands of calls, so more are
+/// a mistake.
+const MAX_CONNECTIONS: usize = 1_000;
+
+/// The default longest backoff. gRPC's is 120 s, which is long for a server that was only restarted.
+/// Servers that are gone for good are removed from the set.
+const DEFAULT_MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+impl Default for ConnectPlan {
+    fn default() -> Self {
+        Self {
+            connections: 1,
+            max_backoff: DEFAULT_MAX_BACKOFF,
+        }
+    }
+}
+
+impl ConnectPlan {
+    /// Checks the plan, and limits the backoff to [`MAX_DURATION`].
+    pub(crate) fn validated(self) -> Result<Self> {
+        let count = self.connections.to_string();
+        if self.connections == 0 {
+            let reason = "must be at least 1";
+            return Err(Error::invalid("connections_per_endpoint", count, reason));
+        }
+        if self.connections > MAX_CONNECTIONS {
+            let reason = format!("must be at most {MAX_CONNECTIONS}");
+            return Err(Error::invalid("connections_per_endpoint", count, reason));
+        }
+        if self.max_backoff.is_zero() {
+            let reason = "must be more than zero";
+            return Err(Error::invalid("max_connect_backoff", "0 s", reason));
+        }
+        Ok(Self {
+            max_backoff: self.max_backoff.min(MAX_DURATION),
+            ..self
+        })
     }
 }

@@ -50,10 +50,7 @@ fn sent_to_reads_the_address_of_the_message() {
         sent_to("2 instances under services/chaos/: 127.0.0.1:1: refused"),
         None
     );
-    assert_eq!(
-        sent_to("the call's time of 10s is over, without an response"),
-        None
-    );
+    assert_eq!(sent_to("deadline of 10s exceeded: no response"), None);
 }
 
 #[test]

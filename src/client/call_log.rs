@@ -8,7 +8,7 @@ use http::Uri;
 use tokio::time::Instant;
 use tonic::Code;
 
-use crate::balance::Tried;
+use crate::balance::AttemptedEndpoints;
 
 /// One call to etcd, from [`Config::enable_grpc_debug_log`](crate::Config::enable_grpc_debug_log).
 /// Keys and values are not seen here, so they cannot be written.
@@ -17,14 +17,14 @@ pub(super) struct CallLog {
     method: String,
     begun: Instant,
     /// Where it is asked.
-    tried: Tried,
+    tried: AttemptedEndpoints,
     /// Who answered last; it may not be who was asked last.
     answered: Mutex<Option<Arc<str>>>,
     over: bool,
 }
 
 impl CallLog {
-    pub(super) fn begin(uri: &Uri, tried: Tried) -> Self {
+    pub(super) fn begin(uri: &Uri, tried: AttemptedEndpoints) -> Self {
         Self {
             method: uri.path().trim_start_matches('/').to_owned(),
             begun: Instant::now(),
@@ -56,7 +56,7 @@ impl CallLog {
 
     /// A stream is open: from here on it is with who answered, wherever else its caller asks.
     pub(super) fn opened(&mut self) {
-        self.tried = Tried::default();
+        self.tried = AttemptedEndpoints::default();
     }
 
     /// The call was answered, or found to be impossible.

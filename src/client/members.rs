@@ -59,7 +59,7 @@ pub(super) fn channel(
 }
 
 /// A channel to this one member.
-pub(in crate::client) fn only(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
+pub(super) fn only(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
     let member = instance(&address(config, endpoint)?);
     build(
         config,
@@ -78,7 +78,7 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
         // Long enough for a member to restart; and whoever waits for the call has time left to be told
         // why it failed.
         .ready_timeout(config.request_timeout / 2)
-        .http2_keep_alive_interval(config.keep_alive_interval)
+        .http2_keep_alive_interval(Some(config.keep_alive_interval))
         .keep_alive_timeout(config.keep_alive_timeout);
     if config.enable_tls {
         let tls = config.tls_config.clone().unwrap_or_default();

@@ -26,13 +26,13 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
+use super::answer::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
 use super::call_log::CallLog;
 use super::message::{Answers, Codec, Requests};
 use super::method::{AUTHENTICATE, Method};
-use super::response::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
 use crate::backoff::Backoff;
 use crate::balance::BalancedChannel;
-use crate::balance::{EndpointState, Tried};
+use crate::balance::{AttemptedEndpoints, EndpointState};
 
 /// How often a read is sent within its time, once after each such part of it, as long as none was
 /// answered: beyond the members that hang, there are those that wait for a leader that does.
@@ -53,23 +53,23 @@ tokio::task_local! {
 
 /// Where calls go, other than to any member.
 #[derive(Debug, Clone, Default)]
-pub(in crate::client) struct Route {
+pub(super) struct Route {
     /// Only here.
-    pub(in crate::client) only: Option<BalancedChannel>,
+    pub(super) only: Option<BalancedChannel>,
     /// Not here, if possible.
-    pub(in crate::client) tried: Option<Tried>,
+    pub(super) tried: Option<AttemptedEndpoints>,
 }
 
 impl Route {
     /// The calls that `work` makes, made so.
-    pub(in crate::client) async fn of<T>(self, work: impl Future<Output = T>) -> T {
+    pub(super) async fn of<T>(self, work: impl Future<Output = T>) -> T {
         ROUTE.scope(self, work).await
     }
 }
 
 /// What etcd-client calls. Clones are the same.
 #[derive(Debug, Clone)]
-pub(in crate::client) struct Wire {
+pub(super) struct Wire {
     shared: Arc<Shared>,
 }
 
@@ -121,13 +121,13 @@ impl Wire {
     }
 
     /// Closes the connections; those that carry calls follow with the last of them.
-    pub(in crate::client) fn close(&self) {
+    pub(super) fn close(&self) {
         self.shared.channel.store(None);
     }
 
     /// Has the user's token renewed by `renew`, for whoever was refused with the one from before `since`.
     /// Of those that wait for it at the same time one does it for all.
-    pub(in crate::client) async fn renewed_since<E>(
+    pub(super) async fn renewed_since<E>(
         &self,
         since: Instant,
         renew: impl Future<Output = Result<(), E>>,
@@ -147,7 +147,7 @@ impl Wire {
     }
 
     /// Why no member can be asked now; `None` while one is connected.
-    pub(in crate::client) fn unready(&self) -> Option<String> {
+    pub(super) fn unready(&self) -> Option<String> {
         let channel = self.shared.channel.load_full()?;
         unready(&channel)
     }
@@ -196,7 +196,7 @@ impl Shared {
         self: &Arc<Self>,
         channel: &BalancedChannel,
         request: Request<Body>,
-        tried: Option<Tried>,
+        tried: Option<AttemptedEndpoints>,
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
         let method = Method::of(head.uri.path());
@@ -207,7 +207,8 @@ impl Shared {
         let codec = self.codec.to(head.uri.path());
         codec.announce(&mut head.headers);
         // Reads and the log need to know where calls went; a write has no use for it.
-        let tried = tried.or_else(|| (self.log || method != Method::Write).then(Tried::default));
+        let tried = tried
+            .or_else(|| (self.log || method != Method::Write).then(AttemptedEndpoints::default));
         let mut log = self
             .log
             .then(|| CallLog::begin(&head.uri, tried.clone().unwrap_or_default()));
@@ -256,7 +257,7 @@ impl Shared {
         channel: &BalancedChannel,
         head: request::Parts,
         body: Body,
-        tried: Option<Tried>,
+        tried: Option<AttemptedEndpoints>,
         method: Method,
         log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
@@ -270,7 +271,7 @@ impl Shared {
             }
         };
         let request = Request::from_parts(head, body);
-        let opened = channel.call_beside(request, tried.as_ref());
+        let opened = channel.call_avoiding(request, tried.as_ref());
         let opened = match &mut log {
             Some(log) => {
                 let opened = log.attempt(opened).await;
@@ -333,7 +334,7 @@ struct Call<'a> {
     head: request::Parts,
     message: Bytes,
     codec: Codec,
-    tried: Option<Tried>,
+    tried: Option<AttemptedEndpoints>,
     log: Option<CallLog>,
     begun: Instant,
 }
@@ -383,7 +384,7 @@ impl Call<'_> {
             if !is_refused || self.is_hopeless() {
                 return Ok(answer);
             }
-            self.tried.get_or_insert_with(Tried::default);
+            self.tried.get_or_insert_with(AttemptedEndpoints::default);
             sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
         }
     }
@@ -437,7 +438,7 @@ impl Call<'_> {
         let attempt = pin!(async {
             let response = self
                 .channel
-                .call_beside(request, self.tried.as_ref())
+                .call_avoiding(request, self.tried.as_ref())
                 .await?;
             Answer::read(response, &self.codec).await
         });
@@ -470,7 +471,7 @@ fn or_no_token(answer: Answer) -> Answer {
 
 /// What another member may not say, or the same a moment later: it is going down, or the cluster is
 /// choosing a leader.
-pub(in crate::client) fn is_passing(code: Code) -> bool {
+pub(super) fn is_passing(code: Code) -> bool {
     matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
 }
 

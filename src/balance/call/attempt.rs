@@ -1,0 +1,263 @@
+//! One attempt: a request on a stream, and how it ended.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Request, Response};
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::grpc_timeout::Deadline;
+use super::in_flight::InFlight;
+use crate::balance::connection::{Fate, Incoming, Reserved, SendError};
+use crate::balance::grpc_status::{self, is_failure, status_of_head};
+use crate::balance::pool::Endpoint;
+use crate::balance::replay::{AttemptBody, RequestBodyError};
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub(super) enum Outcome<B = Incoming> {
+    /// The response has begun, and is the call's.
+    Response {
+        response: Response<B>,
+        /// The head carries the call's status, and no message follows.
+        trailers_only: bool,
+        in_flight: InFlight,
+    },
+    /// No server application has seen the attempt.
+    NotSent {
+        status: Status,
+        endpoint: Arc<Endpoint>,
+        elapsed: Duration,
+    },
+    /// A server may have seen the attempt, and the policy allows to retry.
+    Retryable {
+        status: Status,
+        endpoint: Arc<Endpoint>,
+    },
+    /// The call has failed.
+    Final(Status),
+}
+
+/// An attempt that is about to be sent.
+#[derive(Debug)]
+pub(super) struct Attempt<'a> {
+    deadline: Option<&'a Deadline>,
+    in_flight: InFlight,
+    /// Set if the request's body fails while it is sent.
+    body_error: Option<RequestBodyError>,
+}
+
+impl<'a> Attempt<'a> {
+    pub(super) fn begin(
+        endpoint: Arc<Endpoint>,
+        deadline: Option<&'a Deadline>,
+        body_error: Option<RequestBodyError>,
+    ) -> Self {
+        let deadline_at = deadline.map(|deadline| deadline.at);
+        Self {
+            deadline,
+            in_flight: InFlight::begin(endpoint, deadline_at, Instant::now()),
+            body_error,
+        }
+    }
+
+    /// Sends the request. `may_retry` says whether the call can be retried after a status.
+    ///
+    /// Dropping the future cancels the attempt and resets its stream.
+    pub(super) async fn send(
+        self,
+        stream: Reserved,
+        request: Request<()>,
+        body: AttemptBody,
+        may_retry: impl Fn(Code) -> bool,
+    ) -> Outcome {
+        match stream.send(request, body).await {
+            Ok(response) => self.on_response(response, may_retry),
+            Err(error) => self.on_error(&error, may_retry),
+        }
+    }
+
+    fn on_response<B>(
+        mut self,
+        response: Response<B>,
+        may_retry: impl Fn(Code) -> bool,
+    ) -> Outcome<B> {
+        let status = status_of_head(&response);
+        if let Some(exceeded) = status.as_ref().and_then(|s| self.deadline_status(s)) {
+            self.in_flight.observe(true);
+            return Outcome::Final(exceeded);
+        }
+        let failed = status.as_ref().is_some_and(|s| is_failure(s.code()));
+        self.in_flight.observe(failed);
+        match status {
+            Some(status) if may_retry(status.code()) => Outcome::Retryable {
+                status,
+                endpoint: Arc::clone(self.in_flight.endpoint()),
+            },
+            status => Outcome::Response {
+                response,
+                trailers_only: status.is_some(),
+                in_flight: self.in_flight,
+            },
+        }
+    }
+
+    fn on_error(mut self, error: &SendError, may_retry: impl Fn(Code) -> bool) -> Outcome {
+        let endpoint = Arc::clone(self.in_flight.endpoint());
+        match error.fate {
+            Fate::Rejected => {
+                self.in_flight.discard();
+                let message = format!("cannot send the request: {}", error.error);
+                return Outcome::Final(Status::internal(message));
+            }
+            Fate::Unsent => {
+                let elapsed = self.in_flight.elapsed();
+                self.in_flight.discard();
+                return Outcome::NotSent {
+                    status: send_status(&endpoint, error),
+                    endpoint,
+                    elapsed,
+                };
+            }
+            Fate::Unknown => {}
+        }
+        if let Some(status) = self.body_error.as_ref().and_then(RequestBodyError::get) {
+            // The caller's own body failed, which is no failure of the endpoint.
+            self.in_flight.discard();
+            return Outcome::Final(status);
+        }
+        self.in_flight.observe(true);
+        let status = send_status(&endpoint, error);
+        if let Some(exceeded) = self.deadline_status(&status) {
+            Outcome::Final(exceeded)
+        } else if may_retry(status.code()) {
+            Outcome::Retryable { status, endpoint }
+        } else {
+            Outcome::Final(status)
+        }
+    }
+
+    /// The status of a call whose deadline fired on the server first.
+    fn deadline_status(&self, status: &Status) -> Option<Status> {
+        self.deadline
+            .filter(|deadline| deadline.caused(status))
+            .map(|deadline| deadline.exceeded("no response"))
+    }
+}
+
+fn send_status(endpoint: &Endpoint, error: &SendError) -> Status {
+    let address = &endpoint.target.address;
+    grpc_status::status_of_error(address, &error.error, error.ending.as_deref())
+}
+
+#[cfg(test)]
+mod tests {
+    use h2::Reason;
+
+    use super::*;
+    use crate::balance::connection::Target;
+    use crate::instance::Instance;
+
+    fn endpoint() -> Arc<Endpoint> {
+        let instance = Instance::new("", "10.0.0.1:80");
+        let target = Target::new(&instance, false).unwrap();
+        Arc::new(Endpoint::new(target, &instance, 1))
+    }
+
+    fn error(fate: Fate, reason: Reason) -> SendError {
+        SendError {
+            fate,
+            error: reason.into(),
+            ending: None,
+        }
+    }
+
+    #[test]
+    fn unsent_is_sent_again_and_leaves_no_trace_in_the_load() {
+        let endpoint = endpoint();
+        let attempt = Attempt::begin(Arc::clone(&endpoint), None, None);
+        assert_eq!(endpoint.load.in_flight(), 1);
+        let outcome = attempt.on_error(&error(Fate::Unsent, Reason::REFUSED_STREAM), |_| false);
+        assert!(matches!(outcome, Outcome::NotSent { .. }), "{outcome:?}");
+        assert_eq!(endpoint.load.in_flight(), 0);
+        assert_eq!(endpoint.load.latency(Instant::now()), None);
+    }
+
+    #[test]
+    fn rejected_is_the_caller_s_fault() {
+        let endpoint = endpoint();
+        let attempt = Attempt::begin(Arc::clone(&endpoint), None, None);
+        let outcome = attempt.on_error(&error(Fate::Rejected, Reason::INTERNAL_ERROR), |_| true);
+        let Outcome::Final(status) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(status.code(), Code::Internal);
+        assert_eq!(endpoint.load.latency(Instant::now()), None);
+    }
+
+    #[test]
+    fn unknown_fate_is_retried_if_the_policy_allows() {
+        let unknown = error(Fate::Unknown, Reason::INTERNAL_ERROR);
+        let outcome = Attempt::begin(endpoint(), None, None).on_error(&unknown, |_| true);
+        assert!(matches!(outcome, Outcome::Retryable { .. }), "{outcome:?}");
+        let outcome = Attempt::begin(endpoint(), None, None).on_error(&unknown, |_| false);
+        assert!(matches!(outcome, Outcome::Final(_)), "{outcome:?}");
+    }
+
+    #[test]
+    fn failed_request_body_is_final_and_no_failure_of_the_endpoint() {
+        let endpoint = endpoint();
+        let own = RequestBodyError::default();
+        own.set(Status::data_loss("the caller's disk"));
+        let attempt = Attempt::begin(Arc::clone(&endpoint), None, Some(own));
+        let outcome = attempt.on_error(&error(Fate::Unknown, Reason::CANCEL), |_| true);
+        let Outcome::Final(status) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(status.code(), Code::DataLoss);
+        assert_eq!(endpoint.load.latency(Instant::now()), None);
+    }
+
+    fn response(grpc_status: Option<&str>) -> Response<()> {
+        let mut response = Response::new(());
+        if let Some(code) = grpc_status {
+            let headers = response.headers_mut();
+            headers.insert("grpc-status", code.parse().unwrap());
+        }
+        response
+    }
+
+    #[test]
+    fn response_without_a_status_is_the_call_s() {
+        let outcome = Attempt::begin(endpoint(), None, None).on_response(response(None), |_| true);
+        let Outcome::Response { trailers_only, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert!(!trailers_only);
+    }
+
+    #[test]
+    fn status_in_the_head_is_retried_if_the_policy_allows() {
+        let unavailable = || response(Some("14"));
+        let outcome = Attempt::begin(endpoint(), None, None).on_response(unavailable(), |_| true);
+        assert!(matches!(outcome, Outcome::Retryable { .. }), "{outcome:?}");
+        let outcome = Attempt::begin(endpoint(), None, None).on_response(unavailable(), |_| false);
+        let Outcome::Response { trailers_only, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert!(trailers_only);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn server_s_cancel_at_the_deadline_is_deadline_exceeded() {
+        let deadline = Deadline::after(Instant::now(), Duration::from_secs(1));
+        tokio::time::advance(Duration::from_millis(999)).await;
+        let attempt = Attempt::begin(endpoint(), Some(&deadline), None);
+        let outcome = attempt.on_response(response(Some("1")), |_| true);
+        let Outcome::Final(status) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+    }
+}
