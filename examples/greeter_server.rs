@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::Parser;
-use goo_etcd::{Client, Config, DEFAULT_WEIGHT, Instance, Registrar, RegistrationState};
+use goo_etcd::{Client, Config, Instance, Registrar, RegistrationState};
 use helloworld::greeter::greeter_server::{Greeter, GreeterServer};
 use helloworld::greeter::{HelloReply, HelloRequest};
 use tokio::net::TcpListener;
@@ -47,7 +47,7 @@ struct Args {
     #[arg(long)]
     zone: Option<String>,
     /// This server's share of the calls, relative to the others.
-    #[arg(long, default_value_t = DEFAULT_WEIGHT)]
+    #[arg(long, default_value_t = Instance::DEFAULT_WEIGHT)]
     weight: u32,
     /// How long the registration outlives a crash, such as 10s.
     #[arg(long, default_value = "10s")]

@@ -107,7 +107,7 @@ pub use clients::{
 pub use config::{Config, ConfigBuilder, TlsConfig};
 pub use directory::{Directory, DirectoryBuilder, Discovery, EndpointChanges, Snapshots};
 pub use error::{Error, Result};
-pub use instance::{DEFAULT_WEIGHT, Instance};
+pub use instance::Instance;
 #[cfg(feature = "health")]
 pub use registrar::serving;
 pub use registrar::{

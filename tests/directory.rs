@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use futures::{FutureExt, StreamExt};
-use goo_etcd::format::{DecodeError, EtcdNaming, Format, KeyRange};
+use goo_etcd::format::{DecodeError, EtcdNaming, Format, KeyContext, KeyRange};
 use goo_etcd::testing::{Etcd, Proxy};
 use goo_etcd::{Client, Directory, Freshness, Instance, TxnOp};
 use support::greeter::{GreeterProcess, who_answers};
@@ -242,15 +242,9 @@ impl Format for Careless {
     fn encode(&self, instance: &Instance) -> goo_etcd::Result<Vec<u8>> {
         EtcdNaming.encode(instance)
     }
-    fn decode(
-        &self,
-        prefix: &str,
-        service: &str,
-        key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         assert!(!value.is_empty(), "there is always something");
-        EtcdNaming.decode(prefix, service, key, value)
+        EtcdNaming.decode(context, value)
     }
 }
 

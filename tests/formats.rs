@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use goo_etcd::etcd_client::{Permission, PermissionType};
 use goo_etcd::format::{
-    DecodeError, DubboGo, EtcdNaming, Format, GoMicro, GoZero, KeyRange, Kitex, Kratos, Layout,
+    DecodeError, DubboGo, EtcdNaming, Format, GoMicro, GoZero, KeyContext, KeyRange, Kitex, Kratos,
+    Layout,
 };
 use goo_etcd::testing::{Etcd, Proxy};
 use goo_etcd::{
@@ -385,7 +386,12 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
             let snapshot = directory.snapshot();
             let of = format!("{}: {value}", format.name());
             assert_eq!(shown(&snapshot), ["h:1=h:1"], "{of}");
-            let is_refused = format.decode(prefix, "a", &bad_key, value.as_bytes());
+            let context = KeyContext {
+                prefix,
+                service: "a",
+                key: &bad_key,
+            };
+            let is_refused = format.decode(context, value.as_bytes());
             let is_refused = usize::from(is_refused.is_err());
             assert_eq!(snapshot.undecodable(), is_refused, "{of}");
             count += is_refused;
@@ -758,18 +764,12 @@ impl Format for Bracketed {
         Ok(format!("<{}>", instance.address).into_bytes())
     }
 
-    fn decode(
-        &self,
-        _prefix: &str,
-        service: &str,
-        _key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let text = std::str::from_utf8(value).map_err(|_| DecodeError::new("not UTF-8"))?;
         // Several in one value, too.
         text.split_whitespace()
             .map(|one| one.strip_prefix('<').and_then(|one| one.strip_suffix('>')))
-            .map(|one| one.map(|address| Instance::new(service, address)))
+            .map(|one| one.map(|address| Instance::new(context.service, address)))
             .collect::<Option<_>>()
             .ok_or_else(|| DecodeError::new("not in brackets"))
     }

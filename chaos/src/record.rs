@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use goo_etcd::Instance;
-use goo_etcd::format::{EtcdNaming, Format};
+use goo_etcd::format::{EtcdNaming, Format, KeyContext};
 use tokio::time::Instant;
 
 use crate::schedule::{Fault, Name, Path};
@@ -33,7 +33,12 @@ pub fn last_key_of(name: Name) -> String {
 
 /// Decodes a value; `None` if it is invalid.
 pub fn decode(key: &str, value: &[u8]) -> Option<Arc<Instance>> {
-    let decoded = EtcdNaming.decode(PREFIX, SERVICE, key.as_bytes(), value);
+    let context = KeyContext {
+        prefix: PREFIX,
+        service: SERVICE,
+        key: key.as_bytes(),
+    };
+    let decoded = EtcdNaming.decode(context, value);
     decoded.ok()?.pop().map(Arc::new)
 }
 

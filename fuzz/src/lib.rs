@@ -1,25 +1,24 @@
 #![forbid(unsafe_code)]
-//! What each fuzz target checks of its format.
+//! The check that each fuzz target runs on its format.
 
-use goo_etcd::format::Format;
+use goo_etcd::Instance;
+use goo_etcd::format::{DecodeError, Format, KeyContext};
 
 const SERVICE: &str = "svc";
 
-/// Decodes `data` as a value of the format; before the first NUL byte, if there is one, is the end of
-/// its key. It must be an error or instances, and each instance that could be registered must be
-/// written and read back as it is. `carries` says what is carried of it.
-pub fn check(
-    format: &dyn Format,
-    data: &[u8],
-    carries: impl Fn(&goo_etcd::Instance) -> goo_etcd::Instance,
-) {
+/// Decodes `data` as a value of the format. If `data` has a NUL byte, the bytes before the first one
+/// are the end of the key instead.
+///
+/// Decoding must fail or return instances. Each valid instance must come back unchanged when it is
+/// encoded and decoded again, as far as the format carries it: `carried` returns that part.
+pub fn check(format: &dyn Format, data: &[u8], carried: impl Fn(&Instance) -> Instance) {
     let (id, value) = match data.iter().position(|byte| *byte == 0) {
         Some(at) => (&data[..at], &data[at + 1..]),
         None => (&b"1"[..], data),
     };
     let prefix = format.default_prefix();
     let key = [&format.range(prefix, SERVICE).start[..], id].concat();
-    let Ok(instances) = format.decode(prefix, SERVICE, &key, value) else {
+    let Ok(instances) = decode(format, &key, value) else {
         return;
     };
     for instance in instances {
@@ -28,14 +27,22 @@ pub fn check(
             continue;
         }
         let key = format.key(prefix, &instance);
-        // A Unix socket does not fit everywhere.
+        // Not every format can carry a Unix socket.
         let Ok(value) = format.encode(&instance) else {
             assert!(instance.address.starts_with("unix:"), "{instance:?}");
             continue;
         };
-        let again = format
-            .decode(prefix, SERVICE, key.as_bytes(), &value)
-            .expect("what was written can be read");
-        assert_eq!(again, [carries(&instance)]);
+        let again =
+            decode(format, key.as_bytes(), &value).expect("an encoded instance can be decoded");
+        assert_eq!(again, [carried(&instance)]);
     }
+}
+
+fn decode(format: &dyn Format, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
+    let context = KeyContext {
+        prefix: format.default_prefix(),
+        service: SERVICE,
+        key,
+    };
+    format.decode(context, value)
 }

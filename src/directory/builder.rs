@@ -147,10 +147,10 @@ impl DirectoryBuilder {
             cache_dir,
         } = self;
         validate_service(&service)?;
-        let mut layouts = vec![layout.under(prefix)];
+        let mut layouts = vec![layout.override_prefix(prefix)];
         layouts.extend(others);
         for layout in &layouts {
-            validate_service(layout.service_here(&service))?;
+            validate_service(layout.service_name(&service))?;
         }
         let registry = Registry::of(&client);
         let key = Key::new(&service, &layouts, cache_dir.as_ref());

@@ -6,7 +6,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use super::event::{Entry, Fingerprint};
-use crate::format::{DecodeError, Format, KeyRange};
+use crate::format::{DecodeError, Format, KeyContext, KeyRange};
 use crate::instance::Instance;
 use crate::snapshot::InstanceKey;
 
@@ -134,7 +134,12 @@ impl Decoder {
     /// Decodes a value. A panic of the format counts as a decoding error, because one bad value
     /// must not end the task that follows all the others.
     fn decode(&self, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
-        let decode = || self.format.decode(&self.prefix, &self.service, key, value);
+        let context = KeyContext {
+            prefix: &self.prefix,
+            service: &self.service,
+            key,
+        };
+        let decode = || self.format.decode(context, value);
         // Unwind-safe: the closure only reads, so a panic cannot leave our data half changed.
         std::panic::catch_unwind(AssertUnwindSafe(decode))
             .unwrap_or_else(|_| Err(DecodeError::new("the format panicked")))
@@ -151,7 +156,7 @@ impl Decoder {
         let before = before.map_or(&[][..], |before| &before.instances);
         // A multi-instance format marks a single instance as well, so that its key does not change
         // when another instance joins or leaves the value.
-        let is_multi_instance = self.format.holds_several() || instances.len() > 1;
+        let is_multi_instance = self.format.is_multi_instance() || instances.len() > 1;
         instances
             .into_iter()
             .enumerate()

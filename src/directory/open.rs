@@ -27,7 +27,7 @@ pub(super) async fn open(
     let ttl = ttls.max().unwrap_or_default();
     let mut opening = Vec::with_capacity(layouts.len());
     for layout in layouts {
-        let name = layout.service_here(&service).to_owned();
+        let name = layout.service_name(&service).to_owned();
         let machine = ListWatchState::new(layout.format, layout.prefix, name);
         let machine = if is_merged {
             machine.by_address()

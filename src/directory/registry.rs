@@ -5,7 +5,6 @@
 //! being opened. Each runtime that has a handle can take over the watch when another runtime shuts
 //! down.
 
-use std::any::{Any, TypeId};
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
@@ -19,7 +18,7 @@ use tokio::runtime;
 use super::service_watch::ServiceWatch;
 use crate::client::Client;
 use crate::error::Result;
-use crate::format::{Format, Layout};
+use crate::format::{Identity, Layout};
 
 /// The settings that must be equal for two directories to share a watch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -33,41 +32,13 @@ pub(super) struct Key {
 impl Key {
     pub(super) fn new(service: &str, layouts: &[Layout], cache_dir: Option<&PathBuf>) -> Self {
         let layout = |layout: &Layout| {
-            let name = layout.service_here(service).to_owned();
-            (Identity::of(&*layout.format), layout.prefix.clone(), name)
+            let name = layout.service_name(service).to_owned();
+            (layout.format.identity(), layout.prefix.clone(), name)
         };
         Self {
             service: service.to_owned(),
             layouts: layouts.iter().map(layout).collect(),
             cache_dir: cache_dir.cloned(),
-        }
-    }
-}
-
-/// Whether two formats are the same one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Identity {
-    /// All values of a type without fields are the same.
-    Type(TypeId),
-    /// A value with fields is the same as itself only. The address is unique while the directory
-    /// lives.
-    Value(usize),
-}
-
-impl Identity {
-    fn of(format: &dyn Format) -> Self {
-        let any: &dyn Any = format;
-        // A format that was chosen at run time: the format inside counts.
-        if let Some(inner) = any.downcast_ref::<Arc<dyn Format>>() {
-            return Self::of(&**inner);
-        }
-        if let Some(inner) = any.downcast_ref::<Box<dyn Format>>() {
-            return Self::of(&**inner);
-        }
-        if size_of_val(format) == 0 {
-            Self::Type(any.type_id())
-        } else {
-            Self::Value(std::ptr::from_ref(format).addr())
         }
     }
 }
@@ -174,62 +145,5 @@ impl Registry {
         opened.follow_from_here();
         slots.insert(key, Slot::Open(Arc::downgrade(&opened)));
         opened
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::{EtcdNaming, Kratos};
-
-    #[derive(Debug)]
-    struct WithField(#[allow(dead_code, reason = "a field makes values differ")] u8);
-
-    impl Format for WithField {
-        fn name(&self) -> &'static str {
-            EtcdNaming.name()
-        }
-        fn default_prefix(&self) -> &'static str {
-            EtcdNaming.default_prefix()
-        }
-        fn default_ttl(&self) -> std::time::Duration {
-            EtcdNaming.default_ttl()
-        }
-        fn key(&self, prefix: &str, instance: &crate::instance::Instance) -> String {
-            EtcdNaming.key(prefix, instance)
-        }
-        fn range(&self, prefix: &str, service: &str) -> crate::format::KeyRange {
-            EtcdNaming.range(prefix, service)
-        }
-        fn encode(&self, instance: &crate::instance::Instance) -> Result<Vec<u8>> {
-            EtcdNaming.encode(instance)
-        }
-        fn decode(
-            &self,
-            prefix: &str,
-            service: &str,
-            key: &[u8],
-            value: &[u8],
-        ) -> Result<Vec<crate::instance::Instance>, crate::format::DecodeError> {
-            EtcdNaming.decode(prefix, service, key, value)
-        }
-    }
-
-    #[test]
-    fn formats_without_fields_are_the_same_behind_any_pointer() {
-        let identity = |format: &dyn Format| Identity::of(format);
-        let chosen: Arc<dyn Format> = Arc::new(EtcdNaming);
-        let boxed: Box<dyn Format> = Box::new(EtcdNaming);
-        assert_eq!(identity(&EtcdNaming), identity(&chosen));
-        assert_eq!(identity(&EtcdNaming), identity(&boxed));
-        assert_ne!(identity(&EtcdNaming), identity(&Kratos));
-        let (one, other) = (WithField(1), WithField(1));
-        assert_eq!(identity(&one), identity(&one));
-        assert_ne!(identity(&one), identity(&other));
-        let (chosen, same): (Arc<dyn Format>, _) = {
-            let chosen: Arc<dyn Format> = Arc::new(WithField(1));
-            (Arc::clone(&chosen), chosen)
-        };
-        assert_eq!(identity(&chosen), identity(&same));
     }
 }

@@ -9,37 +9,39 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::codec::{DecodeError, Format};
 use super::go_json::{self, Object};
-use super::{DecodeError, Format, KeyRange, carried, slashed_prefix};
+use super::key::{KeyContext, KeyRange, slashed_prefix};
+use super::reserved_metadata;
 use crate::error::{Error, Result};
-use crate::instance::DEFAULT_WEIGHT;
 use crate::instance::Instance;
 
-/// dubbo-go's registrations in application mode (`registry/etcdv3`): keys are `prefix/app/host:port`,
-/// prefix `/services`, time to live 10 s. (dubbo-go takes its own from its configuration.) With an
-/// empty prefix they are `/app/host:port`. What names another service is not shown.
+/// dubbo-go's registrations in application mode (`registry/etcdv3`): keys are
+/// `prefix/app/host:port`, the default prefix is `/services`, the default time to live 10 s
+/// (dubbo-go has no default: its configuration decides). With an empty prefix the keys are
+/// `/app/host:port`. Entries that name another service are not shown.
 ///
-/// Id, weight and metadata have places of their own; zone, version and TLS are in the metadata, where
-/// dubbo-go does not look. An instance that drains, or has weight 0, is written with `Enable` false,
-/// so that no client calls it, and with its reason in the metadata, so that ours still show it. What
-/// anyone else disabled, or marked as not healthy, is not shown at all.
+/// dubbo-go has fields for id, weight and metadata. Zone, version and TLS are in the metadata,
+/// where dubbo-go ignores them. An instance that drains or has weight 0 is written with `Enable`
+/// false, so that no client calls it, and with the reason in the metadata, so that a `Directory`
+/// still shows it. An entry that other software disabled or marked as not healthy is not shown.
 ///
-/// The default weight, 100 here as there, is written as 0, as dubbo-go does; 0 or less reads as 100.
-/// `Tag`, dubbo's routing tag, is in the metadata under [`DubboGo::TAG`]. An address must be
-/// `host:port`.
+/// The default weight is 100 here and in dubbo-go. Like dubbo-go we write it as 0, and read 0 or
+/// less as 100. `Tag`, dubbo's routing tag, is in the metadata under [`DubboGo::TAG`]. An address
+/// must be `host:port`.
 ///
-/// dubbo-go's consumers want more than a registration to call a service by its interface (a mapping
-/// from interface to application, and the service's metadata). Write those yourself if they are to
-/// call you; reading needs neither.
+/// To call a service by its interface, dubbo-go's consumers need more than a registration: a
+/// mapping from interface to application, and the service's metadata. This crate does not write
+/// them, and does not need them for reading.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DubboGo;
 
 impl DubboGo {
-    /// The metadata under which an instance's `Tag` is kept.
+    /// The metadata key of an instance's `Tag`.
     pub const TAG: &'static str = "dubbo.tag";
 }
 
-/// Field order is the order in the value.
+/// Fields are written in this order.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct ServiceInstance<'a> {
@@ -85,19 +87,19 @@ impl Format for DubboGo {
         let (host, port) = instance
             .address
             .rsplit_once(':')
-            .ok_or_else(|| invalid("dubbo-go registers a host and a port"))?;
+            .ok_or_else(|| invalid("dubbo-go needs host:port"))?;
         let port: u16 = port
             .parse()
-            .map_err(|_| invalid("dubbo-go registers a host and a port, a number"))?;
-        // Host and port would read as another address than the key has: `host:080`.
+            .map_err(|_| invalid("dubbo-go needs a port number"))?;
+        // `Address` is written only if host and port do not say the same, as for `host:080`.
         let address = match format!("{host}:{port}") == instance.address {
             true => "",
             false => &instance.address,
         };
-        let mut metadata = carried::all(instance);
-        metadata.remove(carried::ID);
+        let mut metadata = reserved_metadata::encode(instance);
+        metadata.remove(reserved_metadata::ID);
         if instance.weight != 0 {
-            metadata.remove(carried::WEIGHT);
+            metadata.remove(reserved_metadata::WEIGHT);
         }
         let tag = metadata
             .get(Self::TAG)
@@ -109,11 +111,11 @@ impl Format for DubboGo {
         let mut value = go_json::to_vec(&ServiceInstance {
             id: &instance.id,
             service_name: &instance.service,
-            // An IPv6 host keeps its brackets: dubbo-go joins host and port with a colon.
+            // An IPv6 host keeps its brackets, because dubbo-go joins host and port with a colon.
             host,
             port,
             weight: match instance.weight {
-                DEFAULT_WEIGHT => 0,
+                Instance::DEFAULT_WEIGHT => 0,
                 weight => weight,
             },
             enable: instance.is_eligible(),
@@ -129,36 +131,31 @@ impl Format for DubboGo {
         Ok(value)
     }
 
-    fn decode(
-        &self,
-        _prefix: &str,
-        service: &str,
-        _key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
         let mut metadata = fields.strings_by_name("Metadata")?;
-        // Read for their types alone: a Go reader refuses the entry if one is wrong.
+        // Checked only because a Go reader refuses the entry if one of these has a wrong type.
         fields.object("ServiceMetadata")?;
         fields.string("GroupName")?;
         let name = fields.string("ServiceName")?;
-        let mut instance = Instance::new(service, address(&fields)?);
+        let mut instance = Instance::new(context.service, decode_address(&fields)?);
         let id = fields.string("ID")?;
         if !id.is_empty() {
             instance.id = id.to_owned();
         }
         instance.weight = match fields.signed("Weight")? {
             ..=0 if metadata
-                .get(carried::WEIGHT)
+                .get(reserved_metadata::WEIGHT)
                 .is_some_and(|weight| weight == "0") =>
             {
-                metadata.remove(carried::WEIGHT);
+                metadata.remove(reserved_metadata::WEIGHT);
                 0
             }
-            ..=0 => DEFAULT_WEIGHT,
+            ..=0 => Instance::DEFAULT_WEIGHT,
             weight => weight.try_into().unwrap_or(u32::MAX),
         };
-        carried::take(&mut instance, metadata, &[carried::ID, carried::WEIGHT]);
+        let own_fields = [reserved_metadata::ID, reserved_metadata::WEIGHT];
+        reserved_metadata::decode(&mut instance, metadata, &own_fields);
         let tag = fields.string("Tag")?;
         if !tag.is_empty() {
             instance
@@ -166,16 +163,16 @@ impl Format for DubboGo {
                 .insert(Self::TAG.to_owned(), tag.to_owned());
         }
         let (enable, healthy) = (fields.boolean("Enable")?, fields.boolean("Healthy")?);
-        // A service named `a/b` stands in the range of `a`.
-        let here = name.is_empty() || name == service;
-        // Disabled by us, it says why, and is shown for what it is; it is not called either way.
-        let shown = here && healthy && (enable || !instance.is_eligible());
-        Ok(if shown { vec![instance] } else { Vec::new() })
+        // The range of a service `a` also holds a service named `a/b`.
+        let is_own = name.is_empty() || name == context.service;
+        // An entry that this crate disabled has the reason in its metadata, so it is not eligible.
+        let is_shown = is_own && healthy && (enable || !instance.is_eligible());
+        Ok(if is_shown { vec![instance] } else { Vec::new() })
     }
 }
 
-/// `Address` where it is set, else host and port.
-fn address(fields: &Object) -> Result<String, DecodeError> {
+/// The address in `Address`, or else in `Host` and `Port`.
+fn decode_address(fields: &Object) -> Result<String, DecodeError> {
     let (host, port) = (fields.string("Host")?, fields.signed("Port")?);
     let address = fields.string("Address")?;
     if !address.is_empty() {
@@ -193,21 +190,21 @@ fn address(fields: &Object) -> Result<String, DecodeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::laws::{in_range, read};
+    use super::super::properties::{self, in_range};
     use super::*;
 
     const PREFIX: &str = "/services";
 
-    fn written(instance: &Instance) -> String {
+    fn encode(instance: &Instance) -> String {
         String::from_utf8(DubboGo.encode(instance).unwrap()).unwrap()
     }
 
-    fn decoded(value: &str) -> Result<Vec<Instance>, DecodeError> {
-        read(&DubboGo, PREFIX, "svc", "", value.as_bytes())
+    fn decode(value: &str) -> Result<Vec<Instance>, DecodeError> {
+        properties::decode(&DubboGo, PREFIX, "svc", "", value.as_bytes())
     }
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
+    fn vectors_encode_and_decode_exactly() {
         let value = concat!(
             r#"{"ID":"testID","ServiceName":"svc","Host":"127.0.0.1","Port":2233,"Weight":0,"Enable":true,"Healthy":true,"Metadata":{"t1":"test12"},"ServiceMetadata":null,"Address":"","GroupName":"","Tag":""}"#,
             "\n"
@@ -219,8 +216,8 @@ mod tests {
             DubboGo.key(PREFIX, &instance),
             "/services/svc/127.0.0.1:2233"
         );
-        assert_eq!(written(&instance), value);
-        assert_eq!(decoded(value).unwrap(), [instance]);
+        assert_eq!(encode(&instance), value);
+        assert_eq!(decode(value).unwrap(), [instance]);
         assert!(in_range(
             &DubboGo,
             PREFIX,
@@ -236,10 +233,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_disabled_or_not_healthy_is_not_used() {
+    fn ignores_disabled_and_unhealthy_entries() {
         let shown = |state: &str| {
             let value = format!(r#"{{"Host":"h","Port":1,{state}}}"#);
-            decoded(&value).unwrap().len()
+            decode(&value).unwrap().len()
         };
         assert_eq!(shown(r#""Enable":true,"Healthy":true"#), 1);
         for state in [
@@ -254,37 +251,37 @@ mod tests {
     }
 
     #[test]
-    fn what_drains_or_has_no_weight_is_disabled_for_everyone_and_known_to_us() {
+    fn draining_or_weight_0_is_disabled_but_shown() {
         let instance = Instance::new("svc", "h:1");
         for leaving in [instance.clone().draining(true), instance.weight(0)] {
-            assert!(written(&leaving).contains(r#""Enable":false,"Healthy":true"#));
-            let read = decoded(&written(&leaving)).unwrap();
+            assert!(encode(&leaving).contains(r#""Enable":false,"Healthy":true"#));
+            let read = decode(&encode(&leaving)).unwrap();
             assert_eq!(read, [leaving]);
             assert!(!read[0].is_eligible());
         }
     }
 
     #[test]
-    fn a_weight_of_0_or_less_reads_as_100() {
+    fn weight_0_or_less_reads_as_100() {
         let weight = |weight: &str| {
             let value = format!(
                 r#"{{"Host":"h","Port":1,"Enable":true,"Healthy":true,"Weight":{weight}}}"#
             );
-            decoded(&value).unwrap()[0].weight
+            decode(&value).unwrap()[0].weight
         };
         assert_eq!(weight("0"), 100);
         assert_eq!(weight("-7"), 100);
         assert_eq!(weight("7"), 7);
         assert_eq!(weight("4294967296"), u32::MAX);
         let instance = Instance::new("svc", "h:1").weight(7);
-        assert!(written(&instance).contains(r#""Weight":7,"#));
+        assert!(encode(&instance).contains(r#""Weight":7,"#));
     }
 
     #[test]
-    fn the_address_is_the_one_that_is_set_or_host_and_port() {
+    fn address_overrides_host_and_port() {
         let address = |fields: &str| {
             let value = format!(r#"{{"Enable":true,"Healthy":true,{fields}}}"#);
-            decoded(&value).map(|read| read[0].address.clone())
+            decode(&value).map(|read| read[0].address.clone())
         };
         assert_eq!(
             address(r#""Host":"h","Port":1,"Address":"x:2""#).unwrap(),
@@ -295,27 +292,27 @@ mod tests {
         assert_eq!(address(r#""Host":"h""#).unwrap(), "h");
         assert!(address(r#""Port":1"#).is_err());
         let instance = Instance::new("svc", "[::1]:50051");
-        assert!(written(&instance).contains(r#""Host":"[::1]","Port":50051,"#));
-        // One that a number cannot say is said in full.
+        assert!(encode(&instance).contains(r#""Host":"[::1]","Port":50051,"#));
+        // A port that a number cannot express is written in `Address`.
         let instance = Instance::new("svc", "h:080");
-        assert!(written(&instance).contains(r#""Port":80,"#));
-        assert!(written(&instance).contains(r#""Address":"h:080","#));
-        assert_eq!(decoded(&written(&instance)).unwrap(), [instance]);
+        assert!(encode(&instance).contains(r#""Port":80,"#));
+        assert!(encode(&instance).contains(r#""Address":"h:080","#));
+        assert_eq!(decode(&encode(&instance)).unwrap(), [instance]);
     }
 
     #[test]
-    fn the_tag_is_carried() {
+    fn tag_is_carried_in_the_metadata() {
         let instance = Instance::new("svc", "h:1").metadata(DubboGo::TAG, "gray");
-        assert!(written(&instance).contains(r#""Metadata":null,"#));
-        assert!(written(&instance).ends_with("\"Tag\":\"gray\"}\n"));
-        assert_eq!(decoded(&written(&instance)).unwrap(), [instance]);
+        assert!(encode(&instance).contains(r#""Metadata":null,"#));
+        assert!(encode(&instance).ends_with("\"Tag\":\"gray\"}\n"));
+        assert_eq!(decode(&encode(&instance)).unwrap(), [instance]);
     }
 
     #[test]
-    fn what_names_another_service_is_not_shown() {
+    fn ignores_entries_of_other_services() {
         let named = |name: &str| {
             let fields = r#""Host":"h","Port":1,"Enable":true,"Healthy":true"#;
-            decoded(&format!(r#"{{"ServiceName":"{name}",{fields}}}"#)).unwrap()
+            decode(&format!(r#"{{"ServiceName":"{name}",{fields}}}"#)).unwrap()
         };
         assert_eq!(named("svc/b"), []);
         assert_eq!(named("svc").len(), 1);
@@ -323,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_go_reader_refuses_is_an_error() {
+    fn refuses_what_a_go_reader_refuses() {
         for field in [
             r#""ID":1"#,
             r#""ServiceName":true"#,
@@ -340,7 +337,7 @@ mod tests {
             r#""Tag":[]"#,
         ] {
             let value = format!(r#"{{"Address":"h:1",{field}}}"#);
-            assert!(decoded(&value).is_err(), "{value}");
+            assert!(decode(&value).is_err(), "{value}");
         }
     }
 }

@@ -2,9 +2,9 @@
 //!
 //! `services/greeter/10.0.0.5:50051 => {"Op":0,"Addr":"10.0.0.5:50051","Metadata":{"weight":50}}`
 //!
-//! `Metadata` is free in the convention. Ours is an object: `weight` (a number), `zone`, `version`,
-//! `tls` (a boolean) and `status` (`draining`) where they differ from the default, and the instance's
-//! own metadata beside them; `null` when there is nothing to say.
+//! The convention allows any JSON as `Metadata`. We write an object with the instance's own
+//! metadata and, where they differ from the default, `weight` (a number), `zone`, `version`, `tls`
+//! (a boolean) and `status` (`draining`). An empty object is written as `null`.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,25 +12,25 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::carried::{self, DRAINING};
+use super::codec::{DecodeError, Format};
 use super::go_json::{self, Object};
-use super::{DecodeError, Format, KeyRange, service_prefix};
+use super::key::{KeyContext, KeyRange, id_after, service_prefix};
+use super::reserved_metadata::{self, DRAINING};
 use crate::error::{Error, Result};
-use crate::instance::{DEFAULT_WEIGHT, Instance};
+use crate::instance::Instance;
 
-/// `Metadata` that is not an object (the convention allows anything) is kept as text under this key,
-/// so that nothing is lost. It is written as a string: one that was a string as it was, a number, a
-/// boolean or a list as its JSON in a string.
+/// The metadata key for a `Metadata` that is not an object, so that it is not lost. A string is
+/// kept as it is, any other JSON as its text. It is written back as a string.
 const BARE_METADATA: &str = "";
 
 /// etcd's own naming convention (`go.etcd.io/etcd/client/v3/naming`), the default.
 ///
-/// Keys are `prefix/service/id`, prefix `services`, time to live 10 s. Everything about an instance
-/// is carried, beside its own metadata in `Metadata`.
+/// Keys are `prefix/service/id`, the default prefix is `services`, the default time to live 10 s.
+/// `Metadata` carries all fields of an instance, beside its own metadata.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct EtcdNaming;
 
-/// Field order is the order in the value.
+/// Fields are written in this order.
 #[derive(Serialize)]
 struct Endpoint<'a> {
     #[serde(rename = "Op")]
@@ -66,66 +66,61 @@ impl Format for EtcdNaming {
         go_json::to_vec(&Endpoint {
             op: 0,
             addr: &instance.address,
-            metadata: metadata_of(instance),
+            metadata: encode_metadata(instance),
         })
         .map_err(|error| Error::invalid("instance", &instance.id, error.to_string()))
     }
 
-    fn decode(
-        &self,
-        prefix: &str,
-        service: &str,
-        key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
-        // A stored value is an add whatever its Op says, but it must be one.
+        // `Op` has no meaning in a stored value, but a Go reader refuses one that is not a `uint8`.
         fields.unsigned("Op", u8::MAX.into())?;
         let address = fields.string("Addr")?;
         if address.is_empty() {
             return Err(DecodeError::new("Addr is missing or empty"));
         }
-        let mut instance = Instance::new(service, address);
-        if let Some(id) = super::id_after(&service_prefix(prefix, service), key) {
+        let mut instance = Instance::new(context.service, address);
+        let prefix = service_prefix(context.prefix, context.service);
+        if let Some(id) = id_after(&prefix, context.key) {
             instance.id = id.to_owned();
         }
         match fields.any("Metadata") {
             None => {}
             Some(Value::Object(entries)) => {
                 for (key, value) in &entries {
-                    read_metadata(&mut instance, key, value);
+                    decode_metadata(&mut instance, key, value);
                 }
             }
             Some(bare) => {
                 instance
                     .metadata
-                    .insert(BARE_METADATA.to_owned(), text_of(&bare));
+                    .insert(BARE_METADATA.to_owned(), to_text(&bare));
             }
         }
         Ok(vec![instance])
     }
 }
 
-fn metadata_of(instance: &Instance) -> Option<Value> {
+fn encode_metadata(instance: &Instance) -> Option<Value> {
     let mut entries: BTreeMap<&str, Value> = instance
         .metadata
         .iter()
         .map(|(key, value)| (key.as_str(), Value::from(value.as_str())))
         .collect();
-    if instance.weight != DEFAULT_WEIGHT {
-        entries.insert(carried::WEIGHT, instance.weight.into());
+    if instance.weight != Instance::DEFAULT_WEIGHT {
+        entries.insert(reserved_metadata::WEIGHT, instance.weight.into());
     }
     if let Some(zone) = &instance.zone {
-        entries.insert(carried::ZONE, zone.as_str().into());
+        entries.insert(reserved_metadata::ZONE, zone.as_str().into());
     }
     if let Some(version) = &instance.version {
-        entries.insert(carried::VERSION, version.as_str().into());
+        entries.insert(reserved_metadata::VERSION, version.as_str().into());
     }
     if let Some(tls) = instance.tls {
-        entries.insert(carried::TLS, tls.into());
+        entries.insert(reserved_metadata::TLS, tls.into());
     }
     if instance.draining {
-        entries.insert(carried::STATUS, DRAINING.into());
+        entries.insert(reserved_metadata::STATUS, DRAINING.into());
     }
     match entries.len() {
         0 => None,
@@ -139,27 +134,32 @@ fn metadata_of(instance: &Instance) -> Option<Value> {
     }
 }
 
-/// Takes what a field carries into that field, and everything else as it is: what another writer
-/// means by `weight` may not be ours, and then it must not be lost.
-fn read_metadata(instance: &mut Instance, key: &str, value: &Value) {
+/// Moves one entry of `Metadata` into its field. An entry that is not ours, or that we cannot read,
+/// goes into `instance.metadata`: another writer may mean something else by `weight`, and its value
+/// must not be lost.
+fn decode_metadata(instance: &mut Instance, key: &str, value: &Value) {
     match (key, value) {
-        (carried::WEIGHT, value) if weight_of(value).is_some() => {
-            instance.weight = weight_of(value).unwrap_or(DEFAULT_WEIGHT);
+        (reserved_metadata::WEIGHT, value) if parse_weight(value).is_some() => {
+            instance.weight = parse_weight(value).unwrap_or(Instance::DEFAULT_WEIGHT);
         }
-        (carried::ZONE, Value::String(zone)) => instance.zone = Some(zone.clone()),
-        (carried::VERSION, Value::String(version)) => instance.version = Some(version.clone()),
-        (carried::TLS, Value::Bool(tls)) => instance.tls = Some(*tls),
-        (carried::TLS, Value::String(tls)) if tls.parse::<bool>().is_ok() => {
+        (reserved_metadata::ZONE, Value::String(zone)) => instance.zone = Some(zone.clone()),
+        (reserved_metadata::VERSION, Value::String(version)) => {
+            instance.version = Some(version.clone())
+        }
+        (reserved_metadata::TLS, Value::Bool(tls)) => instance.tls = Some(*tls),
+        (reserved_metadata::TLS, Value::String(tls)) if tls.parse::<bool>().is_ok() => {
             instance.tls = tls.parse().ok();
         }
-        (carried::STATUS, Value::String(status)) if status == DRAINING => instance.draining = true,
+        (reserved_metadata::STATUS, Value::String(status)) if status == DRAINING => {
+            instance.draining = true
+        }
         _ => {
-            instance.metadata.insert(key.to_owned(), text_of(value));
+            instance.metadata.insert(key.to_owned(), to_text(value));
         }
     }
 }
 
-fn weight_of(value: &Value) -> Option<u32> {
+fn parse_weight(value: &Value) -> Option<u32> {
     match value {
         Value::Number(number) => number.as_u64()?.try_into().ok(),
         Value::String(text) => text.parse().ok(),
@@ -167,8 +167,8 @@ fn weight_of(value: &Value) -> Option<u32> {
     }
 }
 
-/// A string as it is, anything else as its JSON.
-fn text_of(value: &Value) -> String {
+/// The text of a string, and the JSON of any other value.
+fn to_text(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
         other => other.to_string(),
@@ -177,20 +177,20 @@ fn text_of(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::properties;
     use super::*;
 
-    fn written(instance: &Instance) -> String {
+    fn encode(instance: &Instance) -> String {
         String::from_utf8(EtcdNaming.encode(instance).unwrap()).unwrap()
     }
 
-    fn read(key: &str, value: &str) -> Result<Instance, DecodeError> {
+    fn decode(key: &str, value: &str) -> Result<Instance, DecodeError> {
         let service = key.split('/').next().unwrap();
-        EtcdNaming
-            .decode("", service, key.as_bytes(), value.as_bytes())
+        properties::decode(&EtcdNaming, "", service, key, value.as_bytes())
             .map(|instances| instances.into_iter().next().unwrap())
     }
 
-    /// The vectors: key, value, and the instance that both stand for.
+    /// Test vectors: a key, a value, and the instance that they stand for.
     fn vectors() -> Vec<(&'static str, &'static str, Instance)> {
         vec![
             (
@@ -222,29 +222,29 @@ mod tests {
     }
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
+    fn vectors_encode_and_decode_exactly() {
         for (key, value, instance) in vectors() {
             assert_eq!(EtcdNaming.key("", &instance), key);
-            assert_eq!(written(&instance), value);
-            assert_eq!(read(key, value).unwrap(), instance);
+            assert_eq!(encode(&instance), value);
+            assert_eq!(decode(key, value).unwrap(), instance);
         }
     }
 
     #[test]
-    fn what_a_go_reader_takes_is_taken() {
+    fn accepts_what_a_go_reader_accepts() {
         for value in [
             r#"{"op":1,"addr":"a:1","METADATA":null}"#,
             r#"{"Addr":"a:1","Extra":[1]}"#,
         ] {
             assert_eq!(
-                read("foo/x", value).unwrap(),
+                decode("foo/x", value).unwrap(),
                 Instance::new("foo", "a:1").id("x")
             );
         }
     }
 
     #[test]
-    fn what_a_go_reader_refuses_is_refused() {
+    fn refuses_what_a_go_reader_refuses() {
         for value in [
             "a:1",
             r#"{"Op":"0","Addr":"a:1"}"#,
@@ -256,18 +256,18 @@ mod tests {
             "[]",
             "",
         ] {
-            assert!(read("foo/x", value).is_err(), "{value}");
+            assert!(decode("foo/x", value).is_err(), "{value}");
         }
     }
 
     #[test]
-    fn metadata_that_only_looks_like_ours_is_kept_as_it_is() {
+    fn unreadable_reserved_names_stay_in_the_metadata() {
         let instance = read(
             "foo/x",
             r#"{"Addr":"a:1","Metadata":{"weight":"heavy","zone":7,"status":"up","list":[1,2]}}"#,
         )
         .unwrap();
-        assert_eq!(instance.weight, DEFAULT_WEIGHT);
+        assert_eq!(instance.weight, Instance::DEFAULT_WEIGHT);
         assert_eq!(instance.metadata["weight"], "heavy");
         assert_eq!(instance.metadata["zone"], "7");
         assert_eq!(instance.metadata["status"], "up");
@@ -275,18 +275,18 @@ mod tests {
     }
 
     #[test]
-    fn metadata_that_is_no_object_is_kept_as_text_and_written_as_a_string() {
+    fn non_object_metadata_is_kept_as_text() {
         for (metadata, text) in [("7", "7"), ("[1,2]", "[1,2]"), ("true", "true")] {
             let value = format!(r#"{{"Addr":"a:1","Metadata":{metadata}}}"#);
-            let instance = read("foo/x", &value).unwrap();
+            let instance = decode("foo/x", &value).unwrap();
             assert_eq!(instance.metadata[BARE_METADATA], text);
             let again = format!(r#"{{"Op":0,"Addr":"a:1","Metadata":"{text}"}}"#);
-            assert_eq!(written(&instance), again);
+            assert_eq!(encode(&instance), again);
         }
     }
 
     #[test]
-    fn the_range_of_a_service_holds_its_keys_and_not_those_of_a_longer_name() {
+    fn range_excludes_services_with_a_longer_name() {
         let range = EtcdNaming.range("services", "greeter");
         let holds =
             |key: String| range.start <= key.clone().into_bytes() && key.into_bytes() < range.end;
@@ -299,29 +299,28 @@ mod tests {
     }
 
     #[test]
-    fn the_id_is_what_follows_the_service_even_where_the_prefix_repeats_its_name() {
+    fn prefix_may_repeat_the_service_name() {
         let instance = Instance::new("greeter", "a:1");
         let key = EtcdNaming.key("greeter/greeter", &instance);
         let value = EtcdNaming.encode(&instance).unwrap();
-        let read = EtcdNaming
-            .decode("greeter/greeter", "greeter", key.as_bytes(), &value)
-            .unwrap();
-        assert_eq!(read, [instance]);
+        let decoded =
+            properties::decode(&EtcdNaming, "greeter/greeter", "greeter", &key, &value).unwrap();
+        assert_eq!(decoded, [instance]);
     }
 
     #[test]
-    fn whether_it_speaks_tls_is_said_only_if_it_is_known() {
+    fn tls_is_written_only_if_set() {
         let instance = Instance::new("foo", "a:1").id("x");
         for (tls, metadata) in [(true, r#"{"tls":true}"#), (false, r#"{"tls":false}"#)] {
             let value = format!(r#"{{"Op":0,"Addr":"a:1","Metadata":{metadata}}}"#);
             let instance = instance.clone().tls(tls);
-            assert_eq!(written(&instance), value);
-            assert_eq!(read("foo/x", &value).unwrap(), instance);
+            assert_eq!(encode(&instance), value);
+            assert_eq!(decode("foo/x", &value).unwrap(), instance);
         }
         let text = r#"{"Addr":"a:1","Metadata":{"tls":"true"}}"#;
-        assert_eq!(read("foo/x", text).unwrap(), instance.clone().tls(true));
+        assert_eq!(decode("foo/x", text).unwrap(), instance.clone().tls(true));
         let other = r#"{"Addr":"a:1","Metadata":{"tls":"1.3"}}"#;
-        let other = read("foo/x", other).unwrap();
+        let other = decode("foo/x", other).unwrap();
         assert_eq!(other.tls, None);
         assert_eq!(other.metadata["tls"], "1.3");
     }

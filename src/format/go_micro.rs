@@ -8,26 +8,28 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::codec::{DecodeError, Format};
 use super::go_json::{self, Object};
-use super::{DecodeError, Format, KeyRange, carried, service_prefix};
+use super::key::{KeyContext, KeyRange, service_prefix};
+use super::reserved_metadata;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// go-micro's registrations (`registry/etcd`): keys are `prefix/service/id` with `-` for every `/` in
-/// service and id, prefix `/micro/registry`, time to live 90 s. A service that go-micro calls `a/b` is
-/// `a-b` here.
+/// go-micro's registrations (`registry/etcd`): keys are `prefix/service/id` with `-` for every `/`
+/// in service and id, the default prefix is `/micro/registry`, the default time to live 90 s. A
+/// service that go-micro calls `a/b` is `a-b` here.
 ///
-/// A value is one node when written, and every node in it is an instance when read. The service's
-/// version is the instance's; a node's metadata is the instance's, and has weight, zone, draining and
-/// TLS as well, which go-micro's clients do not look at. The service's own metadata and endpoints are
-/// neither shown nor written.
+/// A value is written with one node; every node of a value that is read is an instance. The
+/// instance's version is the service's, and its metadata is the node's. Weight, zone, draining and
+/// TLS are in that metadata too, where go-micro's clients ignore them. The service's own metadata
+/// and endpoints are not shown, and not written.
 ///
-/// go-micro's servers say `protocol` = `grpc` in their nodes' metadata. Where clients of yours select
-/// by that, add it with [`Instance::metadata`].
+/// go-micro's servers set `protocol` to `grpc` in their nodes' metadata. If your clients select by
+/// that, add it with [`Instance::metadata`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct GoMicro;
 
-/// Field order is the order in the value.
+/// Fields are written in this order.
 #[derive(Serialize)]
 struct Service<'a> {
     name: &'a str,
@@ -58,7 +60,7 @@ impl Format for GoMicro {
         Duration::from_secs(90)
     }
 
-    fn holds_several(&self) -> bool {
+    fn is_multi_instance(&self) -> bool {
         true
     }
 
@@ -72,11 +74,11 @@ impl Format for GoMicro {
     }
 
     fn encode(&self, instance: &Instance) -> Result<Vec<u8>> {
-        let mut metadata = carried::all(instance);
-        metadata.remove(carried::ID);
+        let mut metadata = reserved_metadata::encode(instance);
+        metadata.remove(reserved_metadata::ID);
         let version = instance.version.as_deref().unwrap_or_default();
         if !version.is_empty() {
-            metadata.remove(carried::VERSION);
+            metadata.remove(reserved_metadata::VERSION);
         }
         go_json::to_vec(&Service {
             name: &instance.service,
@@ -92,15 +94,9 @@ impl Format for GoMicro {
         .map_err(|error| Error::invalid("instance", &instance.id, error.to_string()))
     }
 
-    fn decode(
-        &self,
-        _prefix: &str,
-        service: &str,
-        _key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
-        // Read for their types alone: a Go reader refuses the entry if one is wrong.
+        // Checked only because a Go reader refuses the entry if one of these has a wrong type.
         fields.string("name")?;
         fields.strings_by_name("metadata")?;
         for endpoint in fields.objects("endpoints")? {
@@ -110,7 +106,7 @@ impl Format for GoMicro {
         let nodes = fields.objects("nodes")?;
         nodes
             .into_iter()
-            .filter_map(|node| instance(service, version, node).transpose())
+            .filter_map(|node| decode_node(context.service, version, node).transpose())
             .collect()
     }
 }
@@ -126,7 +122,7 @@ fn check_endpoint(endpoint: &Object) -> Result<(), DecodeError> {
     Ok(())
 }
 
-/// No deeper than the parser goes.
+/// The recursion is bounded: the parser limits the nesting.
 fn check_message(message: &Object) -> Result<(), DecodeError> {
     message.string("name")?;
     message.string("type")?;
@@ -136,36 +132,41 @@ fn check_message(message: &Object) -> Result<(), DecodeError> {
         .try_for_each(check_message)
 }
 
-/// `None`: it has no address, which a Go reader takes and cannot call. The other nodes can be.
-fn instance(service: &str, version: &str, node: &Object) -> Result<Option<Instance>, DecodeError> {
+/// `None` for a node without an address: a Go reader accepts it, but nobody can call it.
+fn decode_node(
+    service: &str,
+    version: &str,
+    node: &Object,
+) -> Result<Option<Instance>, DecodeError> {
     let address = node.string("address")?;
     let mut instance = Instance::new(service, address);
     let id = node.string("id")?;
     if !id.is_empty() {
         instance.id = id.to_owned();
     }
-    let mut placed = vec![carried::ID];
+    let mut own_fields = vec![reserved_metadata::ID];
     if !version.is_empty() {
         instance.version = Some(version.to_owned());
-        placed.push(carried::VERSION);
+        own_fields.push(reserved_metadata::VERSION);
     }
-    carried::take(&mut instance, node.strings_by_name("metadata")?, &placed);
+    let metadata = node.strings_by_name("metadata")?;
+    reserved_metadata::decode(&mut instance, metadata, &own_fields);
     Ok((!address.is_empty()).then_some(instance))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::laws::{in_range, read};
+    use super::super::properties::{decode, in_range};
     use super::*;
 
     const PREFIX: &str = "/micro/registry";
 
-    fn decoded(value: &str) -> Result<Vec<Instance>, DecodeError> {
-        read(&GoMicro, PREFIX, "greeter", "", value.as_bytes())
+    fn decode_value(value: &str) -> Result<Vec<Instance>, DecodeError> {
+        decode(&GoMicro, PREFIX, "greeter", "", value.as_bytes())
     }
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
+    fn vectors_encode_and_decode_exactly() {
         let value = r#"{"name":"greeter","version":"latest","metadata":null,"endpoints":null,"nodes":[{"metadata":{"protocol":"grpc","registry":"etcd"},"id":"greeter-1","address":"127.0.0.1:9000"}]}"#;
         let instance = Instance::new("greeter", "127.0.0.1:9000")
             .id("greeter-1")
@@ -177,38 +178,33 @@ mod tests {
             "/micro/registry/greeter/greeter-1"
         );
         assert_eq!(GoMicro.encode(&instance).unwrap(), value.as_bytes());
-        assert_eq!(decoded(value).unwrap(), [instance]);
+        assert_eq!(decode_value(value).unwrap(), [instance]);
     }
 
     #[test]
-    fn a_slash_in_either_part_of_the_key_becomes_a_dash_and_stays_in_the_value() {
+    fn slashes_become_dashes_in_keys_only() {
         let mut instance = Instance::new("a/b", "h:1").id("c/d");
         assert_eq!(GoMicro.key(PREFIX, &instance), "/micro/registry/a-b/c-d");
         assert!(in_range(&GoMicro, PREFIX, "a/b", "/micro/registry/a-b/c-d"));
         assert!(!in_range(&GoMicro, PREFIX, "a", "/micro/registry/a-b/c-d"));
         instance.service = "greeter".to_owned();
         let value = GoMicro.encode(&instance).unwrap();
-        let read = read(
-            &GoMicro,
-            PREFIX,
-            "greeter",
-            "/micro/registry/greeter/c-d",
-            &value,
-        );
-        assert_eq!(read.unwrap(), [instance]);
+        let key = "/micro/registry/greeter/c-d";
+        let decoded = decode(&GoMicro, PREFIX, "greeter", key, &value);
+        assert_eq!(decoded.unwrap(), [instance]);
     }
 
     #[test]
-    fn a_node_without_an_address_takes_no_other_with_it() {
+    fn ignores_nodes_without_an_address() {
         let value = r#"{"nodes":[{"id":"1"},{"id":"2","address":"h:2"},{"id":"3","address":""}]}"#;
-        let read = decoded(value).unwrap();
-        assert_eq!(read, [Instance::new("greeter", "h:2").id("2")]);
-        assert_eq!(decoded(r#"{"nodes":[{"id":"1"}]}"#).unwrap(), []);
+        let decoded = decode_value(value).unwrap();
+        assert_eq!(decoded, [Instance::new("greeter", "h:2").id("2")]);
+        assert_eq!(decode_value(r#"{"nodes":[{"id":"1"}]}"#).unwrap(), []);
     }
 
     #[test]
     fn every_node_is_an_instance() {
-        let read = decoded(
+        let decoded = decode_value(
             r#"{"Name":"greeter","VERSION":"2","endpoints":[{"name":"Hello","request":{"name":"R","type":"R","values":[{"name":"n"},null]},"response":null}],"metadata":{"a":"b"},
                 "nodes":[{"id":"1","address":"h:1"},null,{"id":"2","address":"h:2","port":5}]}"#,
         );
@@ -217,14 +213,14 @@ mod tests {
                 .id(id)
                 .version("2")
         };
-        assert_eq!(read.unwrap(), [node("1"), node("2")]);
+        assert_eq!(decoded.unwrap(), [node("1"), node("2")]);
         for none in ["{}", r#"{"nodes":null}"#, r#"{"nodes":[]}"#] {
-            assert_eq!(decoded(none).unwrap(), []);
+            assert_eq!(decode_value(none).unwrap(), []);
         }
     }
 
     #[test]
-    fn what_a_go_reader_refuses_is_an_error() {
+    fn refuses_what_a_go_reader_refuses() {
         for value in [
             "x",
             r#"{"version":1}"#,
@@ -247,7 +243,7 @@ mod tests {
             r#"{"nodes":[{"address":1}]}"#,
             r#"{"nodes":[{"address":"h:1","metadata":[]}]}"#,
         ] {
-            assert!(decoded(value).is_err(), "{value}");
+            assert!(decode_value(value).is_err(), "{value}");
         }
     }
 }

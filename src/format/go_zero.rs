@@ -2,27 +2,26 @@
 //!
 //! `user.rpc/7587881534843123458 => 10.0.0.5:8080`
 //!
-//! The value is the bare address, so it is all that an instance is: a reader sees no weight, no zone,
-//! no metadata, and none of a draining one's leaving before its key goes. The keys of one address
-//! are one endpoint until all of them are gone.
+//! The value is the bare address, so a reader sees no weight, zone or metadata, and learns that an
+//! instance drains only when its key is deleted. All keys with one address are one instance.
 
 use std::time::Duration;
 
-use super::{DecodeError, Format, KeyRange, id_after, service_prefix};
+use super::codec::{DecodeError, Format};
+use super::key::{KeyContext, KeyRange, id_after, service_prefix};
 use crate::error::Result;
-use crate::instance::Instance;
-use crate::instance::validate_address;
+use crate::instance::{Instance, validate_address};
 
-/// go-zero's registrations (`core/discov`): keys are `service/id`, no prefix, the value is the bare
-/// address, time to live 10 s.
+/// go-zero's registrations (`core/discov`): keys are `service/number`, there is no default prefix,
+/// the value is the bare address, and the default time to live is 10 s.
 ///
-/// It carries the address alone. What stands deeper than `service/number` is another's, and not shown.
-/// The service's name is what go-zero calls the key (`user.rpc`).
+/// The format carries the address alone. Keys other than `service/number` belong to other services
+/// and are not shown. The service's name is what go-zero calls the key (`user.rpc`).
 ///
-/// go-zero's ids are decimal numbers: the lease's, or one that the publisher chose. Ours is chosen,
-/// since it is known before there is a lease and stays through its loss: the instance's own id where
-/// that is a decimal number that fits 64 bits, and otherwise the id's hash (FNV-1a, 63 bits). Read
-/// back, an instance's id is its address, for several keys may stand for it.
+/// In go-zero the number is the lease's id or one that the publisher chose. Ours does not depend on
+/// the lease, so that it stays the same when the lease is lost: the instance's id if that is a
+/// decimal number of 64 bits, otherwise the id's hash (FNV-1a, 63 bits). Read back, an instance's
+/// id is its address, because several keys may stand for one instance.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct GoZero;
 
@@ -46,7 +45,7 @@ impl Format for GoZero {
 
     fn key(&self, prefix: &str, instance: &Instance) -> String {
         let number = match instance.id.parse::<i64>() {
-            // Not `+7` nor `007`, which would be other keys than `7`.
+            // `+7` and `007` must not share the key of `7`.
             Ok(number) if number.to_string() == instance.id => number,
             _ => hash(&instance.id),
         };
@@ -61,24 +60,19 @@ impl Format for GoZero {
         Ok(instance.address.as_bytes().to_vec())
     }
 
-    fn decode(
-        &self,
-        prefix: &str,
-        service: &str,
-        key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
-        // A service named `a/b` stands in the range of `a`, and so may anything else: there is no prefix
-        // that would keep it apart.
-        let number = id_after(&service_prefix(prefix, service), key);
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
+        // Without a prefix, the range of a service `a` also holds a service named `a/b`, and keys
+        // of other software.
+        let prefix = service_prefix(context.prefix, context.service);
+        let number = id_after(&prefix, context.key);
         if !number.is_some_and(is_decimal) {
             return Ok(Vec::new());
         }
         let address = std::str::from_utf8(value)
-            .map_err(|_| DecodeError::new("the value is not an address: it is not UTF-8"))?;
+            .map_err(|_| DecodeError::new("the value is not an address: not UTF-8"))?;
         validate_address(address)
             .map_err(|_| DecodeError::new("the value is not an address (host:port)"))?;
-        Ok(vec![Instance::new(service, address)])
+        Ok(vec![Instance::new(context.service, address)])
     }
 }
 
@@ -87,7 +81,7 @@ fn is_decimal(text: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// FNV-1a, made positive as lease ids are. It must stay the same for ever: it is in keys.
+/// FNV-1a, made positive as lease ids are. Must never change, because it is part of keys in etcd.
 fn hash(id: &str) -> i64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
@@ -99,11 +93,11 @@ fn hash(id: &str) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::laws::{in_range, read};
+    use super::super::properties::{decode, in_range};
     use super::*;
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
+    fn vectors_encode_and_decode_exactly() {
         for (key, id) in [
             ("user.rpc/7587881534843123458", "7587881534843123458"),
             ("user.rpc/7", "7"),
@@ -111,13 +105,13 @@ mod tests {
             let instance = Instance::new("user.rpc", "10.0.0.5:8080").id(id);
             assert_eq!(GoZero.key("", &instance), key);
             assert_eq!(GoZero.encode(&instance).unwrap(), b"10.0.0.5:8080");
-            let read = read(&GoZero, "", "user.rpc", key, b"10.0.0.5:8080").unwrap();
-            assert_eq!(read, [Instance::new("user.rpc", "10.0.0.5:8080")]);
+            let decoded = decode(&GoZero, "", "user.rpc", key, b"10.0.0.5:8080").unwrap();
+            assert_eq!(decoded, [Instance::new("user.rpc", "10.0.0.5:8080")]);
         }
     }
 
     #[test]
-    fn an_id_that_is_no_number_becomes_one_that_never_changes() {
+    fn non_numeric_id_becomes_a_stable_number() {
         let key = |id: &str| GoZero.key("", &Instance::new("a", "h:1").id(id));
         assert_eq!(key("-5"), "a/-5");
         assert_eq!(key(&i64::MAX.to_string()), "a/9223372036854775807");
@@ -132,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused() {
+    fn refuses_values_that_are_not_addresses() {
         for value in [
             &b""[..],
             b"10.0.0.5",
@@ -140,24 +134,24 @@ mod tests {
             b"{\"Addr\":\"a:1\"}",
             b"a:1\n",
         ] {
-            assert!(read(&GoZero, "", "a", "a/7", value).is_err(), "{value:?}");
+            assert!(decode(&GoZero, "", "a", "a/7", value).is_err(), "{value:?}");
         }
     }
 
     #[test]
-    fn what_is_not_one_number_below_the_service_is_anothers() {
+    fn ignores_keys_other_than_service_and_number() {
         for key in ["a/b/7", "a/7/8", "a/x", "a/", "a/-", "a/7x", "b/7"] {
-            let read = read(&GoZero, "", "a", key, b"h:1");
-            assert_eq!(read.unwrap(), [], "{key}");
+            let decoded = decode(&GoZero, "", "a", key, b"h:1");
+            assert_eq!(decoded.unwrap(), [], "{key}");
         }
         for key in ["a/7", "a/-7"] {
-            let read = read(&GoZero, "", "a", key, b"h:1");
-            assert_eq!(read.unwrap().len(), 1, "{key}");
+            let decoded = decode(&GoZero, "", "a", key, b"h:1");
+            assert_eq!(decoded.unwrap().len(), 1, "{key}");
         }
     }
 
     #[test]
-    fn a_service_does_not_show_another_with_a_longer_name() {
+    fn range_excludes_services_with_a_longer_name() {
         assert!(in_range(&GoZero, "", "user.rpc", "user.rpc/7"));
         assert!(!in_range(&GoZero, "", "user.rpc", "user.rpc2/7"));
         assert!(!in_range(&GoZero, "", "user.rpc", "user.rpc"));

@@ -8,27 +8,30 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::codec::{DecodeError, Format};
 use super::go_json::{self, Object};
-use super::{DecodeError, Format, KeyRange, carried, slashed_prefix};
+use super::key::{KeyContext, KeyRange, slashed_prefix};
+use super::reserved_metadata;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// The weight of a registration whose weight is 0 or less (`defaultWeight` in `etcd_resolver.go`).
-const DEFAULT_WEIGHT: u32 = 10;
+/// The weight that kitex assumes for a weight of 0 or less (`defaultWeight` in `etcd_resolver.go`).
+const KITEX_DEFAULT_WEIGHT: u32 = 10;
 
-/// kitex' registrations (`registry-etcd`): keys are `prefix/service/host:port`, prefix
-/// `kitex/registry-etcd`, time to live 60 s. With an empty prefix they are `/service/host:port`.
+/// kitex' registrations (`registry-etcd`): keys are `prefix/service/host:port`, the default prefix
+/// is `kitex/registry-etcd`, the default time to live 60 s. With an empty prefix the keys are
+/// `/service/host:port`.
 ///
-/// Weight and tags have places of their own; the tags are the metadata. Id, zone, version, draining
-/// and TLS are tags as well, which kitex' clients do not look at.
+/// kitex has fields for weight and tags; the tags are the metadata. Id, zone, version, draining and
+/// TLS are tags too, which kitex' clients ignore.
 ///
-/// A weight of 0 or less reads as 10, kitex' default, and 10 is written as 0. So kitex' clients call
-/// an instance of weight 0 as well, while ours, who find a tag `weight` of `0`, do not. **Our default
-/// is 100**: beside servers in Go that leave theirs at 10, say `.weight(10)`.
+/// A weight of 0 or less reads as 10, kitex' default, and 10 is written as 0. An instance of weight
+/// 0 is written with a tag `weight` of `0`: clients of this crate do not call it, kitex' clients
+/// do. **Our default weight is 100**: use `.weight(10)` beside Go servers with kitex' default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Kitex;
 
-/// Field order is the order in the value.
+/// Fields are written in this order.
 #[derive(Serialize)]
 struct InstanceInfo<'a> {
     network: &'a str,
@@ -38,7 +41,7 @@ struct InstanceInfo<'a> {
     tags: BTreeMap<String, String>,
 }
 
-/// The network and the address on it.
+/// The network (`unix` or `tcp`) and the address in it.
 fn network(address: &str) -> (&'static str, &str) {
     match address.strip_prefix("unix:") {
         Some(path) => ("unix", path),
@@ -63,19 +66,19 @@ impl Format for Kitex {
         slashed_prefix(prefix, &instance.service) + network(&instance.address).1
     }
 
-    /// With the slash that kitex' own reader leaves out, so that `echo` does not show `echo2`.
+    /// kitex' own reader leaves out the trailing slash, so that its `echo` also shows `echo2`.
     fn range(&self, prefix: &str, service: &str) -> KeyRange {
         KeyRange::prefix(slashed_prefix(prefix, service))
     }
 
     fn encode(&self, instance: &Instance) -> Result<Vec<u8>> {
-        let mut tags = carried::all(instance);
+        let mut tags = reserved_metadata::encode(instance);
         if instance.weight != 0 {
-            tags.remove(carried::WEIGHT);
+            tags.remove(reserved_metadata::WEIGHT);
         }
         let (network, address) = network(&instance.address);
         let weight = match instance.weight {
-            DEFAULT_WEIGHT => 0,
+            KITEX_DEFAULT_WEIGHT => 0,
             weight => weight,
         };
         go_json::to_vec(&InstanceInfo {
@@ -87,13 +90,7 @@ impl Format for Kitex {
         .map_err(|error| Error::invalid("instance", &instance.id, error.to_string()))
     }
 
-    fn decode(
-        &self,
-        _prefix: &str,
-        service: &str,
-        _key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
         let mut tags = fields.strings_by_name("tags")?;
         let address = match (fields.string("network")?, fields.string("address")?) {
@@ -101,33 +98,37 @@ impl Format for Kitex {
             ("unix", path) => format!("unix:{path}"),
             (_, address) => address.to_owned(),
         };
-        let mut instance = Instance::new(service, address);
+        let mut instance = Instance::new(context.service, address);
         instance.weight = match fields.signed("weight")? {
-            ..=0 if tags.get(carried::WEIGHT).is_some_and(|tag| tag == "0") => {
-                tags.remove(carried::WEIGHT);
+            ..=0 if tags
+                .get(reserved_metadata::WEIGHT)
+                .is_some_and(|tag| tag == "0") =>
+            {
+                tags.remove(reserved_metadata::WEIGHT);
                 0
             }
-            ..=0 => DEFAULT_WEIGHT,
+            ..=0 => KITEX_DEFAULT_WEIGHT,
             weight => weight.try_into().unwrap_or(u32::MAX),
         };
-        carried::take(&mut instance, tags, &[carried::WEIGHT]);
+        reserved_metadata::decode(&mut instance, tags, &[reserved_metadata::WEIGHT]);
         Ok(vec![instance])
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::laws::{in_range, read};
+    use super::super::properties::{self, in_range};
     use super::*;
 
     const PREFIX: &str = "kitex/registry-etcd";
 
-    fn decoded(value: &str) -> Result<Instance, DecodeError> {
-        read(&Kitex, PREFIX, "echo", "", value.as_bytes()).map(|mut read| read.remove(0))
+    fn decode(value: &str) -> Result<Instance, DecodeError> {
+        let decoded = properties::decode(&Kitex, PREFIX, "echo", "", value.as_bytes());
+        decoded.map(|mut instances| instances.remove(0))
     }
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
+    fn vectors_encode_and_decode_exactly() {
         for (key, value, instance) in [
             (
                 "kitex/registry-etcd/echo/127.0.0.1:8888",
@@ -144,7 +145,7 @@ mod tests {
         ] {
             assert_eq!(Kitex.key(PREFIX, &instance), key);
             assert_eq!(Kitex.encode(&instance).unwrap(), value.as_bytes());
-            assert_eq!(decoded(value).unwrap(), instance);
+            assert_eq!(decode(value).unwrap(), instance);
         }
         let instance = Instance::new("echo", "10.0.0.1:8888");
         assert_eq!(Kitex.key("", &instance), "/echo/10.0.0.1:8888");
@@ -152,10 +153,10 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_of_0_or_less_reads_as_10_unless_ours_says_that_it_is_meant() {
+    fn weight_0_reads_as_10_without_our_tag() {
         let weight = |weight: &str, tags: &str| {
             let value = format!(r#"{{"address":"h:1","weight":{weight},"tags":{tags}}}"#);
-            decoded(&value).unwrap().weight
+            decode(&value).unwrap().weight
         };
         for none in ["0", "-0", "-1", "null", "-9223372036854775808"] {
             assert_eq!(weight(none, "null"), 10);
@@ -167,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_does_not_show_another_with_a_longer_name() {
+    fn range_excludes_services_with_a_longer_name() {
         assert!(in_range(
             &Kitex,
             PREFIX,
@@ -183,9 +184,9 @@ mod tests {
     }
 
     #[test]
-    fn the_network_is_told_apart() {
+    fn unix_sockets_have_their_own_network() {
         assert_eq!(
-            decoded(r#"{"Network":"unix","Address":"/run/a.sock"}"#)
+            decode(r#"{"Network":"unix","Address":"/run/a.sock"}"#)
                 .unwrap()
                 .address,
             "unix:/run/a.sock"
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_go_reader_refuses_is_an_error() {
+    fn refuses_what_a_go_reader_refuses() {
         for value in [
             "{}",
             r#"{"address":1}"#,
@@ -210,7 +211,7 @@ mod tests {
             r#"{"address":"a:1","tags":{"a":1}}"#,
             r#"{"address":"a:1","network":4}"#,
         ] {
-            assert!(decoded(value).is_err(), "{value}");
+            assert!(decode(value).is_err(), "{value}");
         }
     }
 }

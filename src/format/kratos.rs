@@ -8,37 +8,38 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::codec::{DecodeError, Format};
 use super::go_json::{self, Object};
-use super::{DecodeError, Format, KeyRange, carried, id_after, slashed_prefix};
+use super::key::{KeyContext, KeyRange, id_after, slashed_prefix};
+use super::reserved_metadata;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// kratos' registrations (`contrib/registry/etcd`): keys are `prefix/service/id`, prefix
-/// `/microservices` (which kratos calls the namespace), time to live 15 s. With an empty prefix they
-/// are `/service/id`.
+/// kratos' registrations (`contrib/registry/etcd`): keys are `prefix/service/id`, the default
+/// prefix is `/microservices` (which kratos calls the namespace), the default time to live 15 s.
+/// With an empty prefix the keys are `/service/id`.
 ///
-/// The first endpoint with scheme `grpc` (plaintext) or `grpcs` (TLS) is the address; an instance
-/// without either is not shown, nor is one that names another service. `grpcs` reads as
-/// [`Instance::tls`] `Some(true)`, and `grpc` as `None`, so that what stands in etcd cannot talk a
-/// client with TLS into plaintext. As for kratos' own reader, an address is one endpoint however many
-/// instances name it; the one written last counts.
+/// The first endpoint URL with the scheme `grpc` (plaintext) or `grpcs` (TLS) is the address. An
+/// entry without such a URL is not shown, and neither is one that names another service. `grpcs`
+/// reads as [`Instance::tls`] `Some(true)`, and `grpc` as `None`, so that no entry in etcd can make
+/// a client give up TLS. As in kratos' own reader, entries with the same address are one instance,
+/// and the one written last counts.
 ///
-/// Version and metadata have places of their own. The weight is in the metadata, where kratos looks
-/// for it; zone and draining are there as well, where kratos does not look. An address must
-/// be `host:port`.
+/// kratos has fields for version and metadata, and reads the weight from the metadata. Zone and
+/// draining are in the metadata too, where kratos ignores them. An address must be `host:port`.
 ///
-/// All endpoints as they were read, where there are more than `grpc://host:port`, are in the
-/// metadata under [`Kratos::ENDPOINTS`], as JSON without spaces; they are written as they stand there
-/// as long as their first gRPC endpoint is the instance's address.
+/// An entry with other URLs than `grpc://host:port` keeps its whole list in the metadata under
+/// [`Kratos::ENDPOINTS`], as JSON without spaces. The list is written back while its first gRPC URL
+/// is the instance's address.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Kratos;
 
 impl Kratos {
-    /// The metadata under which a kratos instance's endpoints are kept, as a JSON list of URLs.
+    /// The metadata key of a kratos instance's endpoint URLs, a JSON list.
     pub const ENDPOINTS: &'static str = "kratos.endpoints";
 }
 
-/// Field order is the order in the value.
+/// Fields are written in this order.
 #[derive(Serialize)]
 struct ServiceInstance<'a> {
     id: &'a str,
@@ -62,7 +63,7 @@ impl Format for Kratos {
         Duration::from_secs(15)
     }
 
-    /// kratos' own reader calls an address once, however many instances name it.
+    /// True: kratos' own reader keeps one of several entries with the same address.
     fn merges_by_address(&self) -> bool {
         true
     }
@@ -76,16 +77,16 @@ impl Format for Kratos {
     }
 
     fn encode(&self, instance: &Instance) -> Result<Vec<u8>> {
-        let mut metadata = carried::all(instance);
-        metadata.remove(carried::ID);
+        let mut metadata = reserved_metadata::encode(instance);
+        metadata.remove(reserved_metadata::ID);
         let version = instance.version.as_deref().unwrap_or_default();
         if !version.is_empty() {
-            metadata.remove(carried::VERSION);
+            metadata.remove(reserved_metadata::VERSION);
         }
         if instance.tls == Some(true) {
-            metadata.remove(carried::TLS);
+            metadata.remove(reserved_metadata::TLS);
         }
-        let endpoints = endpoints_of(instance, &mut metadata)?;
+        let endpoints = take_endpoints(instance, &mut metadata)?;
         go_json::to_vec(&ServiceInstance {
             id: &instance.id,
             name: &instance.service,
@@ -96,47 +97,47 @@ impl Format for Kratos {
         .map_err(|error| Error::invalid("instance", &instance.id, error.to_string()))
     }
 
-    fn decode(
-        &self,
-        prefix: &str,
-        service: &str,
-        key: &[u8],
-        value: &[u8],
-    ) -> Result<Vec<Instance>, DecodeError> {
+    fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
         let endpoints = fields.strings("endpoints")?;
         let metadata = fields.strings_by_name("metadata")?;
         let version = fields.string("version")?;
         let id = fields.string("id")?;
-        // A service named `a/b` stands in the range of `a`.
-        if fields.string("name")? != service {
+        // The range of a service `a` also holds a service named `a/b`.
+        if fields.string("name")? != context.service {
             return Ok(Vec::new());
         }
         let Some((address, tls)) = grpc_endpoint(&endpoints) else {
             return Ok(Vec::new());
         };
-        let mut instance = Instance::new(service, address);
+        let mut instance = Instance::new(context.service, address);
+        let prefix = slashed_prefix(context.prefix, context.service);
         let id = match id {
-            "" => id_after(&slashed_prefix(prefix, service), key),
+            "" => id_after(&prefix, context.key),
             id => Some(id),
         };
         if let Some(id) = id {
             instance.id = id.to_owned();
         }
-        let mut placed = vec![carried::ID];
+        let mut own_fields = vec![reserved_metadata::ID];
         if tls {
             instance.tls = Some(true);
         }
-        // The scheme decides; all that is left to say is that TLS is out of the question.
-        if tls || metadata.get(carried::TLS).is_some_and(|tls| tls != "false") {
-            placed.push(carried::TLS);
+        // The URL's scheme decides. The metadata can only add `tls=false`, which `grpc` does not
+        // say.
+        if tls
+            || metadata
+                .get(reserved_metadata::TLS)
+                .is_some_and(|tls| tls != "false")
+        {
+            own_fields.push(reserved_metadata::TLS);
         }
         if !version.is_empty() {
             instance.version = Some(version.to_owned());
-            placed.push(carried::VERSION);
+            own_fields.push(reserved_metadata::VERSION);
         }
-        carried::take(&mut instance, metadata, &placed);
-        if endpoints != [endpoint(&instance)] {
+        reserved_metadata::decode(&mut instance, metadata, &own_fields);
+        if endpoints != [endpoint_url(&instance)] {
             let list = serde_json::Value::from(endpoints).to_string();
             instance.metadata.insert(Self::ENDPOINTS.to_owned(), list);
         }
@@ -144,8 +145,8 @@ impl Format for Kratos {
     }
 }
 
-/// What is written of an instance that names no endpoints of its own.
-fn endpoint(instance: &Instance) -> String {
+/// The endpoint URL of an instance without a list of its own.
+fn endpoint_url(instance: &Instance) -> String {
     let scheme = match instance.tls {
         Some(true) => "grpcs",
         _ => "grpc",
@@ -153,8 +154,8 @@ fn endpoint(instance: &Instance) -> String {
     format!("{scheme}://{}", instance.address)
 }
 
-/// The endpoints to write; takes them out of the metadata if they are there.
-fn endpoints_of(
+/// The endpoint URLs to write. Removes the list from the metadata if that is what is written.
+fn take_endpoints(
     instance: &Instance,
     metadata: &mut BTreeMap<String, String>,
 ) -> Result<Option<Vec<String>>> {
@@ -162,15 +163,16 @@ fn endpoints_of(
         return Ok(None);
     }
     if instance.address.starts_with("unix:") {
-        let reason = "kratos names endpoints as grpc://host:port, which no Unix socket fits in";
+        let reason =
+            "kratos endpoints are grpc://host:port URLs; a Unix socket cannot be expressed";
         return Err(Error::invalid("address", &instance.address, reason));
     }
-    // Spaces and needless escapes would be lost on the way through `endpoints`.
+    // A list with spaces or needless escapes stays in the metadata: `endpoints` cannot carry them.
     let own = metadata.get(Kratos::ENDPOINTS).and_then(|list| {
         let own: Vec<String> = serde_json::from_str(list).ok()?;
         (serde_json::to_string(&own).ok()? == *list).then_some(own)
     });
-    let plain = vec![endpoint(instance)];
+    let plain = vec![endpoint_url(instance)];
     let here = Some((instance.address.as_str(), instance.tls == Some(true)));
     match own {
         Some(own) if own != plain && grpc_endpoint(&own) == here => {
@@ -181,7 +183,7 @@ fn endpoints_of(
     }
 }
 
-/// The address of the first endpoint that speaks gRPC, and whether with TLS.
+/// The address of the first gRPC endpoint, and whether it uses TLS.
 fn grpc_endpoint(endpoints: &[impl AsRef<str>]) -> Option<(&str, bool)> {
     let (host, tls) = endpoints.iter().find_map(|endpoint| {
         let (scheme, rest) = endpoint.as_ref().split_once("://")?;
@@ -199,37 +201,37 @@ fn grpc_endpoint(endpoints: &[impl AsRef<str>]) -> Option<(&str, bool)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::laws::{in_range, read};
+    use super::super::properties::{decode, in_range};
     use super::*;
 
     const PREFIX: &str = "/microservices";
 
-    fn written(instance: &Instance) -> String {
+    fn encode(instance: &Instance) -> String {
         String::from_utf8(Kratos.encode(instance).unwrap()).unwrap()
     }
 
-    fn decoded(value: &str) -> Result<Vec<Instance>, DecodeError> {
-        read(&Kratos, PREFIX, "a", "/microservices/a/1", value.as_bytes())
+    fn decode_value(value: &str) -> Result<Vec<Instance>, DecodeError> {
+        decode(&Kratos, PREFIX, "a", "/microservices/a/1", value.as_bytes())
     }
 
-    fn with_endpoints(endpoints: &str) -> Vec<Instance> {
-        decoded(&format!(
+    fn decode_endpoints(endpoints: &str) -> Vec<Instance> {
+        decode_value(&format!(
             r#"{{"id":"1","name":"a","endpoints":{endpoints}}}"#
         ))
         .unwrap()
     }
 
     #[test]
-    fn every_vector_is_written_byte_for_byte_and_read_field_for_field() {
-        // It has no endpoint, so there is nothing to call and nothing to show.
+    fn vectors_encode_and_decode_exactly() {
+        // An entry without an endpoint is not shown.
         let (key, value) = (
             "/microservices/helloworld/0",
             r#"{"id":"0","name":"helloworld","version":"","metadata":null,"endpoints":null}"#,
         );
         let instance = Instance::new("helloworld", "").id("0");
         assert_eq!(Kratos.key(PREFIX, &instance), key);
-        assert_eq!(written(&instance), value);
-        let none = read(&Kratos, PREFIX, "helloworld", key, value.as_bytes());
+        assert_eq!(encode(&instance), value);
+        let none = decode(&Kratos, PREFIX, "helloworld", key, value.as_bytes());
         assert_eq!(none.unwrap(), []);
 
         let (key, value) = (
@@ -244,13 +246,13 @@ mod tests {
             .metadata("b", "<x>")
             .metadata(Kratos::ENDPOINTS, endpoints);
         assert_eq!(Kratos.key(PREFIX, &instance), key);
-        assert_eq!(written(&instance), value);
-        let one = read(&Kratos, PREFIX, "helloworld", key, value.as_bytes());
+        assert_eq!(encode(&instance), value);
+        let one = decode(&Kratos, PREFIX, "helloworld", key, value.as_bytes());
         assert_eq!(one.unwrap(), [instance]);
     }
 
     #[test]
-    fn the_scheme_of_the_first_grpc_endpoint_decides() {
+    fn first_grpc_url_gives_address_and_tls() {
         for (endpoints, address, tls) in [
             (r#"["grpc://h:1"]"#, "h:1", None),
             (r#"["grpcs://h:1"]"#, "h:1", Some(true)),
@@ -263,15 +265,15 @@ mod tests {
             (r#"["grpc://h:3?isSecure=true","grpcs://h:2"]"#, "h:3", None),
             (r#"["grpc://user@[::1]:1#f"]"#, "[::1]:1", None),
         ] {
-            let read = with_endpoints(endpoints);
+            let read = decode_endpoints(endpoints);
             assert_eq!(read.len(), 1, "{endpoints}");
             assert_eq!(
                 (&*read[0].address, read[0].tls),
                 (address, tls),
                 "{endpoints}"
             );
-            // Written again, they are the same.
-            assert!(written(&read[0]).contains(endpoints), "{endpoints}");
+            // The list is written back unchanged.
+            assert!(encode(&read[0]).contains(endpoints), "{endpoints}");
         }
         for none in [
             "null",
@@ -280,22 +282,22 @@ mod tests {
             r#"["h:1"]"#,
             r#"["grpc://"]"#,
         ] {
-            assert_eq!(with_endpoints(none), [], "{none}");
+            assert_eq!(decode_endpoints(none), [], "{none}");
         }
     }
 
     #[test]
-    fn kept_endpoints_are_written_only_while_they_are_this_instances() {
-        let read = &with_endpoints(r#"["http://h:1","grpc://h:2"]"#)[0];
+    fn endpoint_list_is_dropped_when_the_address_changes() {
+        let read = &decode_endpoints(r#"["http://h:1","grpc://h:2"]"#)[0];
         let mut moved = read.clone();
         moved.address = "h:3".to_owned();
-        assert!(written(&moved).contains(r#""endpoints":["grpc://h:3"]"#));
+        assert!(encode(&moved).contains(r#""endpoints":["grpc://h:3"]"#));
         let secure = read.clone().tls(true);
-        assert!(written(&secure).contains(r#""endpoints":["grpcs://h:2"]"#));
+        assert!(encode(&secure).contains(r#""endpoints":["grpcs://h:2"]"#));
     }
 
     #[test]
-    fn a_list_that_would_read_otherwise_stays_in_the_metadata() {
+    fn endpoint_list_with_spaces_stays_in_the_metadata() {
         for (list, kept) in [
             (r#"["http://h:1","grpc://h:2"]"#, false),
             (r#"["http://h:1", "grpc://h:2"]"#, true),
@@ -305,19 +307,19 @@ mod tests {
             let instance = Instance::new("a", "h:2")
                 .id("1")
                 .metadata(Kratos::ENDPOINTS, list);
-            let value = written(&instance);
+            let value = encode(&instance);
             assert_eq!(value.contains(Kratos::ENDPOINTS), kept, "{value}");
-            assert_eq!(decoded(&value).unwrap(), [instance], "{list}");
+            assert_eq!(decode_value(&value).unwrap(), [instance], "{list}");
         }
     }
 
     #[test]
-    fn a_weight_that_is_none_reads_as_100_and_stays_in_the_metadata() {
+    fn unreadable_weight_is_100_and_stays_in_the_metadata() {
         let read = |weight: &str| {
             let value = format!(
                 r#"{{"id":"1","name":"a","metadata":{{"weight":"{weight}"}},"endpoints":["grpc://h:1"]}}"#
             );
-            decoded(&value).unwrap().remove(0)
+            decode_value(&value).unwrap().remove(0)
         };
         assert_eq!(read("7").weight, 7);
         for weight in ["-1", "", "4294967296", "1.5"] {
@@ -327,16 +329,16 @@ mod tests {
     }
 
     #[test]
-    fn another_services_instance_in_the_range_is_not_shown() {
+    fn ignores_entries_of_other_services() {
         let deeper = "/microservices/a/b/1";
         assert!(in_range(&Kratos, PREFIX, "a", deeper));
         let value = br#"{"id":"1","name":"a/b","endpoints":["grpc://h:1"]}"#;
-        assert_eq!(read(&Kratos, PREFIX, "a", deeper, value).unwrap(), []);
+        assert_eq!(decode(&Kratos, PREFIX, "a", deeper, value).unwrap(), []);
         assert!(!in_range(&Kratos, PREFIX, "a", "/microservices/ab/1"));
     }
 
     #[test]
-    fn what_a_go_reader_refuses_is_an_error() {
+    fn refuses_what_a_go_reader_refuses() {
         for value in [
             "",
             "[]",
@@ -348,7 +350,7 @@ mod tests {
             r#"{"name":"a","version":1}"#,
             r#"{"name":"a","metadata":[]}"#,
         ] {
-            assert!(decoded(value).is_err(), "{value}");
+            assert!(decode_value(value).is_err(), "{value}");
         }
     }
 }

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use super::Format;
-use crate::instance::Instance;
+use super::codec::Format;
+use crate::error::Result;
+use crate::instance::{Instance, validate_service};
 
-/// Where instances stand in etcd, and how they are written there: a format, the prefix, and where it
-/// is another one there, the service's name.
+/// Where and how instances are stored in etcd: a format, a prefix, and optionally another name for
+/// the service.
 ///
-/// Any [`Format`] is one, under its own prefix.
+/// Every [`Format`] converts into a layout with the format's default prefix.
 ///
 /// ```
 /// use goo_etcd::format::{GoZero, Kratos, Layout};
@@ -25,7 +26,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// A format under its own prefix.
+    /// A format under its default prefix.
     #[must_use]
     pub fn new(format: impl Format) -> Self {
         Self {
@@ -35,41 +36,41 @@ impl Layout {
         }
     }
 
-    /// Under this prefix, if one is set.
-    pub(crate) fn under(self, prefix: Option<String>) -> Self {
+    /// Replaces the prefix if one is given.
+    pub(crate) fn override_prefix(self, prefix: Option<String>) -> Self {
         match prefix {
             Some(prefix) => self.prefix(prefix),
             None => self,
         }
     }
 
-    /// Sets the prefix under which services stand.
+    /// Sets the key prefix.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();
         self
     }
 
-    /// Sets the name that the service has here, where it is another one than elsewhere: what is
-    /// read is of that service, and whatever is written is written as that service.
+    /// Sets the service's name in this layout, if it differs from its name elsewhere. Instances are
+    /// read from, and written under, this name.
     #[must_use]
     pub fn service(mut self, service: impl Into<String>) -> Self {
         self.service = Some(service.into());
         self
     }
 
-    /// The name that `service` has here.
+    /// The name of `service` in this layout.
     pub(crate) fn service_here<'a>(&'a self, service: &'a str) -> &'a str {
         self.service.as_deref().unwrap_or(service)
     }
 
     /// The key and the value of an instance.
-    pub(crate) fn write(&self, instance: &Instance) -> crate::error::Result<(String, Vec<u8>)> {
+    pub(crate) fn encode(&self, instance: &Instance) -> Result<(String, Vec<u8>)> {
         let renamed;
         let instance = match &self.service {
             None => instance,
             Some(service) => {
-                crate::instance::validate_service(service)?;
+                validate_service(service)?;
                 renamed = Instance {
                     service: service.clone(),
                     ..instance.clone()

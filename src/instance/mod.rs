@@ -6,11 +6,6 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
-/// The weight of an instance that names none.
-///
-/// kratos and dubbo-go use the same, so weights mean the same across formats.
-pub const DEFAULT_WEIGHT: u32 = 100;
-
 /// Metadata keys that have a field of their own; [`Instance::validate`] refuses them as free metadata.
 pub(crate) const RESERVED_METADATA: [&str; 6] =
     ["id", "status", "tls", "version", "weight", "zone"];
@@ -58,6 +53,11 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// The weight of an instance unless another one is set.
+    ///
+    /// kratos and dubbo-go have the same default, so that weights mean the same in their formats.
+    pub const DEFAULT_WEIGHT: u32 = 100;
+
     /// An instance of `service` at `address`, with the address as its id and the default weight.
     pub fn new(service: impl Into<String>, address: impl Into<String>) -> Self {
         let address = address.into();
@@ -65,7 +65,7 @@ impl Instance {
             service: service.into(),
             id: address.clone(),
             address,
-            weight: DEFAULT_WEIGHT,
+            weight: Self::DEFAULT_WEIGHT,
             zone: None,
             version: None,
             draining: false,

@@ -134,7 +134,7 @@ impl RegistrarBuilder {
 
     fn start(self) -> Registrar {
         let ttl = self.effective_ttl();
-        let mut layouts = vec![self.layout.under(self.prefix)];
+        let mut layouts = vec![self.layout.override_prefix(self.prefix)];
         layouts.extend(self.more_layouts);
         let settings = Settings {
             ttl,

@@ -19,7 +19,7 @@ impl Settings {
     pub(super) fn encode(&self, instance: &Instance) -> Result<Target> {
         let layouts = self.layouts.iter();
         let records: Records = layouts
-            .map(|layout| layout.write(instance))
+            .map(|layout| layout.encode(instance))
             .collect::<Result<_>>()?;
         for (index, (key, _)) in records.iter().enumerate() {
             if records[..index].iter().any(|(other, _)| other == key) {

@@ -1,13 +1,12 @@
 //! JSON as Go's `encoding/json` writes and reads it.
 //!
-//! Registrations are compared byte for byte by people and tools, so what we write must be what a
-//! Go writer would have written: no spaces, and `&`, `<`, `>`, U+2028 and U+2029 escaped even in
-//! plain strings. And what a Go reader would take, we take: field names match whatever their case,
-//! of a field that occurs twice the last counts, bytes that are not UTF-8 and lone surrogates
-//! (`\ud800`) read as U+FFFD.
+//! People and tools compare registrations byte for byte, so we write exactly what a Go writer
+//! would: no spaces, and `&`, `<`, `>`, U+2028 and U+2029 escaped even in plain strings. We also
+//! accept what a Go reader accepts: field names match in any case, the last of several equal fields
+//! counts, and bytes that are not UTF-8 and lone surrogates (`\ud800`) read as U+FFFD.
 //!
-//! Where a Go reader takes more: a number beyond a float in a field that it ignores, nesting deeper
-//! than 128. Nobody registers those, and the entry is refused, not misread.
+//! A Go reader accepts two things that we refuse: a number too large for a float in a field that it
+//! ignores, and nesting deeper than 128. No known framework registers either.
 
 mod object;
 mod text;
@@ -19,9 +18,9 @@ use std::io;
 use serde::{Serialize, Serializer};
 use serde_json::ser::Formatter;
 
-pub(super) use object::Object;
+pub(super) use value::Object;
 
-/// Writes `value` as Go would.
+/// Serializes `value` as Go would.
 pub(super) fn to_vec(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut out = Vec::with_capacity(128);
     value.serialize(&mut serde_json::Serializer::with_formatter(
@@ -31,7 +30,7 @@ pub(super) fn to_vec(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     Ok(out)
 }
 
-/// A map as Go writes one that was never made: `null` when empty.
+/// Serializes a map, and an empty one as `null`, as Go does for a nil map.
 pub(super) fn null_if_empty<S: Serializer>(
     map: &BTreeMap<String, String>,
     serializer: S,
@@ -74,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_escaped_as_go_escapes_it() {
+    fn strings_are_escaped_as_in_go() {
         let text = "<a>&\u{2028}\u{2029}\"\\/\u{8}\u{c}\n\r\t\u{1}\u{7f}é";
         assert_eq!(
             String::from_utf8(to_vec(&text).unwrap()).unwrap(),

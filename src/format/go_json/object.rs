@@ -1,25 +1,21 @@
-//! Reading an object's fields as Go does.
+//! Reads the fields of an object as Go does.
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::super::DecodeError;
 use super::text;
-use super::value::Json;
-
-/// An object whose fields are found as Go finds them.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub(in super::super) struct Object(pub(super) Vec<(String, Json)>);
+use super::value::{Json, Object};
+use crate::format::codec::DecodeError;
 
 impl Object {
-    /// Reads a value that must be one JSON object. `null` is one without fields, as in Go.
-    pub(in super::super) fn parse(value: &[u8]) -> Result<Self, DecodeError> {
-        match serde_json::from_str(&text::as_go_reads(value)) {
+    /// Parses a value that must be one JSON object. `null` is an object without fields, as in Go.
+    pub(in crate::format) fn parse(value: &[u8]) -> Result<Self, DecodeError> {
+        match serde_json::from_str(&text::decode(value)) {
             Ok(Json::Object(fields)) => Ok(fields),
             Ok(Json::Null) => Ok(Self::default()),
             Ok(_) => Err(DecodeError::new("the value is not a JSON object")),
-            // The position is safe to show, the text around it is not.
+            // The error must not quote the value, so it names the position only.
             Err(error) => Err(DecodeError::new(format!(
                 "the value is not JSON (line {}, column {})",
                 error.line(),
@@ -28,7 +24,7 @@ impl Object {
         }
     }
 
-    /// What a field is set to, each time, in order.
+    /// All values of a field, in order: a field may occur several times.
     fn all<'a, 'n>(&'a self, name: &'n str) -> impl Iterator<Item = &'a Json> + use<'a, 'n> {
         self.0
             .iter()
@@ -36,16 +32,16 @@ impl Object {
             .map(|(_, value)| value)
     }
 
-    /// The field of this name whatever its type; `null` is the same as absent.
-    pub(in super::super) fn any(&self, name: &str) -> Option<Value> {
+    /// A field of any type; `null` counts as absent.
+    pub(in crate::format) fn any(&self, name: &str) -> Option<Value> {
         match self.all(name).last() {
             None | Some(Json::Null) => None,
             Some(value) => Some(value.clone().into()),
         }
     }
 
-    /// A field of one value. To a Go reader a `null` changes nothing, so that one before it counts;
-    /// and a wrong type is an error even if a right one follows.
+    /// A field with one value. As in Go, a `null` leaves an earlier value in force, and a wrong
+    /// type is an error even if a right one follows.
     fn scalar<'a, T>(
         &'a self,
         name: &str,
@@ -60,14 +56,14 @@ impl Object {
         Ok(last)
     }
 
-    /// A string field, empty where absent.
-    pub(in super::super) fn string(&self, name: &str) -> Result<&str, DecodeError> {
+    /// A string field, empty if absent.
+    pub(in crate::format) fn string(&self, name: &str) -> Result<&str, DecodeError> {
         let text = self.scalar(name, "a string", Json::as_str)?;
         Ok(text.unwrap_or_default())
     }
 
-    /// An unsigned number field of at most `max`, 0 where absent.
-    pub(in super::super) fn unsigned(&self, name: &str, max: u64) -> Result<u64, DecodeError> {
+    /// An unsigned number field of at most `max`, 0 if absent.
+    pub(in crate::format) fn unsigned(&self, name: &str, max: u64) -> Result<u64, DecodeError> {
         let expected = format!("a whole number from 0 to {max}");
         let number = self.scalar(name, &expected, |value| match value {
             Json::Number(number) => number.as_u64().filter(|number| *number <= max),
@@ -76,10 +72,10 @@ impl Object {
         Ok(number.unwrap_or_default())
     }
 
-    /// A field of Go's `int` or `int64`, 0 where absent.
-    pub(in super::super) fn signed(&self, name: &str) -> Result<i64, DecodeError> {
+    /// A field of Go's type `int` or `int64`, 0 if absent.
+    pub(in crate::format) fn signed(&self, name: &str) -> Result<i64, DecodeError> {
         let number = self.scalar(name, "a whole number of 64 bits", |value| match value {
-            // `-0` is a float to the parser, and 0 to Go.
+            // serde_json parses `-0` as a float, Go as 0.
             Json::Number(number) if number.as_f64().is_some_and(is_minus_zero) => Some(0),
             Json::Number(number) => number.as_i64(),
             _ => None,
@@ -87,8 +83,8 @@ impl Object {
         Ok(number.unwrap_or_default())
     }
 
-    /// A boolean field, false where absent.
-    pub(in super::super) fn boolean(&self, name: &str) -> Result<bool, DecodeError> {
+    /// A boolean field, false if absent.
+    pub(in crate::format) fn boolean(&self, name: &str) -> Result<bool, DecodeError> {
         let flag = self.scalar(name, "true or false", |value| match value {
             Json::Bool(flag) => Some(*flag),
             _ => None,
@@ -96,14 +92,14 @@ impl Object {
         Ok(flag.unwrap_or_default())
     }
 
-    /// A field that is an object.
-    pub(in super::super) fn object(&self, name: &str) -> Result<Option<&Object>, DecodeError> {
+    /// An object field.
+    pub(in crate::format) fn object(&self, name: &str) -> Result<Option<&Object>, DecodeError> {
         self.scalar(name, "an object", Json::as_object)
     }
 
-    /// A field of Go's `map[string]string`, empty where absent. Go adds what comes later to what
-    /// was there, and starts over after a `null`.
-    pub(in super::super) fn strings_by_name(
+    /// A field of Go's type `map[string]string`, empty if absent. As in Go, a second value adds its
+    /// entries to those of the first, and a `null` removes all entries.
+    pub(in crate::format) fn strings_by_name(
         &self,
         name: &str,
     ) -> Result<BTreeMap<String, String>, DecodeError> {
@@ -127,7 +123,7 @@ impl Object {
         Ok(map)
     }
 
-    /// A list field, empty where absent; `null` elements are left out.
+    /// A list field, empty if absent; `null` elements are left out.
     fn list<'a, T>(
         &'a self,
         name: &str,
@@ -150,13 +146,13 @@ impl Object {
         Ok(last)
     }
 
-    /// A field that is a list of strings.
-    pub(in super::super) fn strings(&self, name: &str) -> Result<Vec<&str>, DecodeError> {
+    /// A field with a list of strings.
+    pub(in crate::format) fn strings(&self, name: &str) -> Result<Vec<&str>, DecodeError> {
         self.list(name, "a list of strings", Json::as_str)
     }
 
-    /// A field that is a list of objects.
-    pub(in super::super) fn objects(&self, name: &str) -> Result<Vec<&Object>, DecodeError> {
+    /// A field with a list of objects.
+    pub(in crate::format) fn objects(&self, name: &str) -> Result<Vec<&Object>, DecodeError> {
         self.list(name, "a list of objects", Json::as_object)
     }
 }
@@ -169,8 +165,8 @@ fn wrong_type(name: &str, expected: &str) -> DecodeError {
     DecodeError::new(format!("{name} is not {expected}"))
 }
 
-/// Whether Go takes `key` for the field `name`, which is ASCII. Go folds case as Unicode does, and
-/// two characters beyond ASCII fold into it: the long s and the Kelvin sign.
+/// Whether Go takes `key` for the field `name`, which is ASCII. Go folds case as Unicode does; two
+/// characters outside ASCII, the long s and the Kelvin sign, fold into ASCII.
 fn is_name(key: &str, name: &str) -> bool {
     let folded = key.chars().map(|character| match character {
         '\u{17f}' => 's',
@@ -189,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn names_match_as_go_folds_them() {
+    fn names_match_with_gos_case_folding() {
         for key in ["tasks", "TASKS", "Tasks", "taſks", "tas\u{212a}s"] {
             let object = parse(&format!(r#"{{"{key}":"x"}}"#));
             assert_eq!(object.string("tasks").unwrap(), "x", "{key}");
@@ -201,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_field_that_occurs_twice_the_last_counts_whatever_its_case() {
+    fn last_duplicate_counts_in_any_case() {
         assert_eq!(
             parse(r#"{"Addr":"a","addr":"b"}"#).string("Addr").unwrap(),
             "b"
@@ -210,19 +206,19 @@ mod tests {
             parse(r#"{"addr":"b","Addr":"a"}"#).string("Addr").unwrap(),
             "a"
         );
-        // To Go, null changes nothing; for a list or a map it is one that was never made.
+        // In Go, `null` leaves a number as it is, but makes a list or a map empty.
         let object = parse(r#"{"n":1,"n":null,"m":{"a":"1"},"m":null,"m":{"b":null}}"#);
         assert_eq!(object.signed("n").unwrap(), 1);
         assert_eq!(
             object.strings_by_name("m").unwrap(),
             BTreeMap::from([("b".to_owned(), String::new())])
         );
-        // And an error stays one, even if what follows is right.
+        // A wrong type is an error even if a right one follows.
         assert!(parse(r#"{"n":"1","n":1}"#).signed("n").is_err());
     }
 
     #[test]
-    fn a_wrong_type_or_an_overflow_is_an_error_that_names_the_field_and_not_the_value() {
+    fn type_errors_name_the_field_but_not_the_value() {
         let object = parse(
             r#"{"s":1,"u":-1,"b":256,"i":9223372036854775808,"f":1.0,"t":"true","l":[1],"m":{"a":1},"o":[[]]}"#,
         );
@@ -245,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_null_is_the_zero_value_and_unknown_fields_are_ignored() {
+    fn missing_and_null_fields_have_the_zero_value() {
         for text in [
             "null",
             "{}",
@@ -263,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_replaced_one_by_one_in_strings_and_refused_elsewhere() {
+    fn invalid_utf8_is_replaced_in_strings_only() {
         let object = Object::parse(b"{\"s\":\"a\xe2\x82b\"}").unwrap();
         assert_eq!(object.string("s").unwrap(), "a\u{fffd}\u{fffd}b");
         assert!(Object::parse(b"{\"s\":\xff}").is_err());

@@ -5,10 +5,11 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Number, Value};
 
-use super::object::Object;
+/// A JSON object. Keeps its fields in order, with duplicates, because a Go reader sees both.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(in crate::format) struct Object(pub(super) Vec<(String, Json)>);
 
-/// A JSON value that keeps what a Go reader sees: the fields of an object in their order, each time
-/// that they occur.
+/// A JSON value.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Json {
     Null,
@@ -35,7 +36,7 @@ impl Json {
     }
 }
 
-/// As a Go reader of `interface{}` sees it: of a field that occurs twice only the last.
+/// As for a Go reader of `interface{}`, the last of several equal fields counts.
 impl From<Json> for Value {
     fn from(json: Json) -> Self {
         match json {
@@ -84,7 +85,7 @@ impl<'de> Visitor<'de> for JsonVisitor {
     }
 
     fn visit_f64<E>(self, number: f64) -> Result<Json, E> {
-        // JSON has no number that is not one.
+        // `None` stands for NaN and infinity, which JSON does not have.
         Ok(Number::from_f64(number).map_or(Json::Null, Json::Number))
     }
 

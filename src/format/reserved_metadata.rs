@@ -1,19 +1,19 @@
-//! What a format has no place for travels in its metadata, under names that are reserved for that.
+//! Metadata names for the fields of an instance that a format has no field for.
 //!
-//! | name | field | as |
+//! | name | field | value |
 //! |---|---|---|
-//! | `id` | [`Instance::id`] | text, where it is not the address |
+//! | `id` | [`Instance::id`] | text, if the id is not the address |
 //! | `status` | [`Instance::draining`] | `draining` |
 //! | `tls` | [`Instance::tls`] | `true` or `false` |
 //! | `version` | [`Instance::version`] | text |
-//! | `weight` | [`Instance::weight`] | a decimal number, where it is not 100 |
+//! | `weight` | [`Instance::weight`] | a decimal number, if it is not 100 |
 //! | `zone` | [`Instance::zone`] | text |
 //!
-//! [`Instance::validate`] refuses these names as free metadata, so that nothing is written twice.
+//! [`Instance::validate`] refuses these names as metadata of the user, so that no name is written
+//! twice.
 
 use std::collections::BTreeMap;
 
-use crate::instance::DEFAULT_WEIGHT;
 use crate::instance::Instance;
 
 pub(super) const ID: &str = "id";
@@ -23,12 +23,12 @@ pub(super) const VERSION: &str = "version";
 pub(super) const WEIGHT: &str = "weight";
 pub(super) const ZONE: &str = "zone";
 
-/// The value of `status` of an instance that is about to leave.
+/// The value of `status` for a draining instance.
 pub(super) const DRAINING: &str = "draining";
 
-/// The instance's metadata, and beside it every field that is not as it is by default. The format
-/// takes out what it has a place for.
-pub(super) fn all(instance: &Instance) -> BTreeMap<String, String> {
+/// The instance's metadata, plus every field that differs from its default. The format removes the
+/// names that it has fields for.
+pub(super) fn encode(instance: &Instance) -> BTreeMap<String, String> {
     let mut map = instance.metadata.clone();
     let mut put = |name: &str, value: String| map.insert(name.to_owned(), value);
     if instance.id != instance.address {
@@ -43,7 +43,7 @@ pub(super) fn all(instance: &Instance) -> BTreeMap<String, String> {
     if let Some(version) = &instance.version {
         put(VERSION, version.clone());
     }
-    if instance.weight != DEFAULT_WEIGHT {
+    if instance.weight != Instance::DEFAULT_WEIGHT {
         put(WEIGHT, instance.weight.to_string());
     }
     if let Some(zone) = &instance.zone {
@@ -52,13 +52,16 @@ pub(super) fn all(instance: &Instance) -> BTreeMap<String, String> {
     map
 }
 
-/// Takes metadata into the fields that it carries, except those in `placed`, which the format has a
-/// place of its own for; and everything else as it is: what another writer means by `weight` may not
-/// be ours, and then it must not be lost.
-pub(super) fn take(instance: &mut Instance, map: BTreeMap<String, String>, placed: &[&str]) {
+/// Moves metadata into the instance: reserved names into their fields, other names into
+/// `instance.metadata`. The names in `except` count as not reserved, because the format has fields
+/// of its own for them.
+///
+/// A reserved name whose value we cannot read stays in the metadata: another writer may mean
+/// something else by `weight`, and its value must not be lost.
+pub(super) fn decode(instance: &mut Instance, map: BTreeMap<String, String>, except: &[&str]) {
     for (name, value) in map {
-        let known = match name.as_str() {
-            placed_elsewhere if placed.contains(&placed_elsewhere) => false,
+        let is_read = match name.as_str() {
+            name if except.contains(&name) => false,
             ID => set(&mut instance.id, (!value.is_empty()).then(|| value.clone())),
             STATUS => set(&mut instance.draining, (value == DRAINING).then_some(true)),
             TLS => set(&mut instance.tls, value.parse().ok().map(Some)),
@@ -67,12 +70,13 @@ pub(super) fn take(instance: &mut Instance, map: BTreeMap<String, String>, place
             ZONE => set(&mut instance.zone, Some(Some(value.clone()))),
             _ => false,
         };
-        if !known {
+        if !is_read {
             instance.metadata.insert(name, value);
         }
     }
 }
 
+/// Sets a field if there is a value for it, and returns whether there is.
 fn set<T>(field: &mut T, value: Option<T>) -> bool {
     value.map(|value| *field = value).is_some()
 }
@@ -82,9 +86,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_field_is_carried_and_what_is_as_by_default_is_not() {
+    fn fields_are_carried_unless_default() {
         let plain = Instance::new("a", "h:1").metadata("k", "v");
-        assert_eq!(all(&plain), plain.metadata);
+        assert_eq!(encode(&plain), plain.metadata);
         let full = plain
             .id("i")
             .weight(0)
@@ -92,15 +96,15 @@ mod tests {
             .version("1")
             .draining(true)
             .tls(false);
-        let carried = all(&full);
-        assert_eq!(carried.len(), 7);
-        let mut read = Instance::new("a", "h:1");
-        take(&mut read, carried, &[]);
-        assert_eq!(read, full);
+        let encoded = encode(&full);
+        assert_eq!(encoded.len(), 7);
+        let mut decoded = Instance::new("a", "h:1");
+        decode(&mut decoded, encoded, &[]);
+        assert_eq!(decoded, full);
     }
 
     #[test]
-    fn what_is_not_ours_stays_as_it_is() {
+    fn unreadable_values_stay_in_the_metadata() {
         let foreign = BTreeMap::from(
             [
                 (ID, ""),
@@ -111,10 +115,10 @@ mod tests {
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
         );
-        let mut read = Instance::new("a", "h:1");
-        take(&mut read, foreign.clone(), &[ZONE]);
+        let mut decoded = Instance::new("a", "h:1");
+        decode(&mut decoded, foreign.clone(), &[ZONE]);
         let mut expected = Instance::new("a", "h:1");
         expected.metadata = foreign;
-        assert_eq!(read, expected);
+        assert_eq!(decoded, expected);
     }
 }

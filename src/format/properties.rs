@@ -1,10 +1,21 @@
-//! What holds of every format.
+//! Properties that every format has.
+
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::*;
+use super::codec::{DecodeError, Format};
+use super::dubbo_go::DubboGo;
+use super::etcd_naming::EtcdNaming;
+use super::go_micro::GoMicro;
+use super::go_zero::GoZero;
+use super::key::KeyContext;
+use super::kitex::Kitex;
+use super::kratos::Kratos;
+use super::layout::Layout;
+use crate::instance::Instance;
 
-/// Any instance that can be registered.
+/// Generates instances that can be registered.
 pub(super) fn instance() -> impl Strategy<Value = Instance> {
     let address = prop_oneof![
         3 => "[a-z0-9.-]{1,12}:[0-9]{1,5}",
@@ -34,7 +45,7 @@ pub(super) fn instance() -> impl Strategy<Value = Instance> {
         1 => Just(r#"["http://a:1","grpc://b:2?isSecure=false"]"#.to_owned()),
     ];
     let service = prop_oneof![1 => Just("svc".to_owned()), 2 => "[^/\\p{Cc}]{1,8}"];
-    // kratos' list, of the instance's own address: as it is written, with a space, with an escape.
+    // kratos' list with the instance's own address: as we write it, with a space, with an escape.
     let own_endpoints = proptest::option::of(prop_oneof![
         Just(r#"["http://a:1","grpc://{}"]"#),
         Just(r#"["grpcs://{}?a=&b"]"#),
@@ -72,19 +83,25 @@ pub(super) fn instance() -> impl Strategy<Value = Instance> {
                 instance
             },
         )
-        .prop_filter("it can be registered", |instance| {
+        .prop_filter("valid instances only", |instance| {
             instance.validate().is_ok()
         })
 }
 
-pub(super) fn read(
+pub(super) fn decode(
     format: &dyn Format,
     prefix: &str,
     service: &str,
     key: &str,
     value: &[u8],
 ) -> Result<Vec<Instance>, DecodeError> {
-    format.decode(prefix, service, key.as_bytes(), value)
+    let key = key.as_bytes();
+    let context = KeyContext {
+        prefix,
+        service,
+        key,
+    };
+    format.decode(context, value)
 }
 
 pub(super) fn in_range(format: &dyn Format, prefix: &str, service: &str, key: &str) -> bool {
@@ -108,7 +125,7 @@ pub(super) fn named(name: &str) -> Box<dyn Format> {
     all.find(|format| format.name() == name).unwrap()
 }
 
-/// What of an instance the format carries: everything, but for go-zero.
+/// The fields of an instance that a format carries: all, except for go-zero.
 fn carried_by(format: &dyn Format, instance: &Instance) -> Instance {
     match format.name() {
         "go-zero" => Instance::new(&instance.service, &instance.address),
@@ -116,13 +133,14 @@ fn carried_by(format: &dyn Format, instance: &Instance) -> Instance {
     }
 }
 
+/// Whether a format cannot carry the instance: kratos and dubbo-go have no Unix sockets.
 fn refuses(format: &dyn Format, instance: &Instance) -> bool {
     instance.address.starts_with("unix:") && matches!(format.name(), "kratos" | "dubbo-go")
 }
 
 proptest! {
     #[test]
-    fn any_instance_survives_encode_and_decode_in_each_format(instance in instance()) {
+    fn decode_reverses_encode(instance in instance()) {
         for format in all() {
             let format = format.as_ref();
             let name = format.name();
@@ -137,14 +155,14 @@ proptest! {
                     continue;
                 }
                 let value = format.encode(&instance).unwrap();
-                let read = read(format, prefix, service, &key, &value).unwrap();
-                prop_assert_eq!(read, vec![carried_by(format, &instance)], "{}", name);
+                let decoded = decode(format, prefix, service, &key, &value).unwrap();
+                prop_assert_eq!(decoded, vec![carried_by(format, &instance)], "{}", name);
             }
         }
     }
 
     #[test]
-    fn a_service_never_shows_another_whatever_their_names_have_in_common(
+    fn ranges_of_services_are_disjoint(
         instance in instance(),
         own in "[ab-]{1,3}",
         other in "[ab-]{1,3}",
@@ -162,14 +180,71 @@ proptest! {
     }
 
     #[test]
-    fn whatever_is_read_is_an_error_or_an_instance_and_never_a_panic(
+    fn decode_never_panics(
         value in prop_oneof![
             proptest::collection::vec(any::<u8>(), 0..60),
             ".{0,60}".prop_map(String::into_bytes),
         ],
     ) {
         for format in all() {
-            let _ = format.decode(format.default_prefix(), "svc", b"svc/1", &value);
+            let _ = decode(format.as_ref(), format.default_prefix(), "svc", "svc/1", &value);
         }
+    }
+}
+
+#[test]
+fn pointers_delegate_to_their_format() {
+    let instance = Instance::new("svc", "h:1").id("7");
+    for format in all() {
+        let shared: Arc<dyn Format> = Arc::from(named(format.name()));
+        let pointers: [&dyn Format; 2] = [&shared, &format];
+        for pointer in pointers {
+            let direct = format.as_ref();
+            assert_eq!(pointer.name(), direct.name());
+            assert_eq!(pointer.default_prefix(), direct.default_prefix());
+            assert_eq!(pointer.default_ttl(), direct.default_ttl());
+            assert_eq!(pointer.identity(), direct.identity());
+            assert_eq!(pointer.merges_by_address(), direct.merges_by_address());
+            assert_eq!(pointer.is_multi_instance(), direct.is_multi_instance());
+            let (key, value) = (
+                direct.key("p", &instance),
+                direct.encode(&instance).unwrap(),
+            );
+            assert_eq!(pointer.key("p", &instance), key);
+            assert_eq!(pointer.encode(&instance).unwrap(), value);
+            assert_eq!(pointer.range("p", "svc"), direct.range("p", "svc"));
+            assert_eq!(
+                decode(pointer, "p", "svc", &key, &value),
+                decode(direct, "p", "svc", &key, &value)
+            );
+        }
+        let layout = Layout::from(shared);
+        assert_eq!(layout.prefix, format.default_prefix());
+    }
+}
+
+#[test]
+fn each_format_has_its_own_identity() {
+    let identities: std::collections::HashSet<_> =
+        all().iter().map(|format| format.identity()).collect();
+    assert_eq!(identities.len(), all().len());
+}
+
+#[test]
+fn empty_prefix_is_joined_as_the_frameworks_do() {
+    let instance = Instance::new("svc", "h:1").id("7");
+    for (format, key) in [
+        // The resolver's target, and go-zero's key, are the bare service name.
+        (&EtcdNaming as &dyn Format, "svc/7"),
+        (&GoZero, "svc/7"),
+        // go-micro uses `path.Join`, which leaves out empty parts.
+        (&GoMicro, "svc/7"),
+        // The others use `"%s/%s/%s"` or the like.
+        (&Kratos, "/svc/7"),
+        (&Kitex, "/svc/h:1"),
+        (&DubboGo, "/svc/h:1"),
+    ] {
+        assert_eq!(format.key("", &instance), key, "{}", format.name());
+        assert!(in_range(format, "", "svc", key), "{}", format.name());
     }
 }
