@@ -1,11 +1,11 @@
-//! An endpoint as it is written in a configuration.
+//! Parses the endpoints in a configuration.
 
 use http::Uri;
 
 use crate::error::{Error, Result};
 
-/// The endpoint as it may appear in errors and logs: what stands before an `@` may be a password.
-pub(super) fn shown(endpoint: &str) -> String {
+/// Removes user and password from an endpoint, so that errors and logs can show it.
+pub(super) fn redact_userinfo(endpoint: &str) -> String {
     match endpoint.rsplit_once('@') {
         Some((_, host)) => format!("[redacted]@{host}"),
         None => endpoint.to_owned(),
@@ -14,10 +14,15 @@ pub(super) fn shown(endpoint: &str) -> String {
 
 /// The URI of an endpoint, `http://host:port` or `https://host:port`.
 ///
-/// A scheme that contradicts `tls` is an error: a user who wrote `https` must never get plaintext,
-/// nor one who asked for TLS.
+/// A scheme that contradicts `tls` is an error: `https` or `tls` must never end in plaintext.
 pub(crate) fn endpoint_uri(endpoint: &str, tls: bool) -> Result<Uri> {
-    let refuse = |reason: &str| Err(Error::invalid("endpoints", shown(endpoint), reason));
+    let refuse = |reason: &str| {
+        Err(Error::invalid(
+            "endpoints",
+            redact_userinfo(endpoint),
+            reason,
+        ))
+    };
     let (scheme, rest) = match endpoint.split_once("://") {
         Some((scheme, rest)) => (scheme, rest),
         None if tls => ("https", endpoint),
@@ -26,13 +31,13 @@ pub(crate) fn endpoint_uri(endpoint: &str, tls: bool) -> Result<Uri> {
     match (scheme, tls) {
         ("http", false) | ("https", true) => {}
         ("http", true) => {
-            return refuse("enable_tls is set, and http:// would be plaintext; use https://");
+            return refuse("http:// is plaintext, but enable_tls is set; use https://");
         }
-        ("https", false) => return refuse("https:// needs enable_tls"),
-        _ => return refuse("the scheme is neither http nor https"),
+        ("https", false) => return refuse("https:// requires enable_tls"),
+        _ => return refuse("the scheme must be http or https"),
     }
     if rest.contains('@') {
-        return refuse("credentials belong into username and password");
+        return refuse("set username and password instead of credentials in the URL");
     }
     let authority = rest.strip_suffix('/').unwrap_or(rest);
     let Ok(uri) = format!("{scheme}://{authority}").parse::<Uri>() else {
@@ -45,7 +50,7 @@ pub(crate) fn endpoint_uri(endpoint: &str, tls: bool) -> Result<Uri> {
         return refuse("the host is missing");
     }
     match uri.port_u16() {
-        None => refuse("the port is missing or no number up to 65535; etcd's is 2379"),
+        None => refuse("the port is missing or not a number up to 65535; etcd's default is 2379"),
         Some(0) => refuse("port 0 cannot be connected to"),
         Some(_) => Ok(uri),
     }
@@ -56,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn given_good_endpoints_then_their_uri_has_scheme_host_and_port() {
+    fn valid_endpoints_become_uris() {
         for (given, tls, uri) in [
             ("localhost:2379", false, "http://localhost:2379/"),
             ("localhost:2379", true, "https://localhost:2379/"),
@@ -77,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn given_bad_endpoints_then_the_error_names_field_and_value() {
+    fn invalid_endpoints_are_named_in_the_error() {
         for (given, tls) in [
             ("", false),
             ("localhost", false),
@@ -103,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn given_credentials_in_an_endpoint_then_the_error_does_not_show_them() {
+    fn errors_do_not_show_credentials() {
         let text = endpoint_uri("http://root:hunter2@localhost:2379", false)
             .unwrap_err()
             .to_string();

@@ -1,6 +1,7 @@
-//! A configuration from environment variables.
+//! Reads a configuration from environment variables.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -8,21 +9,22 @@ use super::{Config, TlsConfig};
 use crate::error::{Error, Result};
 
 impl Config {
-    /// The configuration in the process's environment; what is not set has its default.
+    /// Reads the configuration from the process's environment. A field whose variable is not set
+    /// has its default.
     ///
-    /// Every field has a variable, its name in capitals after `GOO_ETCD_`: `GOO_ETCD_ENDPOINTS`
-    /// (separated by commas), `GOO_ETCD_USERNAME`, `GOO_ETCD_DIAL_TIMEOUT` (as `5s`),
+    /// A field's variable is `GOO_ETCD_` and the field's name in capitals: `GOO_ETCD_ENDPOINTS`
+    /// (separated by commas), `GOO_ETCD_USERNAME`, `GOO_ETCD_DIAL_TIMEOUT` (such as `5s`),
     /// `GOO_ETCD_ENABLE_TLS` (`true` or `false`) and so on. The fields of `tls_config` are
     /// `GOO_ETCD_TLS_CA_FILE`, `GOO_ETCD_TLS_CERT_FILE`, `GOO_ETCD_TLS_KEY_FILE`,
     /// `GOO_ETCD_TLS_SERVER_NAME`, `GOO_ETCD_TLS_CA_PEM`, `GOO_ETCD_TLS_CERT_PEM` and
-    /// `GOO_ETCD_TLS_KEY_PEM`. An empty variable counts as not set, except that empty endpoints
-    /// are an error.
+    /// `GOO_ETCD_TLS_KEY_PEM`. An empty variable counts as not set; only empty endpoints are an
+    /// error.
     ///
     /// # Errors
     ///
-    /// A value that cannot be read names its variable (and shows the value, unless it is a
-    /// secret); so does a variable that starts with `GOO_ETCD_` but is none of these, which
-    /// is most likely a typing mistake. Contradictions are those of [`Config::validate`].
+    /// Fails if a value cannot be parsed; the error names the variable, and shows the value unless
+    /// it is a secret. Fails for an unknown variable that starts with `GOO_ETCD_`, which is most
+    /// likely a typing mistake. Fails if [`Config::validate`] does.
     pub fn from_env() -> Result<Self> {
         Self::from_vars(std::env::vars_os())
     }
@@ -43,74 +45,70 @@ impl Config {
     }
 }
 
+/// A field of [`Config`] or [`TlsConfig`], by its type.
+enum Field<'a> {
+    /// Separated by commas.
+    List(&'a mut Vec<String>),
+    Text(&'a mut Option<String>),
+    /// A text that errors must not show.
+    Secret(&'a mut Option<String>),
+    Path(&'a mut Option<PathBuf>),
+    Flag(&'a mut bool),
+    Bytes(&'a mut usize),
+    Time(&'a mut Duration),
+}
+
+const ENDPOINTS: &str = "GOO_ETCD_ENDPOINTS";
+
+/// All variables and the fields that they set.
+#[rustfmt::skip] // One line per variable.
+fn fields<'a>(config: &'a mut Config, tls: &'a mut TlsConfig) -> [(&'static str, Field<'a>); 21] {
+    use Field::{Bytes, Flag, List, Path, Secret, Text, Time};
+    [
+        (ENDPOINTS, List(&mut config.endpoints)),
+        ("GOO_ETCD_USERNAME", Text(&mut config.username)),
+        ("GOO_ETCD_PASSWORD", Secret(&mut config.password)),
+        ("GOO_ETCD_DIAL_TIMEOUT", Time(&mut config.dial_timeout)),
+        ("GOO_ETCD_AUTO_SYNC", Flag(&mut config.auto_sync)),
+        ("GOO_ETCD_AUTO_SYNC_INTERVAL", Time(&mut config.auto_sync_interval)),
+        ("GOO_ETCD_MAX_CALL_SEND_MSG_SIZE", Bytes(&mut config.max_call_send_msg_size)),
+        ("GOO_ETCD_MAX_CALL_RECV_MSG_SIZE", Bytes(&mut config.max_call_recv_msg_size)),
+        ("GOO_ETCD_ENABLE_COMPRESSION", Flag(&mut config.enable_compression)),
+        ("GOO_ETCD_ENABLE_GRPC_DEBUG_LOG", Flag(&mut config.enable_grpc_debug_log)),
+        ("GOO_ETCD_ENABLE_TLS", Flag(&mut config.enable_tls)),
+        ("GOO_ETCD_REQUEST_TIMEOUT", Time(&mut config.request_timeout)),
+        ("GOO_ETCD_KEEP_ALIVE_INTERVAL", Time(&mut config.keep_alive_interval)),
+        ("GOO_ETCD_KEEP_ALIVE_TIMEOUT", Time(&mut config.keep_alive_timeout)),
+        ("GOO_ETCD_TLS_CA_FILE", Path(&mut tls.ca_file)),
+        ("GOO_ETCD_TLS_CERT_FILE", Path(&mut tls.cert_file)),
+        ("GOO_ETCD_TLS_KEY_FILE", Path(&mut tls.key_file)),
+        ("GOO_ETCD_TLS_SERVER_NAME", Text(&mut tls.server_name)),
+        ("GOO_ETCD_TLS_CA_PEM", Secret(&mut tls.ca_pem)),
+        ("GOO_ETCD_TLS_CERT_PEM", Secret(&mut tls.cert_pem)),
+        ("GOO_ETCD_TLS_KEY_PEM", Secret(&mut tls.key_pem)),
+    ]
+}
+
 fn set(config: &mut Config, tls: &mut TlsConfig, name: &str, value: OsString) -> Result<()> {
-    const ENDPOINTS: &str = "GOO_ETCD_ENDPOINTS";
     if value.is_empty() && name != ENDPOINTS {
         return Ok(());
     }
-    match name {
-        ENDPOINTS => config.endpoints = endpoints(ENDPOINTS, value)?,
-        "GOO_ETCD_USERNAME" => config.username = Some(text("GOO_ETCD_USERNAME", value)?),
-        "GOO_ETCD_PASSWORD" => config.password = Some(secret("GOO_ETCD_PASSWORD", value)?),
-        "GOO_ETCD_DIAL_TIMEOUT" => {
-            config.dial_timeout = duration("GOO_ETCD_DIAL_TIMEOUT", value)?;
-        }
-        "GOO_ETCD_AUTO_SYNC" => {
-            config.auto_sync = parsed("GOO_ETCD_AUTO_SYNC", value, "true or false")?;
-        }
-        "GOO_ETCD_AUTO_SYNC_INTERVAL" => {
-            config.auto_sync_interval = duration("GOO_ETCD_AUTO_SYNC_INTERVAL", value)?;
-        }
-        "GOO_ETCD_MAX_CALL_SEND_MSG_SIZE" => {
-            config.max_call_send_msg_size = parsed(
-                "GOO_ETCD_MAX_CALL_SEND_MSG_SIZE",
-                value,
-                "a number of bytes",
-            )?;
-        }
-        "GOO_ETCD_MAX_CALL_RECV_MSG_SIZE" => {
-            config.max_call_recv_msg_size = parsed(
-                "GOO_ETCD_MAX_CALL_RECV_MSG_SIZE",
-                value,
-                "a number of bytes",
-            )?;
-        }
-        "GOO_ETCD_ENABLE_COMPRESSION" => {
-            config.enable_compression =
-                parsed("GOO_ETCD_ENABLE_COMPRESSION", value, "true or false")?;
-        }
-        "GOO_ETCD_ENABLE_GRPC_DEBUG_LOG" => {
-            config.enable_grpc_debug_log =
-                parsed("GOO_ETCD_ENABLE_GRPC_DEBUG_LOG", value, "true or false")?;
-        }
-        "GOO_ETCD_ENABLE_TLS" => {
-            config.enable_tls = parsed("GOO_ETCD_ENABLE_TLS", value, "true or false")?;
-        }
-        "GOO_ETCD_REQUEST_TIMEOUT" => {
-            config.request_timeout = duration("GOO_ETCD_REQUEST_TIMEOUT", value)?;
-        }
-        "GOO_ETCD_KEEP_ALIVE_INTERVAL" => {
-            config.keep_alive_interval = duration("GOO_ETCD_KEEP_ALIVE_INTERVAL", value)?;
-        }
-        "GOO_ETCD_KEEP_ALIVE_TIMEOUT" => {
-            config.keep_alive_timeout = duration("GOO_ETCD_KEEP_ALIVE_TIMEOUT", value)?;
-        }
-        "GOO_ETCD_TLS_CA_FILE" => tls.ca_file = Some(value.into()),
-        "GOO_ETCD_TLS_CERT_FILE" => tls.cert_file = Some(value.into()),
-        "GOO_ETCD_TLS_KEY_FILE" => tls.key_file = Some(value.into()),
-        "GOO_ETCD_TLS_SERVER_NAME" => {
-            tls.server_name = Some(text("GOO_ETCD_TLS_SERVER_NAME", value)?);
-        }
-        "GOO_ETCD_TLS_CA_PEM" => tls.ca_pem = Some(secret("GOO_ETCD_TLS_CA_PEM", value)?),
-        "GOO_ETCD_TLS_CERT_PEM" => tls.cert_pem = Some(secret("GOO_ETCD_TLS_CERT_PEM", value)?),
-        "GOO_ETCD_TLS_KEY_PEM" => tls.key_pem = Some(secret("GOO_ETCD_TLS_KEY_PEM", value)?),
-        unknown => {
-            return Err(Error::invalid(
-                "environment variable",
-                unknown,
-                "no field of the configuration has this name",
-            ));
-        }
+    let mut fields = fields(config, tls).into_iter();
+    let Some((name, field)) = fields.find(|(known, _)| *known == name) else {
+        return Err(Error::invalid(
+            "environment variable",
+            name,
+            "unknown setting",
+        ));
+    };
+    match field {
+        Field::List(field) => *field = parse_list(&text(name, value)?),
+        Field::Text(field) => *field = Some(text(name, value)?),
+        Field::Secret(field) => *field = Some(secret(name, value)?),
+        Field::Path(field) => *field = Some(value.into()),
+        Field::Flag(field) => *field = parse(name, value, "true or false")?,
+        Field::Bytes(field) => *field = parse(name, value, "a number of bytes")?,
+        Field::Time(field) => *field = parse_duration(name, value)?,
     }
     Ok(())
 }
@@ -127,15 +125,15 @@ fn secret(variable: &'static str, value: OsString) -> Result<String> {
         .map_err(|_| Error::invalid(variable, "[redacted]", "not UTF-8"))
 }
 
-fn endpoints(variable: &'static str, value: OsString) -> Result<Vec<String>> {
-    Ok(text(variable, value)?
+fn parse_list(value: &str) -> Vec<String> {
+    value
         .split(',')
-        .map(|endpoint| endpoint.trim().to_owned())
-        .filter(|endpoint| !endpoint.is_empty())
-        .collect())
+        .map(|item| item.trim().to_owned())
+        .filter(|item| !item.is_empty())
+        .collect()
 }
 
-fn parsed<T: FromStr>(variable: &'static str, value: OsString, expected: &str) -> Result<T> {
+fn parse<T: FromStr>(variable: &'static str, value: OsString, expected: &str) -> Result<T> {
     let value = text(variable, value)?;
     value
         .trim()
@@ -143,7 +141,7 @@ fn parsed<T: FromStr>(variable: &'static str, value: OsString, expected: &str) -
         .map_err(|_| Error::invalid(variable, value, format!("expected {expected}")))
 }
 
-fn duration(variable: &'static str, value: OsString) -> Result<Duration> {
+fn parse_duration(variable: &'static str, value: OsString) -> Result<Duration> {
     let value = text(variable, value)?;
     humantime::parse_duration(value.trim())
         .map_err(|_| Error::invalid(variable, value, "expected a duration such as 5s or 500ms"))
@@ -158,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn given_no_variables_then_the_defaults_hold() {
+    fn defaults_without_variables() {
         assert_eq!(from(&[("PATH", "/bin")]).unwrap(), Config::default());
         assert_eq!(
             from(&[("GOO_ETCD_USERNAME", "")]).unwrap(),
@@ -167,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn given_every_variable_then_every_field_is_set() {
+    fn every_variable_sets_its_field() {
         let config = from(&[
             ("GOO_ETCD_ENDPOINTS", "a:1, b:2,"),
             ("GOO_ETCD_USERNAME", "user"),
@@ -205,7 +203,7 @@ mod tests {
 
     #[cfg(feature = "_tls")]
     #[test]
-    fn given_tls_variables_then_the_tls_config_is_set() {
+    fn tls_variables_set_the_tls_config() {
         let config = from(&[
             ("GOO_ETCD_ENABLE_TLS", "true"),
             ("GOO_ETCD_TLS_CA_FILE", "/ca"),
@@ -224,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn given_a_bad_value_then_the_error_names_variable_and_value() {
+    fn errors_name_variable_and_value() {
         for (name, value) in [
             ("GOO_ETCD_DIAL_TIMEOUT", "soon"),
             ("GOO_ETCD_AUTO_SYNC", "yes"),
@@ -245,7 +243,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn given_an_unreadable_secret_then_the_error_does_not_show_it() {
+    fn errors_do_not_show_secrets() {
         use std::os::unix::ffi::OsStringExt;
         let value = OsString::from_vec(b"hunter2\xff".to_vec());
         let text = Config::from_vars([("GOO_ETCD_PASSWORD".into(), value)])

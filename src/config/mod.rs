@@ -1,4 +1,4 @@
-//! How to reach an etcd cluster: from code, from a file through serde, from the environment.
+//! The configuration of a client: from code, from a file through serde, or from the environment.
 
 mod builder;
 mod endpoint;
@@ -14,19 +14,21 @@ use serde::Deserialize;
 
 pub use builder::ConfigBuilder;
 pub(crate) use endpoint::endpoint_uri;
+use endpoint::redact_userinfo;
 pub use tls::TlsConfig;
 
 /// How a [`Client`](crate::Client) reaches an etcd cluster.
 ///
-/// Made by [`Config::default`] and changed field by field, by [`Config::builder`], by
-/// [`Config::from_env`], or by serde from YAML, TOML or JSON, where durations are written as
-/// `"5s"` or `"1m 30s"`, missing fields have their default and unknown ones are errors.
-/// [`Config::validate`] refuses what contradicts itself; [`Client::connect`](crate::Client::connect)
-/// calls it.
+/// Make one with [`Config::builder`], with [`Config::from_env`], from [`Config::default`] field by
+/// field, or with serde from YAML, TOML or JSON. In a file, durations are written as `"5s"` or
+/// `"1m 30s"`, missing fields have their default, and unknown fields are errors.
 ///
-/// `Debug` shows neither the password nor key material. Nor do errors: of a password that is a number and
-/// no string only the field is named. (The `toml` crate adds the line of the file to what it prints, but not
-/// to its error's `message()`.)
+/// [`Client::new`](crate::Client::new) calls [`Config::validate`], which refuses fields that are
+/// invalid or contradict each other.
+///
+/// Neither `Debug` nor errors show the password or key material. For a password that is a number
+/// instead of a string, for example, the error names only the field. (When the `toml` crate prints
+/// an error it adds the line of the file; its `message()` does not.)
 ///
 /// ```
 /// use std::time::Duration;
@@ -47,81 +49,85 @@ pub use tls::TlsConfig;
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Config {
-    /// The members: `host:port`, or URLs `http://host:port`, `https://host:port`.
-    /// Default: `["localhost:2379"]`. Empty is an error.
+    /// The addresses of the members: `host:port`, or URLs `http://host:port`, `https://host:port`.
+    /// Default: `["localhost:2379"]`. An empty list is an error.
     pub endpoints: Vec<String>,
 
-    /// The etcd user. Default: none. Needs `password`.
+    /// The etcd user. Default: none. Requires `password`.
     pub username: Option<String>,
 
-    /// The user's password. Default: none. Needs `username`.
+    /// The user's password. Default: none. Requires `username`.
     #[serde(deserialize_with = "secret::password")]
     pub password: Option<String>,
 
-    /// The time for TCP, TLS and the first answer, together. Default: 5 s.
+    /// The time limit for connecting: TCP, TLS and the first response together. Default: 5 s.
     #[serde(with = "humantime_serde")]
     pub dial_timeout: Duration,
 
-    /// Keep the list of members up to date from the cluster itself. Default: false.
-    /// Needs `auto_sync_interval`. Learners, members that have not started, and URLs of the other scheme
-    /// (`http` with TLS, `https` without) are left out. An answer without any usable member changes
-    /// nothing, and while none can be had the configured endpoints are tried as well. From 3.5.28 and 3.6.9 on
-    /// etcd lists its members only to root where it asks for users; another is warned once.
+    /// Whether to fetch the list of members from the cluster. Default: false. Requires
+    /// `auto_sync_interval`.
+    ///
+    /// Learners, members that have not started, and URLs of the other scheme (`http` with TLS,
+    /// `https` without) are ignored. A list without a usable member changes nothing. While no list
+    /// can be fetched, the configured endpoints are tried too. With authentication enabled, etcd
+    /// lists its members to root only (since 3.5.28 and 3.6.9); for another user the client logs
+    /// one warning.
     pub auto_sync: bool,
 
-    /// How often the list of members is refreshed. Default: 0, never.
+    /// The interval at which the list of members is fetched. Default: 0, never.
     #[serde(with = "humantime_serde")]
     pub auto_sync_interval: Duration,
 
-    /// The largest message that is sent, in bytes, before compression. Default: 2 MiB. One that is larger
-    /// is an error, and nothing is sent.
+    /// The maximum size of a message to send, in bytes, before compression. Default: 2 MiB. A
+    /// larger message is an error and is not sent.
     pub max_call_send_msg_size: usize,
 
-    /// The largest message that is received, in bytes, after decompression, watches included.
-    /// Default: 2 MiB. Less than that may end a watch that has much to catch up with: etcd sends it in
-    /// pieces of up to 2 MiB. Above 4 MiB it counts for keys and watches only; other answers, as those on
-    /// leases and members, are at most 4 MiB.
+    /// The maximum size of a received message, in bytes, after decompression. Default: 2 MiB.
+    ///
+    /// A lower limit may end a watch that has many events to catch up with, because etcd sends them
+    /// in messages of up to 2 MiB. A limit above 4 MiB applies to keys and watches only; other
+    /// responses, such as those about leases and members, are limited to 4 MiB.
     pub max_call_recv_msg_size: usize,
 
-    /// Compress requests with gzip, and have the answers compressed. Default: false. etcd can do it from
-    /// 3.5 on.
+    /// Whether to compress requests with gzip, and to ask for compressed responses. Default: false.
+    /// Requires etcd 3.5 or newer.
     pub enable_compression: bool,
 
-    /// Emit a `tracing` debug event for every call to etcd, when it is over: method, member, status,
-    /// time; never keys or values. Default: false.
+    /// Whether to emit a `tracing` debug event at the end of every call to etcd, with its method,
+    /// member, status and duration, but never with keys or values. Default: false.
     pub enable_grpc_debug_log: bool,
 
-    /// Connect with TLS. Default: false. With no `tls_config` the system's roots are trusted.
+    /// Whether to connect with TLS. Default: false. Without `tls_config` the system's root
+    /// certificates are trusted.
     pub enable_tls: bool,
 
-    /// Which servers to trust, and which certificate to show. Default: none. Needs `enable_tls`.
+    /// The certificates to trust and the client certificate. Default: none. Requires `enable_tls`.
     pub tls_config: Option<TlsConfig>,
 
-    /// The time for one operation, from call to answer. Default: 5 s. Streams are bound by it
-    /// only until they are open.
+    /// The time limit for one operation, from call to response. Default: 5 s. For a stream it
+    /// limits the opening only.
     #[serde(with = "humantime_serde")]
     pub request_timeout: Duration,
 
-    /// How long a connection may be silent before it is tested with an HTTP/2 ping.
-    /// Default: 10 s. etcd refuses pings that come more often than every 5 s.
+    /// The time without traffic after which a connection is tested with an HTTP/2 ping.
+    /// Default: 10 s. Minimum: 5 s, because etcd refuses more frequent pings.
     #[serde(with = "humantime_serde")]
     pub keep_alive_interval: Duration,
 
-    /// How long the answer to that ping may take before the connection is given up.
-    /// Default: 3 s.
+    /// The time limit for the response to that ping; then the connection is closed. Default: 3 s.
     #[serde(with = "humantime_serde")]
     pub keep_alive_timeout: Duration,
 }
 
 impl Config {
-    /// A builder that starts from the defaults.
+    /// Creates a builder with the default values.
     pub fn builder() -> ConfigBuilder {
         ConfigBuilder::default()
     }
 }
 
-/// Two mebibytes, the limit that etcd's own server and client use for a request
-/// (`--max-request-bytes` 1.5 MiB, and half a MiB for the envelope).
+/// 2 MiB, the request limit of etcd's own server and client: 1.5 MiB (`--max-request-bytes`) plus
+/// 0.5 MiB for the envelope.
 const MAX_MESSAGE: usize = 2 * 1024 * 1024;
 
 impl Default for Config {
@@ -146,7 +152,7 @@ impl Default for Config {
     }
 }
 
-/// What is shown in place of a secret.
+/// The `Debug` output in place of a secret.
 struct Redacted;
 
 impl fmt::Debug for Redacted {
@@ -155,18 +161,22 @@ impl fmt::Debug for Redacted {
     }
 }
 
-/// Whether a secret is there, without the secret.
-fn redacted<T>(secret: &Option<T>) -> Option<Redacted> {
+/// Replaces a secret that is set.
+fn redact<T>(secret: &Option<T>) -> Option<Redacted> {
     secret.as_ref().map(|_| Redacted)
 }
 
 impl fmt::Debug for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let endpoints: Vec<_> = self.endpoints.iter().map(|e| endpoint::shown(e)).collect();
+        let endpoints: Vec<_> = self
+            .endpoints
+            .iter()
+            .map(|endpoint| redact_userinfo(endpoint))
+            .collect();
         f.debug_struct("Config")
             .field("endpoints", &endpoints)
             .field("username", &self.username)
-            .field("password", &redacted(&self.password))
+            .field("password", &redact(&self.password))
             .field("dial_timeout", &self.dial_timeout)
             .field("auto_sync", &self.auto_sync)
             .field("auto_sync_interval", &self.auto_sync_interval)

@@ -1,43 +1,45 @@
-//! Which servers to trust, and which certificate to show them.
+//! TLS settings.
 
 use std::fmt;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{redacted, secret};
+use super::{redact, secret};
 
-/// TLS towards etcd, or towards the servers of a channel. Every certificate and key is PEM, in a file or inline, not both.
+/// TLS settings for connections to etcd, or to the servers of a channel.
 ///
-/// With neither `ca_file` nor `ca_pem` the system's roots are trusted; with one of them only
-/// that authority is. `cert` and `key` together are mutual TLS.
+/// Certificates and keys are PEM, either in a file or inline. With `ca_file` or `ca_pem` only these
+/// authorities are trusted, otherwise the system's root certificates. A client certificate and its
+/// key enable mutual TLS.
 ///
-/// Files are read once, when a client connects or a channel is built. `Debug` does not show key material.
+/// Files are read once, when a client connects or a channel is built. `Debug` shows no key
+/// material.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct TlsConfig {
-    /// File of the authorities to trust. Default: none.
+    /// The file with the authorities to trust. Default: none.
     pub ca_file: Option<PathBuf>,
-    /// File of the client's certificate chain. Default: none. Needs a key.
+    /// The file with the client's certificate chain. Default: none. Requires a key.
     pub cert_file: Option<PathBuf>,
-    /// File of the client certificate's key. Default: none. Needs a certificate.
+    /// The file with the key of the client certificate. Default: none. Requires a certificate.
     pub key_file: Option<PathBuf>,
-    /// The name that the server's certificate must carry. Default: the endpoint's host.
+    /// The name that the server's certificate must have. Default: the endpoint's host.
     pub server_name: Option<String>,
-    /// Inline PEM in place of `ca_file`.
+    /// Inline PEM instead of `ca_file`.
     #[serde(deserialize_with = "secret::ca_pem")]
     pub ca_pem: Option<String>,
-    /// Inline PEM in place of `cert_file`.
+    /// Inline PEM instead of `cert_file`.
     #[serde(deserialize_with = "secret::cert_pem")]
     pub cert_pem: Option<String>,
-    /// Inline PEM in place of `key_file`.
+    /// Inline PEM instead of `key_file`.
     #[serde(deserialize_with = "secret::key_pem")]
     pub key_pem: Option<String>,
 }
 
 impl TlsConfig {
-    /// What a PEM field holds, from its file or inline.
+    /// The content of a PEM field, from its file or inline.
     #[cfg(feature = "_tls")]
     pub(crate) fn pem(
         &self,
@@ -46,7 +48,7 @@ impl TlsConfig {
         inline: &Option<String>,
     ) -> crate::error::Result<Option<Vec<u8>>> {
         match (file, inline) {
-            // A few kilobytes once, when a client or a channel is made.
+            // A blocking read is acceptable: a few kilobytes, once per client or channel.
             (Some(file), _) => std::fs::read(file).map(Some).map_err(|error| {
                 crate::error::Error::invalid(field, file.display().to_string(), error.to_string())
             }),
@@ -54,54 +56,54 @@ impl TlsConfig {
         }
     }
 
-    /// Trusts the system's roots, shows no certificate.
+    /// Settings that trust the system's root certificates and have no client certificate.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Trusts the authorities in this PEM file, and only them.
+    /// Trusts only the authorities in this PEM file.
     #[must_use]
     pub fn ca_file(mut self, file: impl Into<PathBuf>) -> Self {
         self.ca_file = Some(file.into());
         self
     }
 
-    /// Shows the certificate chain in this PEM file.
+    /// Sets the client's certificate chain, a PEM file.
     #[must_use]
     pub fn cert_file(mut self, file: impl Into<PathBuf>) -> Self {
         self.cert_file = Some(file.into());
         self
     }
 
-    /// The key of that certificate, a PEM file.
+    /// Sets the key of the client certificate, a PEM file.
     #[must_use]
     pub fn key_file(mut self, file: impl Into<PathBuf>) -> Self {
         self.key_file = Some(file.into());
         self
     }
 
-    /// The name that the server's certificate must carry, instead of the endpoint's host.
+    /// Sets the name that the server's certificate must have. Default: the endpoint's host.
     #[must_use]
     pub fn server_name(mut self, name: impl Into<String>) -> Self {
         self.server_name = Some(name.into());
         self
     }
 
-    /// Trusts these authorities, and only them.
+    /// Trusts only these authorities, given as PEM.
     #[must_use]
     pub fn ca_pem(mut self, pem: impl Into<String>) -> Self {
         self.ca_pem = Some(pem.into());
         self
     }
 
-    /// Shows this certificate chain.
+    /// Sets the client's certificate chain, given as PEM.
     #[must_use]
     pub fn cert_pem(mut self, pem: impl Into<String>) -> Self {
         self.cert_pem = Some(pem.into());
         self
     }
 
-    /// The key of that certificate.
+    /// Sets the key of the client certificate, given as PEM.
     #[must_use]
     pub fn key_pem(mut self, pem: impl Into<String>) -> Self {
         self.key_pem = Some(pem.into());
@@ -116,9 +118,9 @@ impl fmt::Debug for TlsConfig {
             .field("cert_file", &self.cert_file)
             .field("key_file", &self.key_file)
             .field("server_name", &self.server_name)
-            .field("ca_pem", &redacted(&self.ca_pem))
-            .field("cert_pem", &redacted(&self.cert_pem))
-            .field("key_pem", &redacted(&self.key_pem))
+            .field("ca_pem", &redact(&self.ca_pem))
+            .field("cert_pem", &redact(&self.cert_pem))
+            .field("key_pem", &redact(&self.key_pem))
             .finish()
     }
 }

@@ -1,29 +1,30 @@
-//! What contradicts itself is refused before anything is sent.
+//! Checks a configuration before it is used.
 
 use std::time::Duration;
 
 use super::{Config, TlsConfig, endpoint_uri};
 use crate::error::{Error, Result};
 
-/// etcd's server refuses clients that ping more often (`--grpc-keepalive-min-time`, 5 s by default).
+/// The shortest keep-alive interval that etcd accepts (`--grpc-keepalive-min-time`, default 5 s).
 const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The longest of all times: any of them, and several, can be added to the present one.
-const LONGEST_TIME: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// The longest duration in a configuration: 100 years. A sum of several such durations can still be
+/// added to an `Instant` without overflow.
+const MAX_TIME: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 impl Config {
-    /// Checks that the fields make sense by themselves and together. Reads no file and opens no
-    /// connection.
+    /// Checks each field, and that the fields do not contradict each other. Reads no file and opens
+    /// no connection.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] with the field, its value (unless secret) and what to do.
+    /// [`Error::Invalid`] with the field, its value (unless secret) and the reason.
     pub fn validate(&self) -> Result<()> {
         if self.endpoints.is_empty() {
             return Err(Error::invalid(
                 "endpoints",
                 "[]",
-                "at least one endpoint is needed, such as localhost:2379",
+                "at least one endpoint is required, such as localhost:2379",
             ));
         }
         for endpoint in &self.endpoints {
@@ -36,14 +37,14 @@ impl Config {
             ("max_call_recv_msg_size", self.max_call_recv_msg_size),
         ] {
             if size == 0 {
-                return Err(Error::invalid(field, "0", "no message would fit"));
+                return Err(Error::invalid(field, "0", "must be greater than zero"));
             }
         }
         match &self.tls_config {
             Some(_) if !self.enable_tls => Err(Error::invalid(
                 "tls_config",
                 "set",
-                "it needs enable_tls; without it the connection would be plaintext",
+                "requires enable_tls; without it the connection would be plaintext",
             )),
             Some(tls) => tls.validate(),
             None => Ok(()),
@@ -61,17 +62,13 @@ impl Config {
     fn validate_user(&self) -> Result<()> {
         match (&self.username, &self.password) {
             (Some(name), _) if name.is_empty() => {
-                Err(Error::invalid("username", "", "a user has a name"))
+                Err(Error::invalid("username", "", "must not be empty"))
             }
-            (Some(name), None) => Err(Error::invalid(
-                "username",
-                name,
-                "it needs a password as well",
-            )),
+            (Some(name), None) => Err(Error::invalid("username", name, "requires a password")),
             (None, Some(_)) => Err(Error::invalid(
                 "password",
                 "[redacted]",
-                "it needs a username as well",
+                "requires a username",
             )),
             _ => Ok(()),
         }
@@ -90,24 +87,24 @@ impl Config {
                 Err(Error::invalid(field, value, reason))
             };
             if time.is_zero() && !may_be_zero {
-                return invalid("nothing can be done in no time");
+                return invalid("must be greater than zero");
             }
-            if time > LONGEST_TIME {
-                return invalid("for as long as it takes, say a year");
+            if time > MAX_TIME {
+                return invalid("must be at most 100 years");
             }
         }
         if self.keep_alive_interval < MIN_KEEP_ALIVE_INTERVAL {
             return Err(Error::invalid(
                 "keep_alive_interval",
                 humantime::format_duration(self.keep_alive_interval).to_string(),
-                "etcd disconnects clients that ping more often than every 5s",
+                "must be at least 5s: etcd disconnects clients that ping more often",
             ));
         }
         if self.auto_sync && self.auto_sync_interval.is_zero() {
             return Err(Error::invalid(
                 "auto_sync_interval",
                 "0s",
-                "auto_sync needs an interval, such as 30s",
+                "auto_sync requires an interval, such as 30s",
             ));
         }
         Ok(())
@@ -116,22 +113,22 @@ impl Config {
 
 impl TlsConfig {
     pub(crate) fn validate(&self) -> Result<()> {
-        let twice = |field, value: &std::path::Path, other: &str| {
+        let both_set = |field, value: &std::path::Path, other: &str| {
             let value = value.display().to_string();
             Err(Error::invalid(
                 field,
                 value,
-                format!("{other} is set too; give one of them"),
+                format!("{other} is set too; set only one of them"),
             ))
         };
         if let (Some(file), Some(_)) = (&self.ca_file, &self.ca_pem) {
-            return twice("tls_config.ca_file", file, "ca_pem");
+            return both_set("tls_config.ca_file", file, "ca_pem");
         }
         if let (Some(file), Some(_)) = (&self.cert_file, &self.cert_pem) {
-            return twice("tls_config.cert_file", file, "cert_pem");
+            return both_set("tls_config.cert_file", file, "cert_pem");
         }
         if let (Some(file), Some(_)) = (&self.key_file, &self.key_pem) {
-            return twice("tls_config.key_file", file, "key_pem");
+            return both_set("tls_config.key_file", file, "key_pem");
         }
         let cert = self.cert_file.is_some() || self.cert_pem.is_some();
         let key = self.key_file.is_some() || self.key_pem.is_some();
@@ -147,11 +144,7 @@ impl TlsConfig {
             _ => return self.validate_server_name(),
         };
         let value = file.map_or("[redacted]".to_owned(), |file| file.display().to_string());
-        Err(Error::invalid(
-            field,
-            value,
-            format!("it needs {missing} as well"),
-        ))
+        Err(Error::invalid(field, value, format!("requires {missing}")))
     }
 
     fn validate_server_name(&self) -> Result<()> {
@@ -159,7 +152,7 @@ impl TlsConfig {
             Some("") => Err(Error::invalid(
                 "tls_config.server_name",
                 "",
-                "leave it out to check the endpoint's host",
+                "must not be empty; leave it out to check the endpoint's host",
             )),
             _ => Ok(()),
         }
