@@ -1,128 +1,155 @@
-//! How an etcd under test is started.
+//! Starts servers and clusters with options.
 
-use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::ConnectOptions;
+use futures::future::try_join_all;
 
-use super::peers::Peers;
-use super::port::Port;
-use super::{Etcd, EtcdCluster, Result, TestingError};
+use super::cluster::EtcdCluster;
+use super::error::{Result, TestingError};
+use super::etcd::Etcd;
+use super::member::Member;
+use super::options::Options;
+use super::peers::PeerNetwork;
 
-/// How often a first start is tried with other ports when a program that knows nothing of our claims
-/// takes one in the moment between choosing and listening.
+/// Attempts of a first start. Another program, which knows nothing of our port claims, can take a
+/// port between our choice and etcd's bind; the next attempt uses other ports.
 const PORT_ATTEMPTS: usize = 5;
 
 /// Options for an [`Etcd`] or an [`EtcdCluster`]; from [`Etcd::builder`].
-#[derive(Clone)]
-#[must_use]
+#[derive(Debug, Clone, Default)]
+#[must_use = "a builder does nothing until one of its `start` methods is called"]
 pub struct EtcdBuilder {
-    pub(super) program: Option<PathBuf>,
-    pub(super) envs: Vec<(String, String)>,
-    pub(super) timeout: Duration,
-    args: Vec<String>,
-    pub(super) connect: Option<ConnectOptions>,
+    options: Options,
 }
 
-impl Default for EtcdBuilder {
-    fn default() -> Self {
-        Self {
-            program: None,
-            envs: Vec::new(),
-            timeout: Duration::from_secs(60),
-            args: Vec::new(),
-            connect: None,
-        }
+impl Etcd {
+    /// Starts a server and waits until it responds.
+    ///
+    /// # Errors
+    ///
+    /// Fails if no etcd is found, if it exits (the error has an excerpt of its log), or if it does
+    /// not respond within 60 s.
+    pub async fn start() -> Result<Self> {
+        Self::builder().start().await
+    }
+
+    /// Options for a server or a cluster.
+    pub fn builder() -> EtcdBuilder {
+        EtcdBuilder::default()
+    }
+}
+
+impl EtcdCluster {
+    /// Starts three members and waits until each responds.
+    ///
+    /// # Errors
+    ///
+    /// Fails like [`Etcd::start`].
+    pub async fn start() -> Result<Self> {
+        Etcd::builder().start_cluster(3).await
+    }
+
+    /// Starts three members that can be [isolated](Self::isolate), and waits until each responds.
+    /// When the last handle to the cluster drops, all members are cut off from each other.
+    ///
+    /// # Errors
+    ///
+    /// Fails like [`Etcd::start`].
+    pub async fn start_partitionable() -> Result<Self> {
+        Etcd::builder().start_partitionable_cluster(3).await
     }
 }
 
 impl EtcdBuilder {
-    /// More flags for etcd, such as `["--auth-token-ttl", "1"]`. They come after those that this module
-    /// sets, and etcd takes the last of a kind, so they win.
+    /// Adds flags for etcd, such as `["--auth-token-ttl", "1"]`. They override the flags that this
+    /// module sets.
     ///
-    /// With `--cert-file` the client port speaks TLS: see [`connect_options`](Self::connect_options).
+    /// With `--cert-file` the client port uses TLS; see [`connect_options`](Self::connect_options).
     pub fn args<I, S>(mut self, args: I) -> Self
     where
         I: IntoIterator<Item = S>,
         S: Into<String>,
     {
-        self.args.extend(args.into_iter().map(Into::into));
+        self.options.args.extend(args.into_iter().map(Into::into));
         self
     }
 
-    /// An environment variable for etcd. The `ETCD_*` of the test's own environment do not reach it.
+    /// Sets an environment variable for etcd. The `ETCD_*` variables of the test's own environment
+    /// are not passed on.
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.envs.push((name.into(), value.into()));
+        self.options.envs.push((name.into(), value.into()));
         self
     }
 
-    /// The program to run, in place of the one that is found (see the [module page](super)); for
-    /// example to test with several releases of etcd.
+    /// Sets the etcd program, for example to test with several releases. By default the program is
+    /// searched for as the [module page](super) says.
     pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
-        self.program = Some(path.into());
+        self.options.program = Some(path.into());
         self
     }
 
-    /// How long a start may take until the server answers. One minute by default, which is long: a
-    /// start takes a second, but not on a machine that runs thirty other tests.
+    /// Sets how long a start may take until the server responds. Default: 60 s. A start usually
+    /// takes one second, but much longer on a machine that runs many tests at once.
     pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = timeout;
+        self.options.timeout = timeout;
         self
     }
 
-    /// How the handle's own client connects: the user, TLS. It is what [`Etcd::client`],
-    /// [`Etcd::compact`] and the wait for readiness use.
+    /// Sets user and TLS for the client that [`Etcd::client`], [`Etcd::compact`] and the check for
+    /// readiness use.
     pub fn connect_options(mut self, options: ConnectOptions) -> Self {
-        self.connect = Some(options);
+        self.options.connect = Some(options);
         self
     }
 
-    /// Starts one server and waits until it answers.
+    /// Starts one server and waits until it responds.
     ///
     /// # Errors
     ///
-    /// As of [`Etcd::start`].
+    /// Fails like [`Etcd::start`].
     pub async fn start(self) -> Result<Etcd> {
-        let mut members = self.start_members(1).await?;
+        let (mut members, _) = self.start_members(1, false).await?;
         Ok(members.remove(0))
     }
 
-    /// Starts a cluster of `size` members (three is the usual number) and waits until each answers.
+    /// Starts a cluster of `size` members (three is the usual number) and waits until each
+    /// responds.
     ///
     /// # Errors
     ///
-    /// As of [`Etcd::start`]; if one member fails to start, the others are stopped.
+    /// Fails like [`Etcd::start`]. If one member fails to start, the others are stopped.
     pub async fn start_cluster(self, size: usize) -> Result<EtcdCluster> {
-        Ok(EtcdCluster::new(self.start_members(size).await?))
+        let (members, _) = self.start_members(size, false).await?;
+        Ok(EtcdCluster::new(members))
     }
 
-    /// As [`start_cluster`](Self::start_cluster), of members that [`EtcdCluster::isolate`] can cut off from the
-    /// others: they reach each other through doors of this process, on the runtime that calls this.
+    /// As [`start_cluster`](Self::start_cluster), but [`EtcdCluster::isolate`] can cut members off
+    /// from the others: the members reach each other through proxies in this process, on the
+    /// runtime that calls this method.
     ///
-    /// Not for members whose peers speak TLS.
+    /// Does not work for members whose peers use TLS.
     ///
     /// # Errors
     ///
-    /// As of [`start_cluster`](Self::start_cluster).
+    /// Fails like [`start_cluster`](Self::start_cluster).
     pub async fn start_partitionable_cluster(self, size: usize) -> Result<EtcdCluster> {
-        let (members, peers) = self.start_with(size, true).await?;
+        let (members, peers) = self.start_members(size, true).await?;
         Ok(EtcdCluster::partitionable(members, peers))
     }
 
-    async fn start_members(self, size: usize) -> Result<Vec<Etcd>> {
-        let (members, _) = self.start_with(size, false).await?;
-        Ok(members)
-    }
-
-    async fn start_with(self, size: usize, doors: bool) -> Result<(Vec<Etcd>, Arc<Peers>)> {
+    async fn start_members(
+        self,
+        size: usize,
+        partitionable: bool,
+    ) -> Result<(Vec<Etcd>, Arc<PeerNetwork>)> {
         let mut attempt = 1;
         loop {
-            let (members, peers) = self.launch_members(size, doors).await?;
-            // Together: none answers before a majority is there.
-            let ready = members.iter().map(Etcd::wait_ready);
-            match futures::future::try_join_all(ready).await {
+            let (members, peers) = self.launch_members(size, partitionable).await?;
+            // Waits for all at once, because no member responds before a majority runs.
+            match try_join_all(members.iter().map(Etcd::wait_ready)).await {
                 Ok(_) => return Ok((members, peers)),
                 Err(TestingError::NotRunning { log, .. })
                     if attempt < PORT_ATTEMPTS && log.contains("address already in use") =>
@@ -134,16 +161,20 @@ impl EtcdBuilder {
         }
     }
 
-    async fn launch_members(&self, size: usize, doors: bool) -> Result<(Vec<Etcd>, Arc<Peers>)> {
+    async fn launch_members(
+        &self,
+        size: usize,
+        partitionable: bool,
+    ) -> Result<(Vec<Etcd>, Arc<PeerNetwork>)> {
         let members = (0..size)
-            .map(|index| Member::new(index, doors))
+            .map(|index| Member::new(index, partitionable))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(TestingError::io("finding a free loopback port"))?;
-        let peers = Arc::new(Peers::new());
+        let peers = Arc::new(PeerNetwork::new());
         for member in &members {
-            if let Some(door) = &member.door {
+            if let Some(proxy) = &member.peer_proxy {
                 let target = member.peer.endpoint();
-                peers.open(door, member.peer_url(), target).await?;
+                peers.add_proxy(proxy, member.peer_url(), target).await?;
             }
         }
         let initial_cluster = members
@@ -153,80 +184,8 @@ impl EtcdBuilder {
             .join(",");
         let members = members
             .into_iter()
-            .map(|member| Etcd::launch(self.clone(), member, initial_cluster.clone()))
+            .map(|member| Etcd::launch(self.options.clone(), member, initial_cluster.clone()))
             .collect::<Result<_>>()?;
         Ok((members, peers))
-    }
-
-    pub(super) fn is_tls(&self) -> bool {
-        self.args.iter().any(|arg| {
-            let flag = arg.trim_start_matches('-');
-            flag.starts_with("cert-file") || flag.starts_with("auto-tls")
-        })
-    }
-
-    pub(super) fn command_line(
-        &self,
-        member: &Member,
-        data_dir: &Path,
-        initial_cluster: &str,
-        joins: bool,
-    ) -> Vec<String> {
-        let scheme = if self.is_tls() { "https" } else { "http" };
-        let client_url = format!("{scheme}://{}", member.client.endpoint());
-        let peer_url = member.peer_url();
-        let state = if joins { "existing" } else { "new" };
-        // Timing is etcd's own (heartbeat 100 ms, election 1 s), so that what depends on it is as in
-        // production: the least TTL of a lease (2 s), and how long a cluster is without a leader.
-        let ours = [
-            format!("--name={}", member.name),
-            format!("--data-dir={}", data_dir.display()),
-            format!("--listen-client-urls={client_url}"),
-            format!("--advertise-client-urls={client_url}"),
-            format!("--listen-peer-urls=http://{}", member.peer.endpoint()),
-            format!("--initial-advertise-peer-urls={peer_url}"),
-            format!("--initial-cluster={initial_cluster}"),
-            format!("--initial-cluster-state={state}"),
-            // Data outlives the process, in the page cache, but not the machine: all that a test needs.
-            "--unsafe-no-fsync".to_owned(),
-        ];
-        ours.into_iter().chain(self.args.iter().cloned()).collect()
-    }
-}
-
-impl fmt::Debug for EtcdBuilder {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Connect options hold a password, and variables may.
-        f.debug_struct("EtcdBuilder")
-            .field("program", &self.program)
-            .field("args", &self.args)
-            .field("timeout", &self.timeout)
-            .finish_non_exhaustive()
-    }
-}
-
-/// What tells one member from another.
-pub(super) struct Member {
-    pub(super) name: String,
-    pub(super) client: Port,
-    pub(super) peer: Port,
-    /// Where its peers come in, if not where it listens.
-    pub(super) door: Option<Port>,
-}
-
-impl Member {
-    fn new(index: usize, door: bool) -> std::io::Result<Self> {
-        Ok(Self {
-            name: format!("etcd{index}"),
-            client: Port::claim()?,
-            peer: Port::claim()?,
-            door: door.then(Port::claim).transpose()?,
-        })
-    }
-
-    /// Where its peers reach it.
-    pub(super) fn peer_url(&self) -> String {
-        let port = self.door.as_ref().unwrap_or(&self.peer);
-        format!("http://{}", port.endpoint())
     }
 }

@@ -1,4 +1,4 @@
-//! An etcd cluster under test.
+//! An etcd cluster for tests.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,24 +7,25 @@ use etcd_client::{Client, MemberAddOptions};
 use futures::future::try_join_all;
 use tokio::time::{sleep, timeout};
 
-use super::etcd::POLL;
-use super::peers::Peers;
-use super::ready::PROBE_TIMEOUT;
-use super::{Etcd, Result, TestingError};
+use super::error::{Result, TestingError};
+use super::etcd::Etcd;
+use super::peers::PeerNetwork;
+use super::timing::{POLL_INTERVAL, PROBE_TIMEOUT};
 
-/// How long one try to change the membership may take; it is made again.
+/// The time limit of one attempt to change the membership; another attempt follows.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A cluster of real etcd servers on loopback; each member is an [`Etcd`], to be killed, paused and
-/// restarted on its own.
+/// A cluster of real etcd servers on loopback ports. Each member is an [`Etcd`] that can be killed,
+/// paused and restarted independently of the others.
 ///
-/// Cloning gives another handle to the same cluster; a member stops when the last handle to it drops,
-/// as [`Etcd`] says.
+/// Cloning gives another handle to the same cluster. Each member stops when the last handle to it
+/// drops; see [`Etcd`].
 #[derive(Debug, Clone)]
+#[must_use = "dropping the last handle kills the members"]
 pub struct EtcdCluster {
     members: Vec<Etcd>,
-    /// The network between them, where it can be cut.
-    peers: Option<Arc<Peers>>,
+    /// The network between the members, if it can be cut.
+    peers: Option<Arc<PeerNetwork>>,
 }
 
 impl EtcdCluster {
@@ -33,28 +34,9 @@ impl EtcdCluster {
         Self { members, peers }
     }
 
-    pub(super) fn partitionable(members: Vec<Etcd>, peers: Arc<Peers>) -> Self {
+    pub(super) fn partitionable(members: Vec<Etcd>, peers: Arc<PeerNetwork>) -> Self {
         let peers = Some(peers);
         Self { members, peers }
-    }
-
-    /// Starts three members and waits until each answers.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Etcd::start`].
-    pub async fn start() -> Result<Self> {
-        Etcd::builder().start_cluster(3).await
-    }
-
-    /// Starts three members that can be [isolated](Self::isolate), and waits until each answers. They are
-    /// all cut off from each other when the last handle to the cluster drops.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Etcd::start`].
-    pub async fn start_partitionable() -> Result<Self> {
-        Etcd::builder().start_partitionable_cluster(3).await
     }
 
     /// The members, in a fixed order.
@@ -62,31 +44,31 @@ impl EtcdCluster {
         &self.members
     }
 
-    /// A member.
+    /// The member with this index.
     ///
     /// # Panics
     ///
-    /// When there is none of this index.
+    /// Panics if there is no such member.
     pub fn member(&self, index: usize) -> &Etcd {
         &self.members[index]
     }
 
-    /// Where clients reach the members: `127.0.0.1:PORT` of each.
+    /// The endpoints of the members for clients, as `127.0.0.1:PORT`.
     pub fn endpoints(&self) -> Vec<String> {
         self.members.iter().map(Etcd::endpoint).collect()
     }
 
-    /// The index of the member that leads, as seen by the first running member that knows.
+    /// The index of the leader, according to the first running member that knows it.
     ///
     /// # Errors
     ///
-    /// When none has told of a leader within the builder's timeout.
+    /// Fails if no member knows a leader within the builder's timeout.
     pub async fn leader(&self) -> Result<usize> {
         let deadline = Instant::now() + self.member(0).options().timeout;
         loop {
             let mut last = TestingError::NoLeader;
             for member in self.members.iter().filter(|member| member.is_running()) {
-                match leader_according_to(member).await {
+                match query_leader(member).await {
                     Ok(Some(name)) => {
                         if let Some(index) = self.members.iter().position(|m| m.name() == name) {
                             return Ok(index);
@@ -99,17 +81,17 @@ impl EtcdCluster {
             if Instant::now() > deadline {
                 return Err(last);
             }
-            sleep(POLL).await;
+            sleep(POLL_INTERVAL).await;
         }
     }
 
-    /// Cuts a member off from the others, both ways, while clients reach it as before. When this returns
-    /// nothing comes through any more; that it has lost its leader the member notices after an
-    /// election timeout, a second and more.
+    /// Cuts a member off from the others in both directions; clients still reach it. When this
+    /// method returns, no more data passes. The member notices that it has lost its leader only
+    /// after an election timeout of at least one second.
     ///
     /// # Panics
     ///
-    /// When there is no member of this index, or the cluster was not started by
+    /// Panics if there is no member with this index, or if the cluster was not started by
     /// [`start_partitionable`](Self::start_partitionable) or
     /// [`EtcdBuilder::start_partitionable_cluster`](super::EtcdBuilder::start_partitionable_cluster).
     pub async fn isolate(&self, index: usize) {
@@ -117,71 +99,73 @@ impl EtcdCluster {
         self.network().isolate(&member).await;
     }
 
-    /// Lets a member reach the others again, and does not wait.
+    /// Reconnects an isolated member to the others. Does not wait until it has caught up.
     ///
     /// # Panics
     ///
-    /// As [`isolate`](Self::isolate).
+    /// Panics like [`isolate`](Self::isolate).
     pub fn rejoin(&self, index: usize) {
         let member = self.member(index).peer_url();
         self.network().rejoin(&member);
     }
 
-    fn network(&self) -> &Peers {
+    fn network(&self) -> &PeerNetwork {
         let peers = self.peers.as_deref();
-        peers.expect("a cluster that was started as one that can be partitioned")
+        peers.expect("the cluster was started as a partitionable one")
     }
 
-    /// Kills all members, and waits for their end.
+    /// Kills all members and waits for their exit.
     pub async fn kill_all(&self) -> Result<()> {
         try_join_all(self.members.iter().map(Etcd::kill)).await?;
         Ok(())
     }
 
-    /// Starts those members that are down, with their data, and waits until all answer.
+    /// Starts the members that are down, with their data, and waits until all members respond.
     ///
     /// # Errors
     ///
-    /// As of [`Etcd::start`].
+    /// Fails like [`Etcd::start`].
     pub async fn start_all(&self) -> Result<()> {
         try_join_all(self.members.iter().map(Etcd::start_again)).await?;
         Ok(())
     }
 
-    /// Kills all members and starts them with nothing in them, on the same ports, and waits until all
-    /// answer. Revisions begin anew.
+    /// Kills all members, starts them with the same ports and without data, and waits until all
+    /// respond. Revisions start at 1 again.
     ///
     /// # Errors
     ///
-    /// As of [`Etcd::start`].
+    /// Fails like [`Etcd::start`].
     pub async fn wipe_and_restart(&self) -> Result<()> {
         for member in &self.members {
             member.wipe().await?;
-            member.set_joins(false);
+            member.set_joins_existing(false);
         }
         self.start_all().await
     }
 
-    /// Replaces a member by one with an empty disk, on the same ports: it is killed, removed from the
-    /// cluster, added anew and started, and has caught up when this returns.
+    /// Replaces a member by one with an empty disk and the same ports: kills it, removes it from
+    /// the cluster, adds it again and starts it. The new member has caught up when this method
+    /// returns.
     ///
     /// # Errors
     ///
-    /// When the other members do not agree to the change within the builder's timeout: a majority of
-    /// them must be up.
+    /// Fails if the other members do not agree to the change within the builder's timeout: a
+    /// majority of them must be up.
     ///
     /// # Panics
     ///
-    /// When there is no member of this index.
+    /// Panics if there is no member with this index.
     pub async fn replace(&self, index: usize) -> Result<()> {
         self.replace_with(index, MemberAddOptions::new()).await
     }
 
-    /// As [`replace`](Self::replace), by a learner: it receives the log, and has no vote until it is promoted.
+    /// As [`replace`](Self::replace), but the new member is a learner, which receives the log and
+    /// has no vote until it is promoted.
     ///
     /// # Errors and panics
     ///
-    /// As of [`replace`](Self::replace).
+    /// Fails and panics like [`replace`](Self::replace).
     pub async fn replace_with_learner(&self, index: usize) -> Result<()> {
         self.replace_with(index, MemberAddOptions::new().with_is_learner())
             .await
@@ -191,10 +175,11 @@ impl EtcdCluster {
         let member = self.member(index);
         member.wipe().await?;
         let deadline = Instant::now() + member.options().timeout;
-        // etcd refuses to change a cluster whose members have not been connected for some seconds; and
-        // it never answers a request that was on its way to a leader that has just been killed.
+        // Several attempts, because etcd refuses to change a cluster until its members have been
+        // connected for some seconds, and never responds to a request that was forwarded to a
+        // leader when that leader was killed.
         loop {
-            let error = match timeout(CHANGE_TIMEOUT, self.readmit(member, &options)).await {
+            let error = match timeout(CHANGE_TIMEOUT, self.remove_and_add(member, &options)).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,
                 Err(_) => TestingError::NoLeader,
@@ -202,15 +187,16 @@ impl EtcdCluster {
             if Instant::now() > deadline {
                 return Err(error);
             }
-            sleep(POLL).await;
+            sleep(POLL_INTERVAL).await;
         }
-        member.set_joins(true);
+        member.set_joins_existing(true);
         member.start_again().await
     }
 
-    /// Removes the member and adds it again; what an earlier try has done is not done twice.
-    async fn readmit(&self, member: &Etcd, options: &MemberAddOptions) -> Result<()> {
-        let mut client = self.client_beside(member).await?;
+    /// Removes the member from the cluster and adds it again. Skips steps that an earlier attempt
+    /// has done.
+    async fn remove_and_add(&self, member: &Etcd, options: &MemberAddOptions) -> Result<()> {
+        let mut client = self.client_of_another(member).await?;
         let peer_url = member.peer_url();
         let list = client
             .member_list()
@@ -221,7 +207,7 @@ impl EtcdCluster {
             .iter()
             .find(|m| m.peer_urls().contains(&peer_url));
         if let Some(listed) = listed {
-            // Added by an earlier try: a member that has not started has no name.
+            // A member without a name has not started: an earlier attempt has added it.
             if listed.name().is_empty() {
                 return Ok(());
             }
@@ -237,7 +223,7 @@ impl EtcdCluster {
         Ok(())
     }
 
-    async fn client_beside(&self, member: &Etcd) -> Result<Client> {
+    async fn client_of_another(&self, member: &Etcd) -> Result<Client> {
         for other in &self.members {
             if other.name() != member.name() && other.is_running() {
                 return other.client().await;
@@ -247,13 +233,13 @@ impl EtcdCluster {
     }
 }
 
-async fn leader_according_to(member: &Etcd) -> Result<Option<String>> {
-    let ask = async {
+async fn query_leader(member: &Etcd) -> Result<Option<String>> {
+    let query = async {
         let mut client = member.client().await?;
         let leader = client
             .status()
             .await
-            .map_err(TestingError::client("asking for the status"))?
+            .map_err(TestingError::client("reading the status"))?
             .leader();
         let members = client
             .member_list()
@@ -262,6 +248,6 @@ async fn leader_according_to(member: &Etcd) -> Result<Option<String>> {
         let found = members.members().iter().find(|m| m.id() == leader);
         Ok(found.map(|m| m.name().to_owned()))
     };
-    // A paused member does not answer; another one may.
-    timeout(PROBE_TIMEOUT, ask).await.unwrap_or(Ok(None))
+    // A paused member does not respond; the caller then asks the next member.
+    timeout(PROBE_TIMEOUT, query).await.unwrap_or(Ok(None))
 }

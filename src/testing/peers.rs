@@ -1,45 +1,52 @@
-//! The network between the members of a cluster, in which one can be cut off from the others.
+//! The network between the members of a cluster, from which members can be cut off.
 //!
-//! Every member advertises a door of its own to its peers, and they come in by it. Each of two members
-//! dials the other, so that to cut one off, the connections that it has made itself must go as well: those
-//! go by the doors of the others. Who has dialled shows in the first request, in which rafthttp names the
-//! peer URLs of the sender. Only the requests for a version and the probes do not say; they are let
-//! through, except while a member is cut off.
+//! Each member has a proxy, and advertises the proxy's address to its peers. Members connect to
+//! each other in both directions. To isolate a member, its own connections to the other members,
+//! which go through their proxies, must be closed too. The first request of a connection shows the
+//! sender: rafthttp (etcd's peer protocol) sends the sender's peer URLs in a header. Only version
+//! requests and probes lack this header. They are forwarded, except while any member is isolated.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::etcd::POLL;
+use super::error::{Result, TestingError};
 use super::port::Port;
-use super::{Result, TestingError};
+use super::timing::POLL_INTERVAL;
 
-/// The most that is read of a request to find out whose it is.
-const HEAD: usize = 16 << 10;
+/// The maximum number of bytes to read of a request in search of its sender.
+const MAX_HEAD: usize = 16 << 10;
 
-/// Where rafthttp says whose request it is.
-const SENDER: &str = "x-peerurls:";
+/// The header in which rafthttp sends the sender's peer URLs.
+const SENDER_HEADER: &str = "x-peerurls:";
 
-/// The doors of all members. Dropping it closes them, with all connections between the members.
-pub(super) struct Peers {
-    shared: Arc<Shared>,
-    doors: Mutex<Vec<JoinHandle<()>>>,
+/// The proxies of all members. Dropping it closes them and all connections between the members.
+pub(super) struct PeerNetwork {
+    state: Arc<NetworkState>,
+    proxies: Mutex<Vec<JoinHandle<()>>>,
 }
 
-struct Shared {
-    /// The peer URLs of those that are cut off.
+struct NetworkState {
+    /// The peer URLs of the isolated members.
     isolated: watch::Sender<BTreeSet<String>>,
-    /// What is open, by a number of its own.
-    open: Mutex<(u64, BTreeMap<u64, Route>)>,
+    connections: Mutex<Connections>,
 }
 
-/// By whose door a connection goes, and whose it is, as far as that is known: peer URLs.
+/// The open connections, by a number that is never used again.
+#[derive(Default)]
+struct Connections {
+    last: u64,
+    routes: BTreeMap<u64, Route>,
+}
+
+/// The two ends of a connection: the peer URL of the receiver, and that of the sender if known.
 #[derive(Debug, Clone)]
 struct Route {
     from: Option<String>,
@@ -54,126 +61,125 @@ impl Route {
     }
 }
 
-impl Peers {
+impl PeerNetwork {
     pub(super) fn new() -> Self {
         Self {
-            shared: Arc::new(Shared {
+            state: Arc::new(NetworkState {
                 isolated: watch::Sender::default(),
-                open: Mutex::default(),
+                connections: Mutex::default(),
             }),
-            doors: Mutex::default(),
+            proxies: Mutex::default(),
         }
     }
 
-    /// Lets the peers of the member with the URL `to`, which listens at `target`, in by `door`.
-    pub(super) async fn open(&self, door: &Port, to: String, target: String) -> Result<()> {
-        let listener = TcpListener::bind(door.endpoint())
+    /// Starts the proxy of a member: forwards from `port` to `target`, where the member listens.
+    /// `to` is the member's peer URL.
+    pub(super) async fn add_proxy(&self, port: &Port, to: String, target: String) -> Result<()> {
+        let listener = TcpListener::bind(port.endpoint())
             .await
             .map_err(TestingError::io("listening for the peers of an etcd"))?;
-        let accepting = tokio::spawn(accept(listener, to, target, Arc::clone(&self.shared)));
-        lock(&self.doors).push(accepting);
+        let proxy = tokio::spawn(accept(listener, to, target, Arc::clone(&self.state)));
+        self.proxies.lock().push(proxy);
         Ok(())
     }
 
-    /// Cuts the member with this peer URL off; when this returns, nothing reaches it or comes from it.
+    /// Isolates the member with this peer URL. When this method returns, no more data passes to or
+    /// from it.
     pub(super) async fn isolate(&self, member: &str) {
-        let isolated = &self.shared.isolated;
+        let isolated = &self.state.isolated;
         isolated.send_modify(|isolated| _ = isolated.insert(member.to_owned()));
-        while self.shared.is_any_cut_open() {
-            tokio::time::sleep(POLL).await;
+        while self.state.has_cut_connection() {
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     pub(super) fn rejoin(&self, member: &str) {
-        let isolated = &self.shared.isolated;
+        let isolated = &self.state.isolated;
         isolated.send_modify(|isolated| _ = isolated.remove(member));
     }
 }
 
-impl Drop for Peers {
+impl Drop for PeerNetwork {
     fn drop(&mut self) {
-        for accepting in lock(&self.doors).drain(..) {
-            accepting.abort();
+        for proxy in self.proxies.get_mut().drain(..) {
+            proxy.abort();
         }
     }
 }
 
-impl fmt::Debug for Peers {
+impl fmt::Debug for PeerNetwork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Peers")
-            .field("isolated", &*self.shared.isolated.borrow())
+        f.debug_struct("PeerNetwork")
+            .field("isolated", &*self.state.isolated.borrow())
             .finish_non_exhaustive()
     }
 }
 
-impl Shared {
-    fn is_any_cut_open(&self) -> bool {
+impl NetworkState {
+    /// Whether a connection is still open that must be cut.
+    fn has_cut_connection(&self) -> bool {
         let isolated = self.isolated.borrow();
-        let open = lock(&self.open);
-        open.1.values().any(|route| route.is_cut(&isolated))
+        let connections = self.connections.lock();
+        let mut routes = connections.routes.values();
+        routes.any(|route| route.is_cut(&isolated))
     }
 }
 
-/// A connection that is counted for as long as it is open.
-struct Open {
-    shared: Arc<Shared>,
+/// Keeps a connection in [`Connections`] until dropped.
+struct OpenConnection {
+    state: Arc<NetworkState>,
     number: u64,
 }
 
-impl Open {
-    fn new(shared: Arc<Shared>, route: Route) -> Self {
+impl OpenConnection {
+    fn new(state: Arc<NetworkState>, route: Route) -> Self {
         let number = {
-            let mut open = lock(&shared.open);
-            open.0 += 1;
-            let number = open.0;
-            open.1.insert(number, route);
+            let mut connections = state.connections.lock();
+            connections.last += 1;
+            let number = connections.last;
+            connections.routes.insert(number, route);
             number
         };
-        Self { shared, number }
+        Self { state, number }
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenConnection {
     fn drop(&mut self) {
-        lock(&self.shared.open).1.remove(&self.number);
+        self.state.connections.lock().routes.remove(&self.number);
     }
 }
 
-/// What is under it is whole after each change.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn accept(listener: TcpListener, to: String, target: String, shared: Arc<Shared>) {
+async fn accept(listener: TcpListener, to: String, target: String, state: Arc<NetworkState>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((peer, _)) => {
-                    let shared = Arc::clone(&shared);
-                    connections.spawn(connect(peer, to.clone(), target.clone(), shared));
+                    let state = Arc::clone(&state);
+                    connections.spawn(forward(peer, to.clone(), target.clone(), state));
                 }
-                // Out of file descriptors, most likely: leave some time for them to come back.
+                // Most likely the process has no free file descriptor: pause, then try again.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             },
         }
     }
 }
 
-async fn connect(mut peer: TcpStream, to: String, target: String, shared: Arc<Shared>) {
+async fn forward(mut peer: TcpStream, to: String, target: String, state: Arc<NetworkState>) {
     let Some(head) = read_head(&mut peer).await else {
         return;
     };
     let route = Route {
-        from: sender(&head),
+        from: parse_sender(&head),
         to,
     };
-    let mut isolated = shared.isolated.subscribe();
-    // Known before it is looked at: one that is not cut now is found by who cuts it next. The sockets
-    // are closed before it is forgotten, for they come after it here.
-    let _open = Open::new(shared, route.clone());
-    let forwarded = async move {
+    let mut isolated = state.isolated.subscribe();
+    // Registered before the check below, so that a later `isolate` finds it. Declared before the
+    // sockets, so that it drops after them: they are closed when `isolate` no longer sees it.
+    let _open = OpenConnection::new(state, route.clone());
+    let copy = async move {
         let Ok(mut member) = TcpStream::connect(target).await else {
             return;
         };
@@ -185,16 +191,16 @@ async fn connect(mut peer: TcpStream, to: String, target: String, shared: Arc<Sh
     };
     tokio::select! {
         biased;
-        // It fails when the cluster is gone; then so is this connection.
+        // An error means that the cluster is gone; then this connection ends too.
         _ = isolated.wait_for(|isolated| route.is_cut(isolated)) => {}
-        () = forwarded => {}
+        () = copy => {}
     }
 }
 
-/// What a peer sends first, with at least the head of its first request; `None` if that does not come.
+/// Reads at least the head of a peer's first request; `None` if the connection ends before.
 async fn read_head(peer: &mut TcpStream) -> Option<Vec<u8>> {
     let mut head = Vec::new();
-    while head.len() < HEAD && !head.windows(4).any(|end| end == b"\r\n\r\n") {
+    while head.len() < MAX_HEAD && !head.windows(4).any(|end| end == b"\r\n\r\n") {
         if peer.read_buf(&mut head).await.ok()? == 0 {
             return None;
         }
@@ -202,14 +208,14 @@ async fn read_head(peer: &mut TcpStream) -> Option<Vec<u8>> {
     Some(head)
 }
 
-/// The peer URL of the member whose request this is.
-fn sender(head: &[u8]) -> Option<String> {
+/// The peer URL of the member that sent the request, from its head.
+fn parse_sender(head: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     let mut lines = head.split("\r\n").take_while(|line| !line.is_empty());
     lines.find_map(|line| {
-        let (name, value) = line.split_at_checked(SENDER.len())?;
+        let (name, value) = line.split_at_checked(SENDER_HEADER.len())?;
         let url = value.trim().to_owned();
-        name.eq_ignore_ascii_case(SENDER).then_some(url)
+        name.eq_ignore_ascii_case(SENDER_HEADER).then_some(url)
     })
 }
 
@@ -218,20 +224,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_says_whose_it_is() {
+    fn sender_is_parsed_from_the_head() {
         let stream = "GET /raft/stream/msgapp/8e9e05c52164694d HTTP/1.1\r\nHost: 127.0.0.1:11002\r\n\
             X-Peerurls: http://127.0.0.1:11001\r\nX-Raft-To: 91bc3c398fb3c146\r\n\r\n";
         assert_eq!(
-            sender(stream.as_bytes()).as_deref(),
+            parse_sender(stream.as_bytes()).as_deref(),
             Some("http://127.0.0.1:11001")
         );
         let probe = "GET /raft/probing HTTP/1.1\r\nHost: 127.0.0.1:11002\r\n\r\n\
             X-PeerURLs: http://127.0.0.1:11001\r\n";
-        assert_eq!(sender(probe.as_bytes()), None);
+        assert_eq!(parse_sender(probe.as_bytes()), None);
     }
 
     #[test]
-    fn what_goes_to_or_comes_from_a_member_that_is_cut_off_is_cut_and_so_is_what_may_be() {
+    fn connections_of_isolated_members_are_cut() {
         let isolated = BTreeSet::from(["a".to_owned()]);
         let is_cut = |from: Option<&str>, to: &str, isolated: &_| {
             let (from, to) = (from.map(str::to_owned), to.to_owned());

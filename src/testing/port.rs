@@ -1,16 +1,16 @@
-//! Loopback ports that stay ours while nothing listens on them.
+//! Loopback ports that stay reserved while no process listens on them.
 
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
 
-/// A TCP port of 127.0.0.1 that nothing else takes, also between a kill and a restart.
+/// A TCP port of 127.0.0.1 that stays reserved, also between a kill and a restart.
 ///
-/// Two dangers threaten a port that is "free" for a moment. An outgoing connection may get it as its
-/// source port: so it is chosen outside the range that the system gives those from. Another test
-/// process may choose it too: so it is claimed, by holding the UDP port of the same number. UDP ports
-/// are a space of their own, so the claim is in nobody's way; the kernel makes it exclusive, and ends
-/// it with the process, however that ends. Lock files would need cleaning up.
+/// A port that is free for a moment can be lost in two ways. An outgoing connection may get it as
+/// its source port; therefore the port is chosen outside the system's ephemeral range. Another test
+/// process may choose it too; therefore it is claimed by binding the UDP port of the same number.
+/// The claim disturbs nobody, because UDP and TCP ports are separate. The kernel makes it exclusive
+/// and releases it when the process ends in any way, while lock files would need a clean-up.
 #[derive(Debug)]
 pub(super) struct Port {
     number: u16,
@@ -20,8 +20,8 @@ pub(super) struct Port {
 impl Port {
     pub(super) fn claim() -> io::Result<Self> {
         let range = outside_ephemeral(ephemeral_range());
-        // In a range of some 20,000 ports a busy one is rare; a hundred in a row means that the
-        // machine, not the choice, is the problem.
+        // The range has about 20,000 ports, few of them busy. A hundred failures in a row mean that
+        // the machine has another problem.
         let mut last = None;
         for _ in 0..100 {
             match Self::try_claim(fastrand::u16(range.clone())) {
@@ -34,7 +34,7 @@ impl Port {
 
     fn try_claim(number: u16) -> io::Result<Self> {
         let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, number))?;
-        // Programs that know nothing of claims show here.
+        // Fails if a program that knows nothing of claims listens on the port.
         TcpListener::bind((Ipv4Addr::LOCALHOST, number))?;
         Ok(Self {
             number,
@@ -48,7 +48,7 @@ impl Port {
 }
 
 fn ephemeral_range() -> RangeInclusive<u16> {
-    // Linux; elsewhere IANA's range is the custom.
+    // The file exists on Linux; the default is IANA's range.
     std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
         .ok()
         .and_then(|text| {
@@ -58,9 +58,9 @@ fn ephemeral_range() -> RangeInclusive<u16> {
         .unwrap_or(49152..=65535)
 }
 
-/// Where to choose from: below the ephemeral range if there is room, else above it, else anywhere.
+/// The range to choose from: below the ephemeral range if there is room, else above it, else any.
 fn outside_ephemeral(ephemeral: RangeInclusive<u16>) -> RangeInclusive<u16> {
-    const LOWEST: u16 = 10_000; // below live the well-known services
+    const LOWEST: u16 = 10_000; // above the well-known services
     const ROOM: u16 = 2_000;
     let (low, high) = ephemeral.into_inner();
     if low >= LOWEST + ROOM {
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_chosen_where_no_outgoing_connection_gets_one() {
+    fn ports_are_outside_the_ephemeral_range() {
         assert_eq!(outside_ephemeral(32768..=60999), 10_000..=32767);
         assert_eq!(outside_ephemeral(1024..=40000), 40001..=65535);
         assert_eq!(outside_ephemeral(1024..=5000), 10_001..=65535);
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claimed_port_is_not_claimed_again_and_can_be_listened_on() {
+    fn claims_are_exclusive() {
         let port = Port::claim().unwrap();
         assert!(Port::try_claim(port.number).is_err());
         let listener = TcpListener::bind(port.endpoint()).unwrap();

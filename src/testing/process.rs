@@ -1,4 +1,4 @@
-//! One run of an etcd program: found, started, signalled, and never left behind.
+//! One run of the etcd program, and the reaper that ends it if the test process dies.
 
 use std::fmt;
 use std::fs::File;
@@ -6,13 +6,14 @@ use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 
-/// The etcd to run: `$ETCD`, else `target/tools/bin/etcd` here or in a folder above (where
-/// `scripts/tools` puts it), else `etcd` on PATH.
+/// The etcd program: `$ETCD`, else `target/tools/bin/etcd` (where `scripts/tools` puts it) in the
+/// current folder or a folder above it, else `etcd` on PATH.
 pub(super) fn find_etcd() -> PathBuf {
     if let Some(path) = std::env::var_os("ETCD").filter(|path| !path.is_empty()) {
         return path.into();
@@ -24,25 +25,25 @@ pub(super) fn find_etcd() -> PathBuf {
         .unwrap_or_else(|| "etcd".into())
 }
 
-/// A running etcd. Dropping it kills it and waits for its end.
+/// A running etcd process. Dropping this handle kills the process and waits for its exit.
 #[derive(Debug)]
 pub(super) struct Process {
     child: Child,
-    guard: Arc<Guard>,
+    reaper: Arc<Reaper>,
 }
 
 impl Process {
-    /// Starts `program`; its output is appended to `log`.
+    /// Starts `program` and appends its output to `log`.
     pub(super) fn start(
         program: &Path,
         args: &[String],
         envs: &[(String, String)],
         log: File,
-        guard: Arc<Guard>,
+        reaper: Arc<Reaper>,
     ) -> io::Result<Self> {
         let mut command = Command::new(program);
-        // etcd takes every flag from ETCD_* too; what the machine has set is not meant for a test.
-        // This one is no flag: older releases refuse some processors without it.
+        // etcd reads its flags from ETCD_* too, so a test must not inherit those of the machine.
+        // ETCD_UNSUPPORTED_ARCH is not a flag: older releases refuse some processors without it.
         for (name, _) in std::env::vars_os() {
             let is_flag = name.to_string_lossy().starts_with("ETCD_");
             if is_flag && name != "ETCD_UNSUPPORTED_ARCH" {
@@ -55,11 +56,11 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
-            // Ctrl-C in a terminal goes to the test alone; it decides in which order things end.
+            // Ctrl-C in a terminal must reach the test only, which then stops its servers.
             .process_group(0)
             .spawn()?;
-        guard.watch(child.id());
-        Ok(Self { child, guard })
+        reaper.set_pid(child.id());
+        Ok(Self { child, reaper })
     }
 
     pub(super) fn id(&self) -> u32 {
@@ -71,19 +72,19 @@ impl Process {
         Ok(kill(Pid::from_raw(pid), signal)?)
     }
 
-    /// How it ended, if it has.
-    pub(super) fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+    /// The exit status, if the process has exited.
+    pub(super) fn exit_status(&mut self) -> io::Result<Option<ExitStatus>> {
         self.child.try_wait()
     }
 
-    /// True once a SIGSTOP has reached every thread: the signal is not immediate.
+    /// Whether a SIGSTOP has stopped all threads, which takes a moment.
     #[cfg(target_os = "linux")]
     pub(super) fn is_stopped(&self) -> bool {
         let Ok(threads) = std::fs::read_dir(format!("/proc/{}/task", self.id())) else {
             return false;
         };
         threads.flatten().all(|thread| {
-            // "PID (NAME) STATE ...", where NAME may hold anything.
+            // The format is "PID (NAME) STATE ...", and NAME may contain any character.
             std::fs::read_to_string(thread.path().join("stat")).map_or(true, |stat| {
                 stat.rsplit_once(") ")
                     .is_some_and(|(_, rest)| rest.starts_with('T'))
@@ -91,7 +92,7 @@ impl Process {
         })
     }
 
-    /// Elsewhere there is no cheap way to see it.
+    /// Other systems have no cheap way to find out, so this returns true.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn is_stopped(&self) -> bool {
         true
@@ -100,30 +101,31 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // First, since after the wait the pid may be somebody else's.
-        self.guard.release();
+        // Comes first, because after the wait another process may get the pid.
+        self.reaper.clear_pid();
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Cleans up after a test process that dies without dropping its handles, by SIGKILL too.
+/// Cleans up if the test process dies without dropping its handles, for example by SIGKILL.
 ///
-/// A shell reads the pid of the etcd that runs (an empty line: none does) until its input ends, which
-/// happens when the test process is gone; then it kills that etcd and removes the folder. Asking the
-/// kernel for a death signal would need unsafe code, and would fire when the starting thread ends.
+/// The reaper is a shell. It reads lines from its input: the pid of the running etcd, or an empty
+/// line while none runs. Its input ends when the test process dies; it then kills that etcd and
+/// removes the folder. The kernel's parent-death signal would need unsafe code, and is sent already
+/// when the thread that started the process ends.
 #[derive(Debug)]
-pub(super) struct Guard {
+pub(super) struct Reaper {
     shell: Mutex<Child>,
 }
 
-impl Guard {
+impl Reaper {
     pub(super) fn start(folder: &Path) -> io::Result<Self> {
         let script = r#"while read -r pid; do last=$pid; done
             [ -z "$last" ] || kill -9 "$last"
             rm -rf "$1""#;
         let shell = Command::new("/bin/sh")
-            .args(["-c", script, "etcd-guard"])
+            .args(["-c", script, "etcd-reaper"])
             .arg(folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -135,28 +137,27 @@ impl Guard {
         })
     }
 
-    fn watch(&self, pid: u32) {
-        self.tell(format_args!("{pid}"));
+    fn set_pid(&self, pid: u32) {
+        self.write_line(format_args!("{pid}"));
     }
 
-    fn release(&self) {
-        self.tell(format_args!(""));
+    fn clear_pid(&self) {
+        self.write_line(format_args!(""));
     }
 
-    fn tell(&self, line: fmt::Arguments<'_>) {
-        let mut shell = self.shell.lock().unwrap_or_else(PoisonError::into_inner);
-        // A guard that is gone is no reason to fail a test.
+    fn write_line(&self, line: fmt::Arguments<'_>) {
+        let mut shell = self.shell.lock();
+        // Errors are ignored: a test must not fail because its reaper is gone.
         if let Some(input) = &mut shell.stdin {
             let _ = input.write_all(format!("{line}\n").as_bytes());
         }
     }
 }
 
-impl Drop for Guard {
+impl Drop for Reaper {
     fn drop(&mut self) {
-        // Whoever drops it has ended etcd and owns the folder.
+        // By now etcd has ended, and the owner of the folder removes it.
         let shell = self.shell.get_mut();
-        let shell = shell.unwrap_or_else(PoisonError::into_inner);
         let _ = shell.kill();
         let _ = shell.wait();
     }

@@ -1,23 +1,22 @@
-//! When a server under test counts as up.
+//! Waits until a server responds.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::etcd::POLL;
-use super::{Etcd, Result, TestingError};
+use super::error::{Result, TestingError};
+use super::etcd::Etcd;
+use super::timing::{POLL_INTERVAL, PROBE_TIMEOUT};
 
-/// How long one probe of a server may take; a probe that hangs is made again.
-pub(super) const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 impl Etcd {
-    /// Waits until it answers: a linearizable read, so a member of a cluster has found a leader.
+    /// Waits until the server responds to a linearizable read, which needs a leader.
     ///
-    /// A server started with a certificate but without
-    /// [`connect_options`](super::EtcdBuilder::connect_options) cannot be asked; then its log must say that it
-    /// is ready.
+    /// A server with a certificate but without
+    /// [`connect_options`](super::EtcdBuilder::connect_options) cannot be called. This method then
+    /// waits for the line in its log that says that it is ready.
     ///
     /// # Errors
     ///
-    /// When it is down, or goes down, or does not answer within the builder's timeout. Both errors carry
-    /// an excerpt of its log.
+    /// Fails if the server is down or exits, or if it does not respond within the builder's
+    /// timeout. Both errors have an excerpt of its log.
     pub async fn wait_ready(&self) -> Result<()> {
         let after = self.options().timeout;
         let deadline = Instant::now() + after;
@@ -35,7 +34,7 @@ impl Etcd {
                     log: self.log_excerpt(),
                 });
             }
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
@@ -44,16 +43,16 @@ impl Etcd {
             return if self.last_log().contains("ready to serve client requests") {
                 Ok(())
             } else {
-                Err("its log does not say that it is ready".to_owned())
+                Err("its log does not say that the server is ready".to_owned())
             };
         }
         let probe = async {
             let mut client = self.client().await.map_err(|error| error.to_string())?;
             match client.get("ready", None).await {
                 Ok(_) => Ok(()),
-                // With authentication on, the read comes first, and then this refusal.
+                // With authentication enabled, etcd does the linearizable read before it refuses.
                 Err(etcd_client::Error::GRpcStatus(status)) if is_refusal(status.code()) => Ok(()),
-                // A learner answers nothing but this, and says so once it runs.
+                // A learner refuses all reads, and only once it runs.
                 Err(etcd_client::Error::GRpcStatus(status))
                     if status.message().contains("not supported for learner") =>
                 {
@@ -64,7 +63,7 @@ impl Etcd {
         };
         tokio::time::timeout(PROBE_TIMEOUT, probe)
             .await
-            .unwrap_or_else(|_| Err(format!("no answer within {PROBE_TIMEOUT:?}")))
+            .unwrap_or_else(|_| Err(format!("no response within {PROBE_TIMEOUT:?}")))
     }
 }
 
