@@ -1,14 +1,15 @@
-//! Metrics, through the facade of the crate `metrics`: whoever installs a recorder gets them. Without the
-//! feature `metrics` there are none, and nothing here costs anything.
+//! Metrics, through the facade of the crate `metrics`, for the recorder that the user installs.
+//! Without the feature `metrics` these functions do nothing.
 //!
-//! | name | kind | labels | what |
+//! | name | kind | labels | meaning |
 //! |---|---|---|---|
-//! | `goo_etcd_mass_deletions_total` | counter | `service` | how often most instances of a channel vanished together |
-//! | `goo_etcd_kept_endpoints` | gauge | `service` | how many endpoints a channel keeps that vanished so and are connected |
+//! | `goo_etcd_mass_deletions_total` | counter | `service` | mass deletions that a channel's guard has handled |
+//! | `goo_etcd_kept_endpoints` | gauge | `service` | connected endpoints that a channel keeps after a mass deletion |
 //!
-//! The label is the key prefix that the instances are read from, such as `services/greeter/`.
+//! The label is the key prefix of the service's instances, such as `services/greeter/`.
 
-/// Most instances have vanished together, and the guard, which kept none so far, keeps those that are connected.
+/// Counts a mass deletion: most instances were removed at once, and the guard starts to keep the
+/// connected ones.
 pub(crate) fn mass_deletion(service: &str) {
     #[cfg(feature = "metrics")]
     metrics::counter!("goo_etcd_mass_deletions_total", "service" => service.to_owned())
@@ -17,12 +18,13 @@ pub(crate) fn mass_deletion(service: &str) {
     let _ = service;
 }
 
-/// The guard keeps so many more than before, or fewer. Channels of one service add up.
+/// Reports how many endpoints the guard keeps, `before` and `now`. The gauge is the sum over all
+/// channels of a service.
 pub(crate) fn kept_endpoints(service: &str, before: usize, now: usize) {
     #[cfg(feature = "metrics")]
     {
         let gauge = metrics::gauge!("goo_etcd_kept_endpoints", "service" => service.to_owned());
-        // Counts of endpoints are far below what a `f64` holds exactly.
+        // An `f64` holds counts up to 2^53 exactly.
         gauge.increment(now as f64 - before as f64);
     }
     #[cfg(not(feature = "metrics"))]

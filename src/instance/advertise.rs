@@ -1,33 +1,32 @@
-//! The address under which others reach what listens here.
+//! Finds the address at which other machines reach a server on this one.
 
 use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use crate::error::{Error, Result};
-use crate::instance::Instance;
+use crate::instance::{Instance, validate_address};
 
-/// The environment variable with this pod's address, which go-zero's and kitex' servers look at too.
+/// The environment variable with this pod's address. go-zero's and kitex' servers read it too.
 const POD_IP: &str = "POD_IP";
 
-/// Addresses that stand for "the outside": of the ranges for documentation (RFC 5737, RFC 3849), so
-/// that they are routed as the Internet is and belong to nobody. Nothing is sent there.
-const OUTSIDE: [IpAddr; 2] = [
+/// Addresses to look up the route to the Internet. They are from the ranges for documentation (RFC
+/// 5737, RFC 3849), which are routed like the Internet and belong to nobody. No packet is sent.
+const INTERNET: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
 ];
 
 impl Instance {
-    /// An instance of `service` at the address that others reach it at, made from the one that it
-    /// listens on.
+    /// An instance of `service` at the address at which other machines reach it, given the address
+    /// on which it listens.
     ///
-    /// Where `listen` names a host it stays as it is. An empty host, `0.0.0.0` or `[::]` becomes this
-    /// machine's address: the environment variable `POD_IP` where it is set, else the address of the
-    /// interface that leads outside, else the first address that is not of the loopback interface. An
-    /// IPv6 address is put in brackets. For `0.0.0.0` it is IPv4; for the others, which listen on both,
-    /// IPv4 where there is one.
+    /// A `listen` address with a host is used unchanged. An empty host, `0.0.0.0` or `[::]` is
+    /// replaced by this machine's address: the environment variable `POD_IP` if it is set, else the
+    /// address of the interface with the route to the Internet, else the first address that is not
+    /// loopback. For `0.0.0.0` this is an IPv4 address. The other two listen on both families; the
+    /// result is IPv4 if the machine has such an address, else IPv6 in brackets.
     ///
-    /// Nothing else in this crate replaces an address: an instance made with [`Instance::new`] is
-    /// registered as it is. Nothing is sent over the network.
+    /// Sends nothing over the network. [`Instance::new`] never replaces an address.
     ///
     /// ```
     /// use goo_etcd::Instance;
@@ -39,14 +38,16 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for an address that could not be registered, such as one with port 0; for a
-    /// `POD_IP` that is no address at which others could reach a machine (loopback, link-local,
-    /// multicast, ...), or IPv6 where the server listens on `0.0.0.0`; and
-    /// when this machine has no address but loopback ones.
-    pub fn advertise(service: impl Into<String>, listen: impl ToString) -> Result<Self> {
+    /// [`Error::Invalid`]
+    ///
+    /// - if the address cannot be registered, for example because its port is 0;
+    /// - if `POD_IP` is not an address at which other machines can reach this one (loopback,
+    ///   link-local, multicast, ...), or if it is IPv6 and the server listens on `0.0.0.0`;
+    /// - if this machine has loopback addresses only.
+    pub fn advertise(service: impl Into<String>, listen: &str) -> Result<Self> {
         let pod_ip = std::env::var_os(POD_IP);
-        let address = advertised(&listen.to_string(), pod_ip.as_deref(), &own_address)?;
-        crate::instance::validate_address(&address)?;
+        let address = advertised_address(listen, pod_ip.as_deref(), &own_address)?;
+        validate_address(&address)?;
         Ok(Self::new(service, address))
     }
 }
@@ -63,7 +64,8 @@ impl Family {
     }
 }
 
-fn advertised(
+/// The address to advertise. `own` finds this machine's address of a family.
+fn advertised_address(
     listen: &str,
     pod_ip: Option<&OsStr>,
     own: &dyn Fn(Family) -> Option<IpAddr>,
@@ -74,17 +76,17 @@ fn advertised(
     let families: &[Family] = match host.parse() {
         Ok(Ipv4Addr::UNSPECIFIED) => &[Family::V4],
         _ if host.is_empty() => &[Family::V4, Family::V6],
-        _ if is_any_v6(host) => &[Family::V4, Family::V6],
+        _ if is_unspecified_v6(host) => &[Family::V4, Family::V6],
         _ => return Ok(listen.to_owned()),
     };
     let ip = match pod_ip.filter(|ip| !ip.is_empty()) {
-        Some(pod_ip) => valid_pod_ip(pod_ip, families)?,
+        Some(pod_ip) => parse_pod_ip(pod_ip, families)?,
         None => families
             .iter()
             .find_map(|family| own(*family))
             .ok_or_else(|| {
                 let reason =
-                    "this machine has no address that others could reach; name one, or set POD_IP";
+                    "no address of this machine is reachable from others; give one, or set POD_IP";
                 Error::invalid("address", listen, reason)
             })?,
     };
@@ -94,34 +96,34 @@ fn advertised(
     })
 }
 
-fn is_any_v6(host: &str) -> bool {
+fn is_unspecified_v6(host: &str) -> bool {
     host.strip_prefix('[')
         .and_then(|host| host.strip_suffix(']'))
         .is_some_and(|host| host.parse() == Ok(Ipv6Addr::UNSPECIFIED))
 }
 
-fn valid_pod_ip(pod_ip: &OsStr, families: &[Family]) -> Result<IpAddr> {
+fn parse_pod_ip(pod_ip: &OsStr, families: &[Family]) -> Result<IpAddr> {
     let invalid = |reason| Error::invalid(POD_IP, pod_ip.to_string_lossy(), reason);
     let ip: IpAddr = pod_ip
         .to_str()
         .and_then(|ip| ip.parse().ok())
-        .ok_or_else(|| invalid("it must be an IP address, without port or brackets"))?;
-    // `::ffff:10.0.0.5` is 10.0.0.5.
+        .ok_or_else(|| invalid("expected an IP address without port or brackets"))?;
+    // `::ffff:10.0.0.5` becomes 10.0.0.5.
     let ip = ip.to_canonical();
-    if !can_be_reached(&ip) {
+    if !is_reachable(&ip) {
         Err(invalid(
-            "it must be an address at which others reach this machine",
+            "expected an address at which other machines reach this one",
         ))
     } else if families.contains(&Family::of(ip)) {
         Ok(ip)
     } else {
-        Err(invalid("the server listens on IPv4 alone; listen on [::]"))
+        Err(invalid("the server listens on IPv4 only; listen on [::]"))
     }
 }
 
 fn own_address(family: Family) -> Option<IpAddr> {
-    let is_own = |ip: &IpAddr| Family::of(*ip) == family && can_be_reached(ip);
-    toward_outside(family).filter(is_own).or_else(|| {
+    let is_own = |ip: &IpAddr| Family::of(*ip) == family && is_reachable(ip);
+    source_address(family).filter(is_own).or_else(|| {
         let interfaces = if_addrs::get_if_addrs().ok()?;
         interfaces
             .into_iter()
@@ -130,29 +132,29 @@ fn own_address(family: Family) -> Option<IpAddr> {
     })
 }
 
-/// The source address of what would be sent outside. Connecting a UDP socket looks up the route and
+/// The source address of packets to the Internet. Connecting a UDP socket looks up the route and
 /// sends nothing.
-fn toward_outside(family: Family) -> Option<IpAddr> {
-    let outside = OUTSIDE.into_iter().find(|ip| Family::of(*ip) == family)?;
+fn source_address(family: Family) -> Option<IpAddr> {
+    let target = INTERNET.into_iter().find(|ip| Family::of(*ip) == family)?;
     let any: IpAddr = match family {
         Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
         Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
     };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
-    // The discard service's port; any would do.
-    socket.connect(SocketAddr::new(outside, 9)).ok()?;
+    // Any port works; 9 is the discard service's.
+    socket.connect(SocketAddr::new(target, 9)).ok()?;
     Some(socket.local_addr().ok()?.ip())
 }
 
-/// One machine's, not loopback, and not link-local, which needs a scope that no address in etcd can
-/// carry.
-fn can_be_reached(ip: &IpAddr) -> bool {
+/// Whether other machines can reach this address: not loopback, multicast or broadcast, and not
+/// link-local, because an address in etcd has no scope.
+fn is_reachable(ip: &IpAddr) -> bool {
     let is_link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
-    let is_of_many = ip.is_multicast() || *ip == IpAddr::V4(Ipv4Addr::BROADCAST);
-    !ip.is_loopback() && !ip.is_unspecified() && !is_link_local && !is_of_many
+    let is_group = ip.is_multicast() || *ip == IpAddr::V4(Ipv4Addr::BROADCAST);
+    !ip.is_loopback() && !ip.is_unspecified() && !is_link_local && !is_group
 }
 
 #[cfg(test)]
@@ -175,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_host_stays_whatever_is_known_of_the_machine() {
+    fn named_host_is_unchanged() {
         for listen in [
             "127.0.0.1:80",
             "[::1]:80",
@@ -184,36 +186,36 @@ mod tests {
             "nonsense",
         ] {
             assert_eq!(
-                advertised(listen, Some("10.0.0.9".as_ref()), &both).unwrap(),
+                advertised_address(listen, Some("10.0.0.9".as_ref()), &both).unwrap(),
                 listen
             );
         }
     }
 
     #[test]
-    fn a_host_that_means_every_address_becomes_the_machines_own() {
-        let own = |listen, own| advertised(listen, None, own).unwrap();
+    fn unspecified_host_becomes_own_address() {
+        let own = |listen, own| advertised_address(listen, None, own).unwrap();
         for listen in [":80", "0.0.0.0:80", "[::]:80", "[0:0::0]:80"] {
             assert_eq!(own(listen, &both), "10.0.0.5:80", "{listen}");
         }
         assert_eq!(own(":80", &v6), "[2001:db8::5]:80");
         assert_eq!(own("[::]:80", &v6), "[2001:db8::5]:80");
-        // One that listens on IPv4 alone cannot be reached over IPv6.
-        assert!(advertised("0.0.0.0:80", None, &v6).is_err());
+        // A server that listens on IPv4 only cannot be reached over IPv6.
+        assert!(advertised_address("0.0.0.0:80", None, &v6).is_err());
     }
 
     #[test]
-    fn a_machine_without_an_address_is_an_error_that_says_what_to_do() {
-        let error = advertised("0.0.0.0:80", None, &none).unwrap_err();
+    fn no_reachable_address_is_an_error() {
+        let error = advertised_address("0.0.0.0:80", None, &none).unwrap_err();
         assert!(
-            error.to_string().contains("name one, or set POD_IP"),
+            error.to_string().contains("give one, or set POD_IP"),
             "{error}"
         );
     }
 
     #[test]
-    fn the_pods_address_comes_first_and_must_be_one() {
-        let pod = |listen, pod_ip: &str| advertised(listen, Some(pod_ip.as_ref()), &both);
+    fn pod_ip_comes_first_and_is_validated() {
+        let pod = |listen, pod_ip: &str| advertised_address(listen, Some(pod_ip.as_ref()), &both);
         assert_eq!(pod("0.0.0.0:80", "10.9.9.9").unwrap(), "10.9.9.9:80");
         assert_eq!(pod("[::]:80", "2001:db8::9").unwrap(), "[2001:db8::9]:80");
         assert_eq!(pod("0.0.0.0:80", "::ffff:10.9.9.9").unwrap(), "10.9.9.9:80");
@@ -245,26 +247,26 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_pods_address_that_is_no_text_is_an_error_and_not_overlooked() {
+    fn non_utf8_pod_ip_is_an_error() {
         use std::os::unix::ffi::OsStrExt;
 
         let pod_ip = OsStr::from_bytes(b"10.0.0.\xff");
-        let error = advertised(":80", Some(pod_ip), &both).unwrap_err();
+        let error = advertised_address(":80", Some(pod_ip), &both).unwrap_err();
         assert!(error.to_string().starts_with("invalid POD_IP"), "{error}");
     }
 
     #[test]
-    fn what_is_found_on_this_machine_can_be_reached_and_is_of_the_family_that_was_asked_for() {
+    fn own_address_is_reachable_and_of_the_family() {
         for family in [Family::V4, Family::V6] {
             if let Some(ip) = own_address(family) {
                 assert_eq!(Family::of(ip), family);
-                assert!(can_be_reached(&ip), "{ip}");
+                assert!(is_reachable(&ip), "{ip}");
             }
         }
     }
 
     #[test]
-    fn an_address_that_means_something_on_this_machine_alone_is_not_advertised() {
+    fn local_addresses_are_not_reachable() {
         for ip in [
             "127.0.0.1",
             "::1",
@@ -273,15 +275,15 @@ mod tests {
             "169.254.1.1",
             "fe80::1",
         ] {
-            assert!(!can_be_reached(&ip.parse().unwrap()), "{ip}");
+            assert!(!is_reachable(&ip.parse().unwrap()), "{ip}");
         }
         for ip in ["10.0.0.5", "fd00::5", "2001:db8::5", "192.0.2.1"] {
-            assert!(can_be_reached(&ip.parse().unwrap()), "{ip}");
+            assert!(is_reachable(&ip.parse().unwrap()), "{ip}");
         }
     }
 
     #[test]
-    fn an_address_that_could_not_be_registered_is_refused() {
+    fn refuses_addresses_that_cannot_be_registered() {
         for listen in ["127.0.0.1:0", "nonsense", "::1:80"] {
             assert!(Instance::advertise("a", listen).is_err(), "{listen}");
         }

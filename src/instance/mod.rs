@@ -1,4 +1,4 @@
-//! Instances: what is registered, and what a directory shows.
+//! Instances: a registrar registers them, and a directory shows them.
 
 mod advertise;
 
@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 
-/// Metadata keys that have a field of their own; [`Instance::validate`] refuses them as free metadata.
+/// Metadata keys that formats use for fields of an instance; [`Instance::validate`] refuses them.
 pub(crate) const RESERVED_METADATA: [&str; 6] =
     ["id", "status", "tls", "version", "weight", "zone"];
 
-/// One running copy of a service: where it listens, and what is known about it.
+/// A running copy of a service: its address and its properties.
 ///
 /// ```
 /// use goo_etcd::Instance;
@@ -25,30 +25,31 @@ pub(crate) const RESERVED_METADATA: [&str; 6] =
 /// # Ok::<(), goo_etcd::Error>(())
 /// ```
 ///
-/// The setters take anything; [`validate`](Instance::validate) says what cannot be registered, and
-/// registering calls it.
+/// The setters accept any value. Registering calls [`validate`](Instance::validate), which refuses
+/// invalid ones.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Instance {
-    /// The service's name: not empty, no `/`.
+    /// The service's name, not empty and without `/`.
     pub service: String,
-    /// What tells this instance from the others of its service; its address unless set.
+    /// The id, unique among the instances of the service. Default: the address.
     pub id: String,
     /// `host:port` (an IPv6 host in brackets), or `unix:/path/to/socket`.
     pub address: String,
-    /// Its share of the calls, relative to the other instances; 0 gets no new ones. Default 100.
+    /// The share of calls relative to the other instances. 0 means no new calls. Default: 100.
     pub weight: u32,
-    /// Where it runs, for clients that prefer their own zone.
+    /// The zone in which the instance runs, for clients that prefer their own zone. Default: none.
     pub zone: Option<String>,
-    /// The version of the service that it runs.
+    /// The version of the service that the instance runs. Default: none.
     pub version: Option<String>,
-    /// Whether it is about to leave: it gets no new calls, those in flight on it finish.
+    /// Whether the instance drains: it gets no new calls, and finishes those in flight. Default:
+    /// false.
     pub draining: bool,
-    /// Whether it speaks TLS, for clients that honour it. `None`: it does not say, and the
-    /// client's own settings decide, as they do everywhere for plaintext: no client should give up
-    /// TLS because of what stands in etcd.
+    /// Whether the instance uses TLS, for clients that honour it. Default: `None`, the client's
+    /// settings decide. A client with TLS enabled uses TLS even for `Some(false)`, so that no entry
+    /// in etcd can make it use plaintext.
     pub tls: Option<bool>,
-    /// Anything else, kept as it is.
+    /// Further properties, kept unchanged.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -58,7 +59,7 @@ impl Instance {
     /// kratos and dubbo-go have the same default, so that weights mean the same in their formats.
     pub const DEFAULT_WEIGHT: u32 = 100;
 
-    /// An instance of `service` at `address`, with the address as its id and the default weight.
+    /// An instance of `service` at `address`, with the address as id and the default weight.
     pub fn new(service: impl Into<String>, address: impl Into<String>) -> Self {
         let address = address.into();
         Self {
@@ -74,73 +75,74 @@ impl Instance {
         }
     }
 
-    /// Sets the id; instances of one service with one id replace each other.
+    /// Sets the id. Instances of one service with the same id replace each other.
     #[must_use]
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = id.into();
         self
     }
 
-    /// Sets the share of the calls, relative to the other instances; 0 gets no new ones.
+    /// Sets the share of calls relative to the other instances. 0 means no new calls.
     #[must_use]
     pub fn weight(mut self, weight: u32) -> Self {
         self.weight = weight;
         self
     }
 
-    /// Sets where it runs.
+    /// Sets the zone in which the instance runs.
     #[must_use]
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.zone = Some(zone.into());
         self
     }
 
-    /// Sets the version of the service that it runs.
+    /// Sets the version of the service that the instance runs.
     #[must_use]
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.version = Some(version.into());
         self
     }
 
-    /// Adds one piece of metadata, replacing what the key had.
+    /// Adds a metadata entry, or replaces the one with the same key.
     #[must_use]
     pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
         self.metadata.insert(key.into(), value.into());
         self
     }
 
-    /// Marks it as about to leave, or not.
+    /// Sets whether the instance drains.
     #[must_use]
     pub fn draining(mut self, draining: bool) -> Self {
         self.draining = draining;
         self
     }
 
-    /// Says whether it speaks TLS.
+    /// Sets whether the instance uses TLS.
     #[must_use]
     pub fn tls(mut self, tls: bool) -> Self {
         self.tls = Some(tls);
         self
     }
 
-    /// Whether new calls may go to it: not draining, and a weight above 0.
+    /// Whether the instance may get new calls: it does not drain and its weight is above 0.
     pub fn is_eligible(&self) -> bool {
         !self.draining && self.weight > 0
     }
 
-    /// Whether it can be registered.
+    /// Checks that the instance can be registered.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] with the field and the value: a service name that is empty or has a `/`
-    /// or a control character, an empty id or one with a control character, an address without a
-    /// host or a port, metadata under a name that has a field of its own.
+    /// [`Error::Invalid`] with the field and the value if the service name is empty or has a `/` or
+    /// a control character, if the id is empty or has a control character, if the address is not
+    /// `host:port` or `unix:/path`, or if the metadata has a reserved name (see
+    /// [`format`](mod@crate::format)).
     pub fn validate(&self) -> Result<()> {
         validate_service(&self.service)?;
-        // Before the id, which is the address unless set.
+        // Comes before the id, which is the address by default.
         validate_address(&self.address)?;
         if self.id.is_empty() {
-            return Err(Error::invalid("id", "", "an instance needs an id"));
+            return Err(Error::invalid("id", "", "must not be empty"));
         }
         if self.id.chars().any(char::is_control) {
             return Err(Error::invalid(
@@ -154,7 +156,7 @@ impl Instance {
                 return Err(Error::invalid(
                     "metadata",
                     reserved,
-                    "this key has a field of its own; set that instead",
+                    "this name is reserved; set the field of this name instead",
                 ));
             }
         }
@@ -162,11 +164,11 @@ impl Instance {
     }
 }
 
-/// A service's name is one segment of a key: with a `/` in it, one service could show another's
-/// instances.
+/// Refuses a `/`, because the service's name is one segment of a key: a range of keys could
+/// otherwise hold the instances of another service.
 pub(crate) fn validate_service(service: &str) -> Result<()> {
     let reason = if service.is_empty() {
-        "a service needs a name"
+        "must not be empty"
     } else if service.contains('/') {
         "a service name must not contain '/'"
     } else if service.chars().any(char::is_control) {
@@ -187,26 +189,26 @@ pub(crate) fn validate_address(address: &str) -> Result<()> {
         };
     }
     let Some((host, port)) = address.rsplit_once(':') else {
-        return invalid("it has no port; write host:port");
+        return invalid("the port is missing; expected host:port");
     };
     match port.parse::<u16>() {
-        Ok(0) => return invalid("port 0 cannot be called; register the port that is listened on"),
-        // `parse` takes a leading `+`.
+        Ok(0) => return invalid("port 0 cannot be called; register the actual port"),
+        // `parse` also accepts a leading `+`.
         Ok(_) if port.bytes().all(|byte| byte.is_ascii_digit()) => {}
         _ => return invalid("the port must be a number from 1 to 65535"),
     }
     if let Some(inside) = host.strip_prefix('[') {
         let ipv6 = inside
             .strip_suffix(']')
-            // A scope (`%eth0`) means something on this machine only, and no URI can carry it.
+            // Fails for a scope (`%eth0`), which is local to a machine and not allowed in URIs.
             .and_then(|inside| inside.parse::<std::net::Ipv6Addr>().ok());
         return match ipv6 {
             Some(_) => Ok(()),
-            None => invalid("what stands in brackets must be an IPv6 address"),
+            None => invalid("the part in brackets must be an IPv6 address"),
         };
     }
     if host.is_empty() {
-        invalid("it has no host; write host:port")
+        invalid("the host is missing; expected host:port")
     } else if host.contains(':') {
         invalid("an IPv6 host must be in brackets: [::1]:50051")
     } else if !host
@@ -228,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_called_is_accepted() {
+    fn accepts_valid_addresses() {
         for address in [
             "10.0.0.5:50051",
             "localhost:1",
@@ -245,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_address_is_an_error_that_names_field_and_value() {
+    fn refuses_invalid_addresses() {
         for address in [
             "10.0.0.5",
             "10.0.0.5:",
@@ -272,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_service_id_or_metadata_is_an_error_that_names_field_and_value() {
+    fn refuses_invalid_service_id_and_metadata() {
         assert!(refused(Instance::new("", "a:1")).contains("invalid service \"\""));
         assert!(refused(Instance::new("a/b", "a:1")).contains("invalid service \"a/b\""));
         assert!(refused(Instance::new("a\n", "a:1")).contains("invalid service \"a\\n\""));
@@ -285,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_draining_or_weightless_instance_gets_no_new_calls() {
+    fn draining_or_weight_0_is_not_eligible() {
         let instance = Instance::new("a", "a:1");
         assert!(instance.is_eligible());
         assert!(!instance.clone().weight(0).is_eligible());
