@@ -2,15 +2,15 @@
 #![warn(missing_docs)]
 //! Service registration, discovery and client-side load balancing for tonic gRPC, on etcd.
 //!
-//! Servers come and go; etcd holds the list of those that are there. This crate keeps a server on that
-//! list for as long as it lives, and keeps a client's channel connected to who is on it.
+//! Servers come and go, and etcd holds the list of the running ones. This crate keeps a server on
+//! that list while it runs, and keeps a client's channel connected to the servers on the list.
 //!
-//! # A server registers
+//! # Server
 //!
-//! A [`Registrar`] holds what should be in etcd and keeps making it so: under a lease, renewed at a third
-//! of its time to live, and granted anew when it was lost. [`Registration::leave_on`] is what tonic's
-//! shutdown waits for: the instance is marked as draining, then its key is deleted, then the server
-//! stops accepting.
+//! A [`Registrar`] holds the desired state of etcd and keeps restoring it. Instances are written
+//! under a lease, which is renewed at a third of its time to live and replaced when it is lost.
+//! [`Registration::leave_on`] makes the shutdown signal for tonic: on your signal it marks the
+//! instance as draining, deletes its key, and only then lets the server stop accepting.
 //!
 //! ```no_run
 //! use goo_etcd::{Client, Config, Instance, Registrar};
@@ -18,9 +18,10 @@
 //! use tonic::transport::server::{Server, TcpIncoming};
 //!
 //! # async fn serve(greeter: impl Greeter) -> Result<(), Box<dyn std::error::Error>> {
-//! // Bound before it registers: whoever finds it can connect.
-//! let incoming = TcpIncoming::bind("0.0.0.0:50051".parse()?)?;
-//! let client = Client::connect("server", Config::from_env()?).await?;
+//! // Bind before registering, so that clients can connect as soon as they find the server. With
+//! // Nagle's algorithm, 100 calls of a Go client take 3.3 s instead of 33 ms: switch it off.
+//! let incoming = TcpIncoming::bind("0.0.0.0:50051".parse()?)?.with_nodelay(Some(true));
+//! let client = Client::new("server", Config::from_env()?).await?;
 //! let registration = Registrar::new(&client)
 //!     .register(Instance::new("greeter", "10.0.0.5:50051").zone("eu-1a"))
 //!     .await?;
@@ -32,19 +33,19 @@
 //! # }
 //! ```
 //!
-//! # A client follows
+//! # Client
 //!
-//! A [`Directory`] lists a service and watches it, and publishes what it knows as whole, immutable
-//! [`Snapshot`]s. While etcd is away the last one stays in use, marked with its
-//! [age](Snapshot::freshness). A [`BalancedChannel`] keeps each of them connected and sends every call to
-//! one that is.
+//! A [`Directory`] lists and watches the instances of a service, and publishes them as complete,
+//! immutable [`Snapshot`]s. While etcd is down the last snapshot stays in use; its
+//! [freshness](Snapshot::freshness) tells its age. A [`BalancedChannel`] connects to every instance
+//! in the snapshot and sends each call to a connected one.
 //!
 //! ```no_run
 //! use goo_etcd::{BalancedChannel, Client, Config};
 //! use helloworld::greeter::{HelloRequest, greeter_client::GreeterClient};
 //!
 //! # async fn greet() -> Result<(), Box<dyn std::error::Error>> {
-//! let client = Client::connect("client", Config::from_env()?).await?;
+//! let client = Client::new("client", Config::from_env()?).await?;
 //! let channel = BalancedChannel::connect(&client, "greeter").await?;
 //! let mut greeter = GreeterClient::new(channel);
 //! let reply = greeter.say_hello(HelloRequest { name: "you".into() }).await?;
@@ -52,32 +53,47 @@
 //! # }
 //! ```
 //!
-//! # Where to go from here
+//! # Overview
 //!
-//! - [`mod@balance`] tells how a call finds its server, and what happens when one dies.
-//! - [`Directory::balance_channel`] feeds tonic's own balancing, [`Directory::discover`] a tower
-//!   balancer of yours, and [`Directory::changes`] anything else.
-//! - [`Client`] is etcd itself: keys, leases, transactions, locks, elections, watches ([`Watch`] resumes by itself). The
-//!   clients of a process can have names: see [`clients`].
-//! - [`Config`] comes from code, from the [environment](Config::from_env), or from a file through serde.
-//! - [`mod@format`] is how an instance is written in etcd: by default as Go's
-//!   `go.etcd.io/etcd/client/v3/naming` does, or as go-zero, kratos, kitex, go-micro or dubbo-go do, or
-//!   in several formats at once.
-//! - `testing` (feature of that name) runs real etcd servers for tests, and hurts them.
+//! - [`mod@balance`] explains how a call finds its server, and what happens when a server dies.
+//! - [`Directory::balance_channel`] feeds tonic's own balancing, [`Directory::discover`] feeds a
+//!   tower balancer, and [`Directory::changes`] is a stream of snapshots.
+//! - [`Client`] is the etcd client: keys, leases, transactions, locks, elections, and watches that
+//!   resume ([`Watch`]). A process can register its clients by name: [`register`], [`get_client`],
+//!   [`close_all`].
+//! - [`Config`] comes from code, from the [environment](Config::from_env), or from a file through
+//!   serde.
+//! - [`mod@format`] defines how an instance is written in etcd: like Go's
+//!   `go.etcd.io/etcd/client/v3/naming` (the default), go-zero, kratos, kitex, go-micro or dubbo-go,
+//!   or in several formats at once.
+//! - `testing` (a feature) runs real etcd servers for tests, and injects faults.
 //!
 //! # Runtime and features
 //!
-//! Everything runs on Tokio. Every background task belongs to a handle and ends with its last clone.
-//! No feature is on by default; TLS to etcd is `tls`, or a backend of your choice: `tls-ring`,
-//! `tls-aws-lc`, with `tls-native-roots` or `tls-webpki-roots`. `health` registers a
-//! server while its own health service says that it serves. `metrics` counts what the guard against
-//! [mass deletion](balance::BalancedChannelBuilder::mass_deletion_guard) does, for whatever recorder of
-//! the crate `metrics` is installed.
+//! This crate needs the Tokio runtime. Every background task belongs to a handle and ends when the
+//! last clone of the handle drops.
+//!
+//! No feature is enabled by default:
+//!
+//! - `tls`: TLS with the usual backend. `tls-ring`, `tls-aws-lc`, `tls-native-roots` and
+//!   `tls-webpki-roots` choose a backend.
+//! - `health`: registers a server while its own health service reports it as serving.
+//! - `metrics`: counts mass deletions (see
+//!   [`mass_deletion_guard`](balance::BalancedChannelBuilder::mass_deletion_guard)) through the
+//!   facade crate `metrics`.
+//! - `testing`: the module `testing`.
+//!
+//! # Public dependencies
+//!
+//! Signatures of this crate use types of `tonic` 0.14 (channels, bodies, statuses), `etcd-client`
+//! 0.21 (options and responses of etcd), and `tower` 0.5 (`Discover`, `Service`). A new
+//! incompatible version of one of them is therefore an incompatible change of this crate. Use the
+//! re-exports [`tonic`] and [`etcd_client`] to get the matching versions.
 
 mod backoff;
 pub mod balance;
 pub mod client;
-pub mod clients;
+mod clients;
 mod config;
 mod directory;
 mod error;
@@ -99,7 +115,6 @@ pub use client::{
     Leaders, Leadership, Lock, PutOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, Watch,
     WatchOptions, WatchResponse,
 };
-#[doc(no_inline)]
 pub use clients::{
     close_all, default, get_client, get_default_client, ping, register, register_default,
     set_default, unregister, unregister_default,
@@ -115,10 +130,12 @@ pub use registrar::{
 };
 pub use snapshot::{Freshness, InstanceKey, Snapshot, SnapshotIter};
 
-/// The client beneath; [`Client::client`] gives one of its own.
+/// The etcd client that this crate builds on; see [`Client::client`].
 pub use etcd_client;
+/// The gRPC library whose types this crate's signatures use.
+pub use tonic;
 
-/// What the README and the guide for those who come from Go show compiles.
+/// Compiles the code in the README and in the guide for users of the Go package.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 #[doc = include_str!("../FROM_GO.md")]

@@ -1,5 +1,5 @@
-//! Metrics, through the facade of the crate `metrics`, for the recorder that the user installs.
-//! Without the feature `metrics` these functions do nothing.
+//! Metrics, through the facade crate `metrics`: the user installs a recorder for them. Without the
+//! feature `metrics` these functions do nothing.
 //!
 //! | name | kind | labels | meaning |
 //! |---|---|---|---|
