@@ -1,11 +1,11 @@
-//! A service over tonic's own balanced channel, for those who want that: one call to each that answers.
+//! Calls a service through tonic's own balanced channel, once per instance.
 //!
 //! ```text
 //! cargo run --example balance_channel -- localhost:2379 greeter
 //! ```
 //!
-//! `BalancedChannel` (see `greeter_client`) does more: this one picks at random, calls servers that are
-//! gone until they have left the directory, and waits without end when there is none.
+//! `BalancedChannel` (see `greeter_client`) does more. tonic's channel picks at random, calls dead
+//! servers until they have left the directory, and waits without limit while there is no server.
 
 use std::error::Error;
 use std::time::Duration;
@@ -22,13 +22,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let client = Client::connect("example", Config::builder().endpoints([etcd]).build()?).await?;
     let directory = Directory::watch(&client, service).await?;
-    // Each instance becomes an endpoint, which is yours to configure.
+    // The closure configures the endpoint of each instance.
     let channel =
         directory.balance_channel(|_, endpoint| endpoint.connect_timeout(Duration::from_secs(1)));
     let mut greeter = GreeterClient::new(channel);
     for _ in 0..directory.snapshot().len().max(1) {
         let name = "example".to_owned();
-        // A time-out around the call: the channel's own does not count the wait for an endpoint.
+        // The channel's own timeout does not include the wait for an endpoint.
         let call = greeter.say_hello(HelloRequest { name });
         let reply = tokio::time::timeout(Duration::from_secs(2), call).await??;
         println!("{}", reply.into_inner().message);

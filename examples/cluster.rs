@@ -1,4 +1,4 @@
-//! The members of a cluster, and how each is. `cargo run --example cluster`.
+//! Lists the members of a cluster and their status. Run with `cargo run --example cluster`.
 
 use goo_etcd::{Client, Config};
 
@@ -7,7 +7,7 @@ async fn main() -> goo_etcd::Result<()> {
     let client = Client::connect("cluster", Config::from_env()?).await?;
     for member in client.member_list().await?.members() {
         for url in member.client_urls() {
-            // That very member, over a connection of its own.
+            // Calls this member only, on a separate connection.
             match client.status(url).await {
                 Ok(status) => println!(
                     "{} at {url}: etcd {}, {} bytes{}",

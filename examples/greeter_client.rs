@@ -1,4 +1,4 @@
-//! Calls the greeters that etcd knows of, and shows who answers.
+//! Calls the greeters that are registered in etcd, and shows which servers respond.
 //!
 //! ```text
 //! cargo run --example greeter_client -- --rate 100
@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::interval;
 use tracing_subscriber::EnvFilter;
 
-/// Calls the greeters that etcd knows of, and shows who answers.
+/// Calls the greeters that are registered in etcd, and shows which servers respond.
 #[derive(Parser)]
 struct Args {
     /// etcd's endpoints, separated by commas.
@@ -32,13 +32,13 @@ struct Args {
     /// The service to call.
     #[arg(long, default_value = "greeter")]
     service: String,
-    /// End after so many calls, with status 1 if any failed; without, call until Ctrl-C.
+    /// Stop after this number of calls, with status 1 if any failed. Default: call until Ctrl-C.
     #[arg(long)]
     count: Option<u64>,
     /// Calls per second.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
-    /// How long a call may take.
+    /// The deadline of a call.
     #[arg(long, default_value = "1s")]
     timeout: humantime::Duration,
 }
@@ -86,10 +86,10 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn Error>> {
                 started += 1;
                 calls.spawn(call(greeter.clone()));
             }
-            Some(answer) = calls.join_next() => {
-                let answer = answer?;
-                second.add(&answer);
-                total.add(&answer);
+            Some(result) = calls.join_next() => {
+                let result = result?;
+                second.add(&result);
+                total.add(&result);
             }
             _ = next_line.tick() => {
                 let line = std::mem::take(&mut second).line("requests/s");
@@ -112,7 +112,7 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn Error>> {
     })
 }
 
-/// Calls once: the address of who answered, or why nobody did.
+/// Makes one call; returns the address of the server that responded, or the error.
 async fn call(mut greeter: GreeterClient<BalancedChannel>) -> Result<String, String> {
     let name = "client".to_owned();
     match greeter.say_hello(HelloRequest { name }).await {
@@ -121,7 +121,7 @@ async fn call(mut greeter: GreeterClient<BalancedChannel>) -> Result<String, Str
     }
 }
 
-/// What the directory knows, and whether it is current.
+/// The number of known instances, and the age of the data if it is stale.
 fn describe(directory: &Directory) -> String {
     let snapshot = directory.snapshot();
     match snapshot.freshness() {
@@ -139,13 +139,14 @@ fn describe(directory: &Directory) -> String {
 struct Tally {
     failed: u64,
     last_failure: String,
-    answered: BTreeMap<String, u64>,
+    /// Responses by server.
+    responses: BTreeMap<String, u64>,
 }
 
 impl Tally {
-    fn add(&mut self, answer: &Result<String, String>) {
-        match answer {
-            Ok(server) => *self.answered.entry(server.clone()).or_default() += 1,
+    fn add(&mut self, result: &Result<String, String>) {
+        match result {
+            Ok(server) => *self.responses.entry(server.clone()).or_default() += 1,
             Err(failure) => {
                 self.failed += 1;
                 self.last_failure.clone_from(failure);
@@ -154,23 +155,24 @@ impl Tally {
     }
 
     fn line(&self, unit: &str) -> String {
-        let requests = self.failed + self.answered.values().sum::<u64>();
+        let requests = self.failed + self.responses.values().sum::<u64>();
         let mut line = format!("{requests} {unit}, {} failed", self.failed);
         if self.failed > 0 {
             line += &format!(" ({})", self.last_failure);
         }
-        for (server, count) in &self.answered {
+        for (server, count) in &self.responses {
             line += &format!("   {server} {count}");
         }
         line
     }
 }
 
-/// Shows a line: in the place of the one before on a terminal, below it elsewhere.
+/// Shows a line. On a terminal it replaces the previous line, elsewhere it follows it.
 fn show(line: &str) -> io::Result<()> {
     let mut out = io::stdout();
     if out.is_terminal() {
-        // Cut off at the edge (`?7l`) and not wrapped, since `\r` goes back to the start of one row.
+        // `?7l` cuts the line off at the edge; a wrapped line would stay, because `\r` returns to the
+        // start of one row only.
         write!(out, "\r\x1b[?7l{line}\x1b[K\x1b[?7h")?;
         out.flush()
     } else {

@@ -1,4 +1,4 @@
-//! A greeter that registers itself in etcd, and leaves gracefully on SIGTERM and Ctrl-C.
+//! A greeter that registers in etcd, and leaves gracefully on SIGTERM and Ctrl-C.
 //!
 //! ```text
 //! cargo run --example greeter_server -- --zone eu-1a
@@ -20,7 +20,7 @@ use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 use tracing_subscriber::EnvFilter;
 
-/// A greeter that registers itself in etcd, and leaves gracefully on SIGTERM and Ctrl-C.
+/// A greeter that registers in etcd, and leaves gracefully on SIGTERM and Ctrl-C.
 #[derive(Parser)]
 struct Args {
     /// etcd's endpoints, separated by commas.
@@ -31,30 +31,30 @@ struct Args {
         default_value = "localhost:2379"
     )]
     etcd: Vec<String>,
-    /// Where to listen; with port 0, on a free one.
+    /// The address to listen on. Port 0 chooses a free port.
     #[arg(long, default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// The address that clients are told to call; where it listens, unless given.
+    /// The address for clients. Default: the address listened on.
     #[arg(long)]
     advertise: Option<String>,
-    /// The name to register under.
+    /// The name of the service.
     #[arg(long, default_value = "greeter")]
     service: String,
-    /// What tells this server from the others; its address, unless given.
+    /// The id of this server. Default: its address.
     #[arg(long)]
     id: Option<String>,
-    /// Where this server runs.
+    /// The zone of this server.
     #[arg(long)]
     zone: Option<String>,
-    /// This server's share of the calls, relative to the others.
+    /// The share of calls of this server, relative to the others.
     #[arg(long, default_value_t = Instance::DEFAULT_WEIGHT)]
     weight: u32,
-    /// How long the registration outlives a crash, such as 10s.
+    /// The time to live of the registration after a crash.
     #[arg(long, default_value = "10s")]
     ttl: humantime::Duration,
 }
 
-/// Greets, and says who did.
+/// Greets, and names the server.
 struct MyGreeter {
     address: String,
 }
@@ -90,7 +90,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> Result<(), Box<dyn Error>> {
-    // Bound before it registers: whoever finds it can connect.
+    // Bind before registering, so that clients can connect as soon as they find the server.
     let listener = TcpListener::bind(args.listen)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", args.listen))?;
@@ -99,8 +99,8 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
         Some(address) => address,
         None if listening.ip().is_unspecified() => {
             return Err(format!(
-                "it listens on every address of this machine ({listening}); \
-                 say with --advertise HOST:{} which one clients are to call",
+                "the server listens on all addresses of this machine ({listening}); \
+                 give the address for clients with --advertise HOST:{}",
                 listening.port()
             )
             .into());
@@ -133,13 +133,13 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
 
     match registration.state() {
         RegistrationState::Deregistered => println!("left {}", registration.key()),
-        // etcd is away: the key goes with its lease.
-        _ => println!("stopped; {} goes within {}", registration.key(), args.ttl),
+        // etcd is down: the key is deleted when its lease expires.
+        _ => println!("stopped; {} expires within {}", registration.key(), args.ttl),
     }
     Ok(())
 }
 
-/// Resolves on SIGTERM and Ctrl-C; from this call on, they no longer end the process by themselves.
+/// Resolves on SIGTERM and Ctrl-C. After this call they no longer end the process directly.
 fn stop_signal() -> io::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

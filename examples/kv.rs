@@ -1,5 +1,5 @@
-//! Keys and values: put, get, list, delete. `cargo run --example kv`, with an etcd at `localhost:2379`
-//! or where `GOO_ETCD_ENDPOINTS` says.
+//! Puts, gets, lists and deletes keys. Run with `cargo run --example kv`, and an etcd at
+//! `localhost:2379` or at `GOO_ETCD_ENDPOINTS`.
 
 use goo_etcd::{Client, Config, DeleteOptions, GetOptions, PutOptions, SortOrder, SortTarget};
 
@@ -10,8 +10,8 @@ async fn main() -> goo_etcd::Result<()> {
     client.put("fruit/pear", "green", None).await?;
 
     let previous = PutOptions::new().with_prev_key();
-    let answer = client.put("fruit/apple", "yellow", previous).await?;
-    if let Some(before) = answer.prev_key() {
+    let response = client.put("fruit/apple", "yellow", previous).await?;
+    if let Some(before) = response.prev_key() {
         println!("before: {}", String::from_utf8_lossy(before.value()));
     }
 

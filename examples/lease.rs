@@ -1,4 +1,4 @@
-//! A key that lives as long as its owner: a lease, kept alive. `cargo run --example lease`.
+//! Keeps a key while its owner runs, by a lease. Run with `cargo run --example lease`.
 
 use futures::StreamExt;
 use goo_etcd::{Client, Config, PutOptions};
@@ -10,9 +10,9 @@ async fn main() -> goo_etcd::Result<()> {
     let on_lease = PutOptions::new().with_lease(lease);
     client.put("workers/1", "here", on_lease).await?;
 
-    // Renewed in the background while this is held, whether it is polled or not.
-    let mut kept = client.keep_alive(lease).await?;
-    if let Some(renewed) = kept.next().await {
+    // A background task renews the lease until the stream drops, whether it is polled or not.
+    let mut renewals = client.keep_alive(lease).await?;
+    if let Some(renewed) = renewals.next().await {
         println!("renewed for {} s", renewed?.ttl());
     }
     let left = client.lease_time_to_live(lease, None).await?;

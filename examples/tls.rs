@@ -1,5 +1,6 @@
-//! Mutual TLS. `cargo run --example tls --features tls -- https://HOST:2379 CA CERT KEY`, the last
-//! three being PEM files.
+//! Connects with mutual TLS. Run with
+//! `cargo run --example tls --features tls -- https://HOST:2379 CA CERT KEY`; the last three are PEM
+//! files.
 
 use goo_etcd::{Client, Config, TlsConfig};
 
@@ -9,8 +10,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [endpoint, ca, cert, key] = &arguments[..] else {
         return Err("usage: tls ENDPOINT CA CERT KEY".into());
     };
-    // Only this authority is trusted; without a certificate and key, the server's name is all that is
-    // checked.
+    // Trusts this authority only. Without certificate and key the client does not identify itself.
     let tls = TlsConfig::new().ca_file(ca).cert_file(cert).key_file(key);
     let config = Config::builder()
         .endpoints([endpoint])

@@ -1,4 +1,4 @@
-//! Compare and set: a transaction. `cargo run --example txn`.
+//! Creates a key unless it exists, in a transaction. Run with `cargo run --example txn`.
 
 use goo_etcd::{Client, Compare, CompareOp, Config, TxnOp, TxnOpResponse};
 
@@ -7,8 +7,8 @@ async fn main() -> goo_etcd::Result<()> {
     let client = Client::connect("txn", Config::from_env()?).await?;
     client.delete("stock/apples", None).await?;
     for _ in 0..2 {
-        // Create it, or else tell what is there.
-        let answer = client
+        // Creates the key, or else reads it.
+        let response = client
             .txn()
             .when([Compare::create_revision(
                 "stock/apples",
@@ -19,12 +19,12 @@ async fn main() -> goo_etcd::Result<()> {
             .or_else([TxnOp::get("stock/apples", None)])
             .commit()
             .await?;
-        match answer.op_responses().first() {
+        match response.op_responses().first() {
             Some(TxnOpResponse::Get(found)) => {
                 let value = found.kvs().first().map(|kv| kv.value()).unwrap_or_default();
-                println!("there already: {}", String::from_utf8_lossy(value));
+                println!("exists already: {}", String::from_utf8_lossy(value));
             }
-            _ => println!("created: {}", answer.succeeded()),
+            _ => println!("created: {}", response.succeeded()),
         }
     }
     client.close().await

@@ -1,4 +1,5 @@
-//! As an etcd user: `cargo run --example users -- NAME PASSWORD KEY`. The token is renewed when it expires.
+//! Writes a key as an etcd user. Run with `cargo run --example users -- NAME PASSWORD KEY`. The client
+//! renews its token when it expires.
 
 use goo_etcd::{Client, Config};
 
@@ -11,8 +12,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut config = Config::from_env()?;
     config.username = Some(name.clone());
     config.password = Some(password.clone());
-    // A wrong password is an error here, at once.
-    let client = Client::connect("users", config).await?;
+    // Fails at once if the password is wrong.
+    let client = Client::new("users", config).await?;
     match client.put(key.as_str(), "mine", None).await {
         Ok(_) => println!("{key} is written"),
         Err(error) => println!("{error}"),

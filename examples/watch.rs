@@ -1,12 +1,12 @@
-//! A watch that resumes by itself. `cargo run --example watch`; ends after three events.
+//! Watches a prefix until three events have arrived. Run with `cargo run --example watch`.
 
 use futures::StreamExt;
 use goo_etcd::{Client, Config, EventType, WatchOptions};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::connect("watch", Config::from_env()?).await?;
-    // From here on nothing is missed, however often the connection is lost.
+    let client = Client::new("watch", Config::from_env()?).await?;
+    // From here on no event is missed: the watch resumes when its connection is lost.
     let mut watch = client
         .watch("config/", WatchOptions::new().with_prefix())
         .await?;
@@ -27,7 +27,7 @@ async fn main() -> goo_etcd::Result<()> {
             );
             match event.event_type() {
                 EventType::Put => println!("{key} = {value}"),
-                EventType::Delete => println!("{key} is gone"),
+                EventType::Delete => println!("{key} is deleted"),
             }
         }
     }

@@ -47,10 +47,10 @@ async fn each_example_prints_what_it_is_to_show() -> TestResult {
         ),
         (
             "watch",
-            "config/level = info\nconfig/level = debug\nconfig/level is gone\n",
+            "config/level = info\nconfig/level = debug\nconfig/level is deleted\n",
         ),
         ("lease", "renewed for 5 s\ngranted for 5 s\nkeys left: 0\n"),
-        ("txn", "created: true\nthere already: 10\n"),
+        ("txn", "created: true\nexists already: 10\n"),
         (
             "many_clients",
             "default: orders\nno client named \"user\" is registered; registered are: orders, users\n",
