@@ -171,8 +171,8 @@ impl Tally {
 fn show(line: &str) -> io::Result<()> {
     let mut out = io::stdout();
     if out.is_terminal() {
-        // `?7l` cuts the line off at the edge; a wrapped line would stay, because `\r` returns to the
-        // start of one row only.
+        // `?7l` cuts the line off at the edge; a wrapped line would stay, because `\r` returns to
+        // the start of one row only.
         write!(out, "\r\x1b[?7l{line}\x1b[K\x1b[?7h")?;
         out.flush()
     } else {

@@ -134,7 +134,11 @@ async fn run(args: Args) -> Result<(), Box<dyn Error>> {
     match registration.state() {
         RegistrationState::Deregistered => println!("left {}", registration.key()),
         // etcd is down: the key is deleted when its lease expires.
-        _ => println!("stopped; {} expires within {}", registration.key(), args.ttl),
+        _ => println!(
+            "stopped; {} expires within {}",
+            registration.key(),
+            args.ttl
+        ),
     }
     Ok(())
 }

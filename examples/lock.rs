@@ -1,4 +1,5 @@
-//! Does work that only one process may do at a time. Run several `cargo run --example lock` at once.
+//! Does work that only one process may do at a time. Run several `cargo run --example lock` at
+//! once.
 
 use std::time::Duration;
 

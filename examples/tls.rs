@@ -1,6 +1,5 @@
-//! Connects with mutual TLS. Run with
-//! `cargo run --example tls --features tls -- https://HOST:2379 CA CERT KEY`; the last three are PEM
-//! files.
+//! Connects with mutual TLS. Run with `cargo run --example tls --features tls -- https://HOST:2379
+//! CA CERT KEY`; the last three are PEM files.
 
 use goo_etcd::{Client, Config, TlsConfig};
 

@@ -1,5 +1,5 @@
-//! Writes a key as an etcd user. Run with `cargo run --example users -- NAME PASSWORD KEY`. The client
-//! renews its token when it expires.
+//! Writes a key as an etcd user. Run with `cargo run --example users -- NAME PASSWORD KEY`. The
+//! client renews its token when it expires.
 
 use goo_etcd::{Client, Config};
 

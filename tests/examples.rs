@@ -159,7 +159,7 @@ async fn what_cannot_work_is_said_in_a_line() -> TestResult {
     let etcd = Etcd::start().await?;
     let endpoint = etcd.endpoint();
     for (args, said) in [
-        (["--listen", "0.0.0.0:0"], "say with --advertise HOST:"),
+        (["--listen", "0.0.0.0:0"], "with --advertise HOST:"),
         (
             ["--listen", "203.0.113.1:1"],
             "cannot listen on 203.0.113.1:1: ",
