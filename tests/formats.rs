@@ -820,7 +820,7 @@ fn print_what_is_advertised() {
     let Ok(listen) = std::env::var("LISTEN") else {
         return;
     };
-    match Instance::advertise("greeter", listen) {
+    match Instance::advertise("greeter", &listen) {
         Ok(instance) => println!("{ADVERTISED}{}", instance.address),
         Err(error) => println!("{ADVERTISED}{error}"),
     }

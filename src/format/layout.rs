@@ -60,7 +60,7 @@ impl Layout {
     }
 
     /// The name of `service` in this layout.
-    pub(crate) fn service_here<'a>(&'a self, service: &'a str) -> &'a str {
+    pub(crate) fn service_name<'a>(&'a self, service: &'a str) -> &'a str {
         self.service.as_deref().unwrap_or(service)
     }
 
