@@ -1,5 +1,4 @@
-//! Does work that only one process may do at a time. Run several `cargo run --example lock` at
-//! once.
+//! Work that only one process may do at a time. Run `cargo run --example lock` several times at once.
 
 use std::time::Duration;
 
@@ -7,20 +6,22 @@ use goo_etcd::{Client, Config, TxnOp};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("lock", Config::from_env()?).await?;
+    let client = Client::connect("lock", Config::from_env()?).await?;
     // If this process dies, another one gets the lock after 10 s.
-    let lock = client.lock("nightly-report", 10).await?;
+    let lock = client
+        .lock("nightly-report", Duration::from_secs(10))
+        .await?;
     println!("locked");
     tokio::select! {
         () = work() => {}
-        // Stop working: another process may hold the lock now.
-        error = lock.lost() => return Err(error),
+        // The work stops, because another process may hold the lock now.
+        reason = lock.lost() => return Err(reason),
     }
-    // etcd applies this write only if the lock is still held.
+    // etcd executes the write only if this process holds the lock at that moment.
     let done = TxnOp::put("report", "done", None);
     let response = client
         .txn()
-        .when([lock.guard()])
+        .when([lock.ownership()])
         .and_then([done])
         .commit()
         .await?;

@@ -13,7 +13,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     config.username = Some(name.clone());
     config.password = Some(password.clone());
     // Fails at once if the password is wrong.
-    let client = Client::new("users", config).await?;
+    let client = Client::connect("users", config).await?;
     match client.put(key.as_str(), "mine", None).await {
         Ok(_) => println!("{key} is written"),
         Err(error) => println!("{error}"),

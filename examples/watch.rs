@@ -5,7 +5,7 @@ use goo_etcd::{Client, Config, EventType, WatchOptions};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> goo_etcd::Result<()> {
-    let client = Client::new("watch", Config::from_env()?).await?;
+    let client = Client::connect("watch", Config::from_env()?).await?;
     // From here on no event is missed: the watch resumes when its connection is lost.
     let mut watch = client
         .watch("config/", WatchOptions::new().with_prefix())

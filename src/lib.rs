@@ -21,7 +21,7 @@
 //! // Bind before registering, so that clients can connect as soon as they find the server. With
 //! // Nagle's algorithm, 100 calls of a Go client take 3.3 s instead of 33 ms: switch it off.
 //! let incoming = TcpIncoming::bind("0.0.0.0:50051".parse()?)?.with_nodelay(Some(true));
-//! let client = Client::new("server", Config::from_env()?).await?;
+//! let client = Client::connect("server", Config::from_env()?).await?;
 //! let registration = Registrar::new(&client)
 //!     .register(Instance::new("greeter", "10.0.0.5:50051").zone("eu-1a"))
 //!     .await?;
@@ -45,9 +45,9 @@
 //! use helloworld::greeter::{HelloRequest, greeter_client::GreeterClient};
 //!
 //! # async fn greet() -> Result<(), Box<dyn std::error::Error>> {
-//! let client = Client::new("client", Config::from_env()?).await?;
+//! let client = Client::connect("client", Config::from_env()?).await?;
 //! let channel = BalancedChannel::connect(&client, "greeter").await?;
-//! let mut greeter = GreeterClient::new(channel);
+//! let mut greeter = GreeterClient::connect(channel);
 //! let reply = greeter.say_hello(HelloRequest { name: "you".into() }).await?;
 //! # Ok(())
 //! # }
@@ -59,8 +59,7 @@
 //! - [`Directory::balance_channel`] feeds tonic's own balancing, [`Directory::discover`] feeds a
 //!   tower balancer, and [`Directory::changes`] is a stream of snapshots.
 //! - [`Client`] is the etcd client: keys, leases, transactions, locks, elections, and watches that
-//!   resume ([`Watch`]). A process can register its clients by name: [`register`], [`get_client`],
-//!   [`close_all`].
+//!   resume ([`Watch`]). A process can register its clients by name; see [`clients`].
 //! - [`Config`] comes from code, from the [environment](Config::from_env), or from a file through
 //!   serde.
 //! - [`mod@format`] defines how an instance is written in etcd: like Go's
@@ -93,7 +92,7 @@
 mod backoff;
 pub mod balance;
 pub mod client;
-mod clients;
+pub mod clients;
 mod config;
 mod directory;
 mod error;
@@ -115,6 +114,7 @@ pub use client::{
     Leaders, Leadership, Lock, PutOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, Watch,
     WatchOptions, WatchResponse,
 };
+#[doc(no_inline)]
 pub use clients::{
     close_all, default, get_client, get_default_client, ping, register, register_default,
     set_default, unregister, unregister_default,

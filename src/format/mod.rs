@@ -37,7 +37,8 @@
 //! The decoders accept what a Go reader accepts: field names match in any case, unknown fields are
 //! ignored, a missing field or `null` is the zero value, and the last of several equal fields
 //! counts. A wrong type or an overflow is an error of that entry alone. The directory skips the
-//! entry and counts it ([`Snapshot::skipped`](crate::Snapshot::skipped)); all other entries stay.
+//! entry and counts it ([`Snapshot::undecodable`](crate::Snapshot::undecodable)); all other entries
+//! stay.
 //!
 //! # A format of your own
 //!
