@@ -262,7 +262,7 @@ mod tests {
 
     #[test]
     fn unreadable_reserved_names_stay_in_the_metadata() {
-        let instance = read(
+        let instance = decode(
             "foo/x",
             r#"{"Addr":"a:1","Metadata":{"weight":"heavy","zone":7,"status":"up","list":[1,2]}}"#,
         )
