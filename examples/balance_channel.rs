@@ -25,7 +25,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // The closure configures the endpoint of each instance.
     let channel =
         directory.balance_channel(|_, endpoint| endpoint.connect_timeout(Duration::from_secs(1)));
-    let mut greeter = GreeterClient::connect(channel);
+    let mut greeter = GreeterClient::new(channel);
     for _ in 0..directory.snapshot().len().max(1) {
         let name = "example".to_owned();
         // The channel's own timeout does not include the wait for an endpoint.

@@ -65,7 +65,7 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn Error>> {
     let client = Client::connect("greeter-client", config).await?;
     let directory = Directory::watch(&client, args.service).await?;
     let channel = BalancedChannel::builder(&directory).timeout(args.timeout.into());
-    let greeter = GreeterClient::connect(channel.build()?);
+    let greeter = GreeterClient::new(channel.build()?);
 
     let begun = Instant::now();
     let (mut second, mut total) = (Tally::default(), Tally::default());

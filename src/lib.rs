@@ -47,7 +47,7 @@
 //! # async fn greet() -> Result<(), Box<dyn std::error::Error>> {
 //! let client = Client::connect("client", Config::from_env()?).await?;
 //! let channel = BalancedChannel::connect(&client, "greeter").await?;
-//! let mut greeter = GreeterClient::connect(channel);
+//! let mut greeter = GreeterClient::new(channel);
 //! let reply = greeter.say_hello(HelloRequest { name: "you".into() }).await?;
 //! # Ok(())
 //! # }
