@@ -1,14 +1,20 @@
-//! The one error type of the crate.
+//! The error type of the crate.
 
 use std::time::Duration;
+
+use tonic::Code;
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, as the user of the crate sees it.
+/// Everything that can go wrong.
 ///
-/// Each message says what was tried, on what, and where it helps, what to do. Secrets (passwords,
-/// tokens, keys) and the values stored in etcd never appear in one.
+/// Each message says what was tried, on what, and where it helps, what to do. Messages never contain
+/// secrets (passwords, tokens, keys of certificates) or values stored in etcd.
+///
+/// Beside the variants, [`is_retryable`](Self::is_retryable),
+/// [`is_permission_denied`](Self::is_permission_denied), [`is_closed`](Self::is_closed) and
+/// [`code`](Self::code) answer the common questions.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,43 +23,65 @@ pub enum Error {
     Invalid {
         /// The field or argument, as it is spelled in the API.
         field: &'static str,
-        /// What was given; never a secret.
+        /// The value; `[redacted]` for a secret.
         value: String,
-        /// Why it cannot be used, and what can.
+        /// Why the value cannot be used, and which values can.
         reason: String,
     },
 
-    /// No etcd member answered in time.
-    #[error("no etcd member answered within {after:?}; tried {}: {reason}", .endpoints.join(", "))]
+    /// No etcd member responded while a client connected.
+    #[error("no etcd member responded within {after:?}; tried {}: {reason}", .endpoints.join(", "))]
     Unreachable {
         /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// How long it was tried.
+        /// How long the client tried.
         after: Duration,
-        /// The last thing that was seen.
+        /// The last failure.
         reason: String,
     },
 
-    /// An operation did not finish in its time; what it asked for may have happened or not.
+    /// No etcd member was connected while a call waited for one. Nothing was sent.
+    #[error("{operation} failed: no etcd member was connected for {after:?}: {reason}")]
+    NotConnected {
+        /// What was tried, with its key or id.
+        operation: String,
+        /// How long the call waited.
+        after: Duration,
+        /// Why each member is not connected.
+        reason: String,
+    },
+
+    /// An operation did not finish in time. etcd may have executed the request or not.
     #[error("{operation} did not finish within {after:?}")]
     Timeout {
         /// What was tried, with its key or id.
         operation: String,
-        /// The time it was given.
+        /// The timeout.
         after: Duration,
     },
 
-    /// etcd, or the way to it, answered with an error.
+    /// etcd, or something on the way to etcd, responded with an error.
     #[error("{operation} failed: {} ({:?})", .status.message(), .status.code())]
     Rpc {
         /// What was tried, with its key or id.
         operation: String,
-        /// The answer.
+        /// The status of the response.
         #[source]
         status: Box<tonic::Status>,
     },
 
-    /// The history that was asked for has been compacted away; list again, and watch from there.
+    /// The stream that carried a watch or the renewals of a lease was lost. Watches and renewals
+    /// open another by themselves.
+    #[error("{operation} lost its stream: {reason}")]
+    StreamLost {
+        /// What the stream was for, with its key or id.
+        operation: String,
+        /// How the loss showed.
+        reason: String,
+    },
+
+    /// The requested history has been compacted. List again, and watch from the revision of the
+    /// list.
     #[error(
         "the requested revision has been compacted; the oldest available is {compact_revision}"
     )]
@@ -62,32 +90,65 @@ pub enum Error {
         compact_revision: i64,
     },
 
-    /// The lease has expired or was revoked, or never was.
-    #[error("lease {id:x} is not there: it has expired or was revoked")]
+    /// The lease has expired, was revoked, or never existed.
+    #[error("lease {id:x} does not exist: it has expired or was revoked")]
     LeaseNotFound {
         /// The lease's id.
         id: i64,
     },
 
-    /// A lease could not be renewed for its whole TTL. It may have expired; the renewals go on.
-    #[error("lease {id:x} was not confirmed for {after:?} and may have expired: {reason}")]
+    /// A lease could not be renewed for its whole TTL. The lease may have expired; the renewals go
+    /// on.
+    #[error("lease {id:x} was not renewed for {after:?} and may have expired: {reason}")]
     LeaseUnconfirmed {
         /// The lease's id.
         id: i64,
-        /// The time since the last renewal that was answered.
+        /// The time since the last successful renewal was sent.
         after: Duration,
-        /// The last thing that was seen.
+        /// How the last attempt failed.
         reason: String,
     },
 
-    /// etcd's history is shorter than what was seen of it: its data was wiped, or restored from
-    /// a backup. List again, and watch from there.
+    /// The lease exists, but a new leader has not applied its grant yet and cannot renew the lease
+    /// (etcd#6978).
+    #[error("lease {id:x} exists, but the new leader has not applied its grant yet")]
+    LeaseNotApplied {
+        /// The lease's id.
+        id: i64,
+    },
+
+    /// etcd's history is shorter than it was: etcd's data was wiped, or restored from a backup.
+    /// List again, and watch from the revision of the list.
     #[error("etcd went back from revision {seen} to {now}: its data was wiped or restored")]
     RevisionWentBack {
-        /// The highest revision that etcd had told of.
+        /// The highest revision that etcd has reported.
         seen: i64,
-        /// The revision it is at now.
+        /// etcd's present revision.
         now: i64,
+    },
+
+    /// etcd's data was wiped, or restored from a backup, while it was read.
+    #[error("{operation} failed: etcd's data was wiped or restored meanwhile")]
+    DataReplaced {
+        /// What was read.
+        operation: String,
+    },
+
+    /// Another client changed the same keys between the read and the write of each attempt.
+    #[error("{operation} failed: gave up after {attempts} conflicting writes by another client")]
+    Conflict {
+        /// What was tried, with its keys.
+        operation: String,
+        /// How many times the write was tried.
+        attempts: usize,
+    },
+
+    /// The key of a lock or an election was deleted or overwritten by another client, so that the
+    /// lock or the leadership is lost.
+    #[error("{key} is lost: the key was deleted or overwritten by another client")]
+    KeyLost {
+        /// The key in etcd.
+        key: String,
     },
 
     /// The client was closed.
@@ -109,48 +170,53 @@ pub enum Error {
     /// No client of this name is registered.
     #[error("no client named {name:?} is registered; registered are: {}", list(.known))]
     UnknownClient {
-        /// The name that was asked for.
+        /// The requested name.
         name: String,
-        /// The names that are registered, sorted.
+        /// The registered names, sorted.
         known: Vec<String>,
     },
 
     /// No default client was chosen.
-    #[error("no default client is set; call `register_default(config)`, or `set_default(name)` with one of: {}", list(.known))]
+    #[error(
+        "no default client is set; call `register_default(config)`, or `set_default(name)` with \
+         one of: {}",
+        list(.known)
+    )]
     NoDefaultClient {
-        /// The names that are registered, sorted.
+        /// The registered names, sorted.
         known: Vec<String>,
     },
 
-    /// Several clients were to be closed and some could not be closed cleanly; all are closed.
-    #[error("closing failed for {}", .failures.iter().map(|(name, error)| format!("{name:?} ({error})")).collect::<Vec<_>>().join(", "))]
+    /// Some clients could not be closed cleanly. All are closed.
+    #[error("closing failed for {}", list_failures(.failures))]
     CloseAll {
-        /// Each client that failed, and how.
+        /// The name of each client that failed, and its error.
         failures: Vec<(String, Error)>,
     },
 
-    /// The registration has ended: it was deregistered, or another took its place.
-    #[error("{key} is not registered any more; register it anew")]
+    /// The registration has ended: it was deregistered, or replaced by another of the same
+    /// registrar.
+    #[error("{key} is no longer registered; register it again")]
     Deregistered {
         /// The instance's key in etcd.
         key: String,
     },
 
-    /// Another process has registered the same key later. When that registration goes, this one is
-    /// back.
+    /// Another process registered the same key later. When that registration ends, this one
+    /// returns.
     #[error(
-        "{key} is registered by another, under lease {by:x}; give each process an id of its own"
+        "{key} is registered by another process, under lease {by:x}; give each process its own id"
     )]
     Superseded {
         /// The instance's key in etcd.
         key: String,
-        /// The other's lease.
+        /// The lease of the other registration.
         by: i64,
     },
 
-    /// This instance is registered already through the same registrar.
+    /// The same registrar has registered this instance already.
     #[error(
-        "{key} is registered already by this registrar; use the registration you have, or another id"
+        "{key} is registered already by this registrar; use the existing registration, or another id"
     )]
     InstanceAlreadyRegistered {
         /// The instance's key in etcd.
@@ -166,6 +232,13 @@ fn list(names: &[String]) -> String {
     }
 }
 
+fn list_failures(failures: &[(String, Error)]) -> String {
+    let failures = failures
+        .iter()
+        .map(|(name, error)| format!("{name:?} ({error})"));
+    failures.collect::<Vec<_>>().join(", ")
+}
+
 impl Error {
     pub(crate) fn invalid(
         field: &'static str,
@@ -179,7 +252,7 @@ impl Error {
         }
     }
 
-    /// An error of etcd-client as ours, with what was tried.
+    /// Converts an error of etcd-client, and adds what was tried.
     pub(crate) fn from_etcd(operation: impl Into<String>, error: etcd_client::Error) -> Self {
         let status = match error {
             etcd_client::Error::GRpcStatus(status) => with_causes(status),
@@ -192,35 +265,113 @@ impl Error {
         }
     }
 
-    /// The gRPC status code, where etcd or the way to it answered with one.
-    pub fn code(&self) -> Option<tonic::Code> {
+    /// The gRPC status code of an error that a remote call ended with.
+    ///
+    /// [`Rpc`](Self::Rpc) has the code of the response. The errors that the client itself detects
+    /// during a call have the code that gRPC gives to such an error: `UNAVAILABLE` for
+    /// [`NotConnected`](Self::NotConnected), [`StreamLost`](Self::StreamLost) and
+    /// [`LeaseNotApplied`](Self::LeaseNotApplied), `ABORTED` for [`Conflict`](Self::Conflict) and
+    /// [`DataReplaced`](Self::DataReplaced), `FAILED_PRECONDITION` for [`KeyLost`](Self::KeyLost).
+    /// All others have none.
+    pub fn code(&self) -> Option<Code> {
         match self {
             Error::Rpc { status, .. } => Some(status.code()),
+            Error::NotConnected { .. }
+            | Error::StreamLost { .. }
+            | Error::LeaseNotApplied { .. } => Some(Code::Unavailable),
+            Error::Conflict { .. } | Error::DataReplaced { .. } => Some(Code::Aborted),
+            Error::KeyLost { .. } => Some(Code::FailedPrecondition),
             _ => None,
         }
     }
 
-    /// Whether etcd would answer the same again: the request or the user is at fault, not the
-    /// way to etcd or its state.
-    pub(crate) fn is_permanent(&self) -> bool {
-        use tonic::Code::*;
+    /// Whether the same operation may succeed later, although neither the program nor the user's
+    /// permissions change.
+    ///
+    /// `true` means that etcd, or the way to etcd, was at fault: no member responded, a timeout, a
+    /// lost stream, a conflict with another writer, or a status such as `UNAVAILABLE`, `INTERNAL`
+    /// or `RESOURCE_EXHAUSTED`. A full or corrupt etcd counts as well, because it needs an operator
+    /// but not another request. `false` means that the request, the user or the state of this
+    /// process has to change first: an invalid argument, a missing permission, a closed client, a
+    /// lease that is gone, a compacted revision.
+    ///
+    /// A write whose error is retryable may have been applied all the same. Repeat a write only if
+    /// applying it twice does no harm, or after a look at the key.
+    ///
+    /// ```
+    /// use goo_etcd::Error;
+    ///
+    /// let timeout = Error::Timeout {
+    ///     operation: "get \"key\"".into(),
+    ///     after: std::time::Duration::from_secs(5),
+    /// };
+    /// assert!(timeout.is_retryable());
+    /// assert!(!Error::LeaseNotFound { id: 7 }.is_retryable());
+    /// ```
+    pub fn is_retryable(&self) -> bool {
         match self {
-            Error::Invalid { .. } => true,
-            Error::Rpc { status, .. } => matches!(
+            Error::Rpc { status, .. } => !matches!(
                 status.code(),
-                InvalidArgument
-                    | PermissionDenied
-                    | Unauthenticated
-                    | FailedPrecondition
-                    | Unimplemented
-                    | OutOfRange
+                Code::InvalidArgument
+                    | Code::NotFound
+                    | Code::AlreadyExists
+                    | Code::PermissionDenied
+                    | Code::Unauthenticated
+                    | Code::FailedPrecondition
+                    | Code::OutOfRange
+                    | Code::Unimplemented
             ),
-            _ => false,
+            Error::Unreachable { .. }
+            | Error::NotConnected { .. }
+            | Error::Timeout { .. }
+            | Error::StreamLost { .. }
+            | Error::LeaseUnconfirmed { .. }
+            | Error::LeaseNotApplied { .. }
+            | Error::DataReplaced { .. }
+            | Error::Conflict { .. } => true,
+            Error::Invalid { .. }
+            | Error::Compacted { .. }
+            | Error::LeaseNotFound { .. }
+            | Error::RevisionWentBack { .. }
+            | Error::KeyLost { .. }
+            | Error::Closed { .. }
+            | Error::ClientAlreadyRegistered { .. }
+            | Error::UnknownClient { .. }
+            | Error::NoDefaultClient { .. }
+            | Error::CloseAll { .. }
+            | Error::Deregistered { .. }
+            | Error::Superseded { .. }
+            | Error::InstanceAlreadyRegistered { .. } => false,
         }
+    }
+
+    /// Whether etcd refused the operation because the user lacks a permission.
+    ///
+    /// A wrong password is not meant: etcd reports one as an invalid argument.
+    pub fn is_permission_denied(&self) -> bool {
+        self.code() == Some(Code::PermissionDenied)
+    }
+
+    /// Whether the client was closed, by [`Client::close`](crate::Client::close) or
+    /// [`close_all`](crate::close_all).
+    pub fn is_closed(&self) -> bool {
+        matches!(self, Error::Closed { .. })
+    }
+
+    /// Whether work that lists and watches by itself has to end with this error. Unlike an error
+    /// that is merely not retryable, a compacted or replaced history ends no such work, because the
+    /// work can list again.
+    pub(crate) fn is_permanent(&self) -> bool {
+        let needs_new_list = matches!(
+            self,
+            Error::Compacted { .. } | Error::RevisionWentBack { .. }
+        );
+        !self.is_retryable() && !needs_new_list
     }
 }
 
-/// A status that was made on this side says "tcp connect error" and hides why in its sources.
+/// Appends the causes to the message. The message of a status made on this side is as bare as "tcp
+/// connect error"; the reason is in its sources.
 fn with_causes(status: tonic::Status) -> tonic::Status {
     use std::error::Error as _;
     let mut text = status.message().to_owned();
@@ -236,8 +387,8 @@ fn with_causes(status: tonic::Status) -> tonic::Status {
     )
 }
 
-/// An error with its causes in one line: the outermost alone often says as little as
-/// "transport error".
+/// An error with its causes in one line, because the outermost one is often as bare as "transport
+/// error".
 pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     append_causes(&mut text, error.source());
@@ -247,11 +398,200 @@ pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
 fn append_causes(text: &mut String, mut source: Option<&(dyn std::error::Error + 'static)>) {
     while let Some(cause) = source {
         let cause_text = cause.to_string();
-        // Layers repeat each other, and tonic's own says no more than that it is one.
+        // Layers repeat each other, and tonic's own layer adds only "transport error".
         if cause_text != "transport error" && !text.contains(&cause_text) {
             text.push_str(": ");
             text.push_str(&cause_text);
         }
         source = cause.source();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rpc(code: Code) -> Error {
+        Error::Rpc {
+            operation: "get \"key\"".into(),
+            status: Box::new(tonic::Status::new(code, "text")),
+        }
+    }
+
+    #[test]
+    fn table_of_status_codes() {
+        for (code, retryable) in [
+            (Code::Cancelled, true),
+            (Code::Unknown, true),
+            (Code::InvalidArgument, false),
+            (Code::DeadlineExceeded, true),
+            (Code::NotFound, false),
+            (Code::AlreadyExists, false),
+            (Code::PermissionDenied, false),
+            (Code::ResourceExhausted, true),
+            (Code::FailedPrecondition, false),
+            (Code::Aborted, true),
+            (Code::OutOfRange, false),
+            (Code::Unimplemented, false),
+            (Code::Internal, true),
+            (Code::Unavailable, true),
+            (Code::DataLoss, true),
+            (Code::Unauthenticated, false),
+        ] {
+            let error = rpc(code);
+            assert_eq!(error.code(), Some(code));
+            assert_eq!(error.is_retryable(), retryable, "{error}");
+            assert_eq!(error.is_permanent(), !retryable, "{error}");
+            let is_denied = code == Code::PermissionDenied;
+            assert_eq!(error.is_permission_denied(), is_denied, "{error}");
+            assert!(!error.is_closed(), "{error}");
+        }
+    }
+
+    #[test]
+    fn table_of_own_errors() {
+        let (key, operation, reason) = ("key".to_owned(), "put".to_owned(), "text".to_owned());
+        let (name, after) = ("main".to_owned(), Duration::from_secs(1));
+        let known = vec![name.clone()];
+        // The error, whether it is retryable, whether it is permanent, and its code.
+        let table = [
+            (Error::invalid("ttl", "0", "text"), false, true, None),
+            (
+                Error::Unreachable {
+                    endpoints: known.clone(),
+                    after,
+                    reason: reason.clone(),
+                },
+                true,
+                false,
+                None,
+            ),
+            (
+                Error::NotConnected {
+                    operation: operation.clone(),
+                    after,
+                    reason: reason.clone(),
+                },
+                true,
+                false,
+                Some(Code::Unavailable),
+            ),
+            (
+                Error::Timeout {
+                    operation: operation.clone(),
+                    after,
+                },
+                true,
+                false,
+                None,
+            ),
+            (
+                Error::StreamLost {
+                    operation: operation.clone(),
+                    reason: reason.clone(),
+                },
+                true,
+                false,
+                Some(Code::Unavailable),
+            ),
+            (
+                Error::Compacted {
+                    compact_revision: 7,
+                },
+                false,
+                false,
+                None,
+            ),
+            (Error::LeaseNotFound { id: 7 }, false, true, None),
+            (
+                Error::LeaseUnconfirmed {
+                    id: 7,
+                    after,
+                    reason,
+                },
+                true,
+                false,
+                None,
+            ),
+            (
+                Error::LeaseNotApplied { id: 7 },
+                true,
+                false,
+                Some(Code::Unavailable),
+            ),
+            (
+                Error::RevisionWentBack { seen: 7, now: 1 },
+                false,
+                false,
+                None,
+            ),
+            (
+                Error::DataReplaced {
+                    operation: operation.clone(),
+                },
+                true,
+                false,
+                Some(Code::Aborted),
+            ),
+            (
+                Error::Conflict {
+                    operation,
+                    attempts: 5,
+                },
+                true,
+                false,
+                Some(Code::Aborted),
+            ),
+            (
+                Error::KeyLost { key: key.clone() },
+                false,
+                true,
+                Some(Code::FailedPrecondition),
+            ),
+            (Error::Closed { name: name.clone() }, false, true, None),
+            (
+                Error::ClientAlreadyRegistered { name: name.clone() },
+                false,
+                true,
+                None,
+            ),
+            (
+                Error::UnknownClient {
+                    name,
+                    known: known.clone(),
+                },
+                false,
+                true,
+                None,
+            ),
+            (Error::NoDefaultClient { known }, false, true, None),
+            (
+                Error::CloseAll {
+                    failures: Vec::new(),
+                },
+                false,
+                true,
+                None,
+            ),
+            (Error::Deregistered { key: key.clone() }, false, true, None),
+            (
+                Error::Superseded {
+                    key: key.clone(),
+                    by: 7,
+                },
+                false,
+                true,
+                None,
+            ),
+            (Error::InstanceAlreadyRegistered { key }, false, true, None),
+        ];
+        for (error, retryable, permanent, code) in table {
+            assert_eq!(error.is_retryable(), retryable, "{error}");
+            assert_eq!(error.is_permanent(), permanent, "{error}");
+            assert_eq!(error.code(), code, "{error}");
+            let is_closed = matches!(error, Error::Closed { .. });
+            assert_eq!(error.is_closed(), is_closed, "{error}");
+            assert!(!error.is_permission_denied(), "{error}");
+        }
     }
 }

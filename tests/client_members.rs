@@ -43,7 +43,7 @@ async fn is_used(client: &Client, member: &Etcd) -> bool {
 #[tokio::test]
 async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_went() -> TestResult
 {
-    let (log, _scope) = Log::begin("goo_etcd::client::members=info");
+    let (log, _scope) = Log::begin("goo_etcd::client::transport::members=info");
     let cluster = EtcdCluster::start().await?;
     // It is told of one, behind a proxy, and finds the others.
     let proxy = Proxy::start(cluster.member(0).endpoint()).await?;
@@ -119,7 +119,7 @@ async fn given_auto_sync_then_members_are_used_as_they_come_and_not_after_they_w
 
 #[tokio::test]
 async fn given_an_answer_without_client_urls_then_nothing_changes() -> TestResult {
-    let (log, _scope) = Log::begin("goo_etcd::client::members=debug");
+    let (log, _scope) = Log::begin("goo_etcd::client::transport::members=debug");
     // As etcd behind an address translation is often set up: it does not tell where it is.
     let cluster = Etcd::builder()
         .args(["--advertise-client-urls", "https://127.0.0.1:1"])
@@ -321,7 +321,7 @@ impl MakeWriter<'_> for Log {
 
 #[tokio::test]
 async fn given_the_debug_log_then_each_call_is_one_event_without_keys_or_values() -> TestResult {
-    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
+    let (log, _scope) = Log::begin("goo_etcd::client::transport::call_log=debug");
     let etcd = Etcd::start().await?;
     for enabled in [false, true] {
         let mut config = config(vec![etcd.endpoint()]);
@@ -372,7 +372,7 @@ fn says(line: &str, member: &str, status: &str) {
 #[tokio::test]
 async fn given_the_debug_log_then_a_call_that_is_not_answered_says_whom_it_was_asked_of()
 -> TestResult {
-    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
+    let (log, _scope) = Log::begin("goo_etcd::client::transport::call_log=debug");
     let etcd = Etcd::start().await?;
     let mut config = config(vec![etcd.endpoint()]);
     config.enable_grpc_debug_log = true;
@@ -396,7 +396,7 @@ async fn given_the_debug_log_then_a_call_that_is_not_answered_says_whom_it_was_a
 #[tokio::test]
 async fn given_the_debug_log_then_a_read_names_the_member_that_answered_it_and_not_the_one_asked_last()
 -> TestResult {
-    let (log, _scope) = Log::begin("goo_etcd::client::call_log=debug");
+    let (log, _scope) = Log::begin("goo_etcd::client::transport::call_log=debug");
     // A read is sent to another beside the first after 400 ms, that is before this one answers.
     let slow = RawServer::start(|request, respond| async move {
         if request.uri().path().ends_with("/Range") {

@@ -6,8 +6,7 @@ use etcd_client::{
 };
 
 use super::handle::Client;
-use super::members;
-use super::wire::Route;
+use super::transport::{Route, members};
 use crate::error::Result;
 
 /// The cluster's members. The calls fail like [`Client::put`].

@@ -10,8 +10,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::transport::{self, Transport};
-use super::wire::{self, Route};
+use super::transport::{self, Route, Transport};
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::config::Config;
@@ -20,9 +19,6 @@ use crate::error::{Error, Result};
 /// How long one member may take to open a stream before another is tried. etcd itself needs
 /// milliseconds.
 pub(super) const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
-
-/// etcd's message for a token older than its users and roles (`ErrAuthOldRevision`).
-pub(super) const OLD_TOKEN: &str = "revision of auth store is old";
 
 /// A client of one etcd cluster.
 ///
@@ -293,7 +289,7 @@ impl Client {
         loop {
             // Boxed, because the future is large and opening a stream is rare.
             let failure = match timeout(per_member, Box::pin(open())).await {
-                Ok(Err(error)) if error.code().is_some_and(wire::is_passing) => {
+                Ok(Err(error)) if error.code().is_some_and(transport::is_passing) => {
                     tracing::debug!(%error, "cannot open a stream, trying another member");
                     Some(error)
                 }

@@ -14,9 +14,10 @@ use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
-use super::handle::{Client, OLD_TOKEN, STREAM_OPEN_TIMEOUT};
+use super::etcd_error::OLD_TOKEN;
+use super::handle::{Client, STREAM_OPEN_TIMEOUT};
 use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
-use super::wire::Route;
+use super::transport::Route;
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::error::{Error, Result};

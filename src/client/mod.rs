@@ -18,21 +18,16 @@
 //! A call that may change something is repeated only if it provably reached no member. Members are
 //! picked by peak EWMA, so that a hung or distant member gets few calls.
 
-mod answer;
-mod call_log;
 mod cluster;
 mod concurrency;
+pub(crate) mod etcd_error;
 mod handle;
 mod keep_alive;
 mod kv;
 mod lease;
-mod members;
-mod message;
-mod method;
 mod transport;
 mod txn;
 mod watch;
-mod wire;
 
 pub use concurrency::{Leaders, Leadership, Lock};
 pub use etcd_client::{

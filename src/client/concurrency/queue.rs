@@ -20,6 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
 use crate::backoff::Backoff;
+use crate::client::etcd_error::EtcdError;
 use crate::client::handle::{Client, display_key};
 use crate::client::keep_alive::{KeepAlive, is_final};
 use crate::client::lease::ttl_in_seconds;
@@ -171,11 +172,10 @@ impl QueueKey {
             match self.try_create(&value).await {
                 Ok(Some(revision)) => return Ok(revision),
                 Ok(None) => {}
-                Err(error) if is_final(&error) => return Err(error),
-                // The lease does not exist.
-                Err(error) if error.code() == Some(Code::NotFound) => {
+                Err(error) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
                     return Err(Error::LeaseNotFound { id: self.lease });
                 }
+                Err(error) if is_final(&error) => return Err(error),
                 Err(error) => tracing::debug!(%error, "cannot enter a queue, retrying"),
             }
             sleep(backoff.next()).await;

@@ -7,7 +7,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 use tonic::{Code, Status};
 
 use super::options::{WatchOptions, WatchResponse};
-use crate::client::handle::{Client, OLD_TOKEN, display_key};
+use crate::client::etcd_error::OLD_TOKEN;
+use crate::client::handle::{Client, display_key};
 use crate::error::{Error, Result};
 
 /// How long a stream may be silent before the client sends a progress request: often enough to

@@ -199,5 +199,6 @@ impl Reconciler {
 /// Whether an error concerns one entry only: etcd refused its keys, or other clients keep writing
 /// to them. Other errors concern the connection to etcd, or etcd itself.
 fn is_entry_error(error: &Error) -> bool {
-    error.is_permanent() || error.code() == Some(tonic::Code::Aborted)
+    let is_conflict = error.code() == Some(tonic::Code::Aborted);
+    (error.is_permanent() && !error.is_closed()) || is_conflict
 }

@@ -59,7 +59,7 @@ pub(super) fn channel(
 }
 
 /// A channel to this one member.
-pub(super) fn only(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
+pub(in crate::client) fn only(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
     let member = instance(&address(config, endpoint)?);
     build(
         config,

@@ -1,5 +1,12 @@
 //! What a client talks through, and the first answer.
 
+mod call_log;
+pub(super) mod members;
+mod message;
+mod method;
+mod response;
+mod rpc;
+
 use std::fmt;
 
 use futures::FutureExt;
@@ -8,8 +15,10 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::members::{self, Addresses};
-use super::wire::Wire;
+use members::Addresses;
+use rpc::Wire;
+pub(super) use rpc::{Route, is_passing};
+
 use crate::backoff::Backoff;
 use crate::config::Config;
 use crate::error::{Error, Result};

@@ -26,10 +26,10 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
-use super::answer::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
 use super::call_log::CallLog;
 use super::message::{Answers, Codec, Requests};
 use super::method::{AUTHENTICATE, Method};
+use super::response::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
 use crate::backoff::Backoff;
 use crate::balance::BalancedChannel;
 use crate::balance::{AttemptedEndpoints, EndpointState};
@@ -53,23 +53,23 @@ tokio::task_local! {
 
 /// Where calls go, other than to any member.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Route {
+pub(in crate::client) struct Route {
     /// Only here.
-    pub(super) only: Option<BalancedChannel>,
+    pub(in crate::client) only: Option<BalancedChannel>,
     /// Not here, if possible.
-    pub(super) tried: Option<AttemptedEndpoints>,
+    pub(in crate::client) tried: Option<AttemptedEndpoints>,
 }
 
 impl Route {
     /// The calls that `work` makes, made so.
-    pub(super) async fn of<T>(self, work: impl Future<Output = T>) -> T {
+    pub(in crate::client) async fn of<T>(self, work: impl Future<Output = T>) -> T {
         ROUTE.scope(self, work).await
     }
 }
 
 /// What etcd-client calls. Clones are the same.
 #[derive(Debug, Clone)]
-pub(super) struct Wire {
+pub(in crate::client) struct Wire {
     shared: Arc<Shared>,
 }
 
@@ -121,13 +121,13 @@ impl Wire {
     }
 
     /// Closes the connections; those that carry calls follow with the last of them.
-    pub(super) fn close(&self) {
+    pub(in crate::client) fn close(&self) {
         self.shared.channel.store(None);
     }
 
     /// Has the user's token renewed by `renew`, for whoever was refused with the one from before `since`.
     /// Of those that wait for it at the same time one does it for all.
-    pub(super) async fn renewed_since<E>(
+    pub(in crate::client) async fn renewed_since<E>(
         &self,
         since: Instant,
         renew: impl Future<Output = Result<(), E>>,
@@ -147,7 +147,7 @@ impl Wire {
     }
 
     /// Why no member can be asked now; `None` while one is connected.
-    pub(super) fn unready(&self) -> Option<String> {
+    pub(in crate::client) fn unready(&self) -> Option<String> {
         let channel = self.shared.channel.load_full()?;
         unready(&channel)
     }
@@ -471,7 +471,7 @@ fn or_no_token(answer: Answer) -> Answer {
 
 /// What another member may not say, or the same a moment later: it is going down, or the cluster is
 /// choosing a leader.
-pub(super) fn is_passing(code: Code) -> bool {
+pub(in crate::client) fn is_passing(code: Code) -> bool {
     matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
 }
 

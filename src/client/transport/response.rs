@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 
 use super::message::Codec;
 use crate::balance::status_of_head;
+use crate::client::etcd_error::OLD_TOKEN;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -141,9 +142,7 @@ pub(super) fn message_in(headers: &HeaderMap) -> String {
 /// argument, and its own client renews it even so. etcd-client does for the code that expired ones are
 /// refused with. Either refusal comes before anything is done, so this holds for writes too.
 pub(super) fn name_old_token(headers: &mut HeaderMap) {
-    if code_in(headers) == Some(Code::InvalidArgument)
-        && message_in(headers).contains(super::handle::OLD_TOKEN)
-    {
+    if code_in(headers) == Some(Code::InvalidArgument) && message_in(headers).contains(OLD_TOKEN) {
         let code = HeaderValue::from(Code::Unauthenticated as i32);
         headers.insert(GRPC_STATUS, code);
     }
