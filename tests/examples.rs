@@ -1,4 +1,4 @@
-//! The examples do what their pages say, as programs, against a real etcd.
+//! Runs the examples as programs against a real etcd: each does what its page says.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -12,18 +12,19 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::timeout;
 
-type TestResult = Result<(), Box<dyn Error>>;
+type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
-/// For whatever should take a moment.
+/// How long an example may take: far longer than usual, because the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// `cargo test` builds the examples before it runs a test; `cargo test --test examples` does not.
+/// The command that runs an example. `cargo test` builds the examples before it runs a test;
+/// `cargo test --test examples` does not.
 fn example(name: &str) -> Command {
-    let test = std::env::current_exe().expect("a test knows where it is");
+    let test = std::env::current_exe().expect("a test knows its path");
     let profile = test
         .ancestors()
         .nth(2)
-        .expect("it is in target/PROFILE/deps");
+        .expect("a test is in target/PROFILE/deps");
     let program: PathBuf = profile.join("examples").join(name);
     assert!(
         program.is_file(),
@@ -31,7 +32,7 @@ fn example(name: &str) -> Command {
         program.display()
     );
     let mut command = Command::new(program);
-    // What the machine has set is not meant for a test.
+    // Settings of the machine must not reach the example.
     command
         .env_remove("GOO_ETCD_ENDPOINTS")
         .env_remove("RUST_LOG");
@@ -39,8 +40,21 @@ fn example(name: &str) -> Command {
     command
 }
 
-async fn output(command: &mut Command) -> Result<Output, Box<dyn Error>> {
+async fn output(command: &mut Command) -> TestResult<Output> {
     Ok(timeout(PATIENCE, command.output()).await??)
+}
+
+/// Runs an example against this etcd, and returns what it prints.
+async fn run(name: &str, etcd: &Etcd, args: &[&str]) -> TestResult<String> {
+    let mut command = example(name);
+    command
+        .args(args)
+        .env("GOO_ETCD_ENDPOINTS", etcd.endpoint());
+    let output = output(&mut command).await?;
+    let stdout = String::from_utf8(output.stdout)?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name}: {stdout}{stderr}");
+    Ok(stdout)
 }
 
 struct Server {
@@ -51,8 +65,8 @@ struct Server {
 }
 
 impl Server {
-    /// Returns once it says that it is registered.
-    async fn start(etcd: &Etcd, args: &[&str]) -> Result<Self, Box<dyn Error>> {
+    /// Starts `greeter_server` and returns once it prints that it is registered.
+    async fn start(etcd: &Etcd, args: &[&str]) -> TestResult<Self> {
         let mut process = example("greeter_server")
             .env("GOO_ETCD_ENDPOINTS", etcd.endpoint())
             .args(args)
@@ -61,7 +75,7 @@ impl Server {
         let stdout = process.stdout.take().ok_or("stdout is piped")?;
         let mut stdout = BufReader::new(stdout).lines();
         let line = timeout(PATIENCE, stdout.next_line()).await??;
-        let line = line.ok_or("it said nothing")?;
+        let line = line.ok_or("the server printed nothing")?;
         let (key, address) = line
             .strip_prefix("registered ")
             .and_then(|rest| rest.split_once(" at "))
@@ -75,19 +89,19 @@ impl Server {
     }
 
     fn signal(&self, signal: Signal) -> TestResult {
-        let pid = self.process.id().ok_or("it has ended")?;
+        let pid = self.process.id().ok_or("the server has ended")?;
         Ok(kill(Pid::from_raw(pid.try_into()?), signal)?)
     }
 }
 
-async fn value(etcd: &Etcd, key: &str) -> Result<Option<String>, Box<dyn Error>> {
+async fn value(etcd: &Etcd, key: &str) -> TestResult<Option<String>> {
     let answer = etcd.client().await?.get(key, None).await?;
     let value = answer.kvs().first().map(|kv| kv.value_str());
     Ok(value.transpose()?.map(str::to_owned))
 }
 
 #[tokio::test]
-async fn a_greeter_is_found_and_called_and_leaves_when_asked_to() -> TestResult {
+async fn greeter_is_registered_called_and_leaves_on_signals() -> TestResult {
     let etcd = Etcd::start().await?;
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let args = ["--zone", "eu-1a", "--weight", "7", "--ttl", "60s"];
@@ -114,14 +128,14 @@ async fn a_greeter_is_found_and_called_and_leaves_when_asked_to() -> TestResult 
         assert!(status.success(), "{status}");
         let left = server.stdout.next_line().await?;
         assert_eq!(left, Some(format!("left {}", server.key)));
-        // Its lease has most of its minute left: it was deleted.
+        // The key was deleted: its lease would have kept it for most of a minute.
         assert_eq!(value(&etcd, &server.key).await?, None);
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn the_demo_plays_its_story_to_the_end_without_a_failed_call() -> TestResult {
+async fn demo_ends_without_a_failed_call() -> TestResult {
     let played = output(&mut example("demo")).await?;
     let said = String::from_utf8(played.stdout)?;
     assert!(played.status.success(), "{said}");
@@ -135,7 +149,7 @@ async fn the_demo_plays_its_story_to_the_end_without_a_failed_call() -> TestResu
 }
 
 #[tokio::test]
-async fn a_client_that_was_started_first_calls_the_greeter_once_it_is_there() -> TestResult {
+async fn client_started_first_finds_a_later_greeter() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = example("greeter_client")
         .args(["--etcd", &etcd.endpoint(), "--service", "late"])
@@ -155,7 +169,7 @@ async fn a_client_that_was_started_first_calls_the_greeter_once_it_is_there() ->
 }
 
 #[tokio::test]
-async fn what_cannot_work_is_said_in_a_line() -> TestResult {
+async fn bad_arguments_are_reported_in_one_line() -> TestResult {
     let etcd = Etcd::start().await?;
     let endpoint = etcd.endpoint();
     for (args, said) in [
@@ -190,6 +204,98 @@ async fn what_cannot_work_is_said_in_a_line() -> TestResult {
     assert!(
         stdout.contains("no instances under services/greeter/"),
         "{stdout}"
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn client_examples_print_their_results() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let leads = format!("etcd0 at http://{}: etcd 3.", etcd.endpoint());
+    for (name, expected) in [
+        (
+            "kv",
+            "before: red\nfruit/pear = green\nfruit/apple = yellow\ndeleted: 2\n",
+        ),
+        (
+            "watch",
+            "config/level = info\nconfig/level = debug\nconfig/level is deleted\n",
+        ),
+        ("lease", "renewed for 5 s\ngranted for 5 s\nkeys left: 0\n"),
+        ("txn", "created: true\nexists already: 10\n"),
+        (
+            "many_clients",
+            "default: orders\nno client named \"user\" is registered; registered are: orders, users\n",
+        ),
+        ("cluster", leads.as_str()),
+        ("lock", "locked\nwritten: true\nunlocked\n"),
+    ] {
+        let printed = run(name, &etcd, &[]).await?;
+        if name == "cluster" {
+            assert!(
+                printed.starts_with(expected) && printed.contains(", leads"),
+                "{printed}"
+            );
+        } else {
+            assert_eq!(printed, expected, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn users_example_writes_only_granted_keys() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let mut auth = etcd.client().await?.auth_client();
+    auth.user_add("root", "root's", None).await?;
+    auth.user_grant_role("root", "root").await?;
+    auth.user_add("app", "hunter2", None).await?;
+    auth.role_add("app").await?;
+    let permission = goo_etcd::etcd_client::Permission::read_write("mine");
+    auth.role_grant_permission("app", permission).await?;
+    auth.user_grant_role("app", "app").await?;
+    auth.auth_enable().await?;
+    let printed = run("users", &etcd, &["app", "hunter2", "mine"]).await?;
+    assert_eq!(printed, "mine is written\n");
+    let printed = run("users", &etcd, &["app", "hunter2", "yours"]).await?;
+    assert!(
+        printed.contains("put \"yours\" failed") && printed.contains("permission denied"),
+        "{printed}"
+    );
+    Ok(())
+}
+
+#[cfg(feature = "tls-ring")]
+#[tokio::test]
+async fn tls_example_connects_over_mutual_tls() -> TestResult {
+    use goo_etcd::etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
+    let folder = tempfile::tempdir()?;
+    // The certificate signs itself, so it is its own authority.
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()])?;
+    let file = |name: &str, content: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).map(|()| path.display().to_string())
+    };
+    let (pem, key_pem) = (made.cert.pem(), made.signing_key.serialize_pem());
+    let cert = file("cert", pem.clone())?;
+    let key = file("key", key_pem.clone())?;
+    let tls = TlsOptions::new()
+        .ca_certificate(Certificate::from_pem(&pem))
+        .identity(Identity::from_pem(&pem, &key_pem));
+    let etcd = Etcd::builder()
+        .args([format!("--cert-file={cert}"), format!("--key-file={key}")])
+        .args([
+            format!("--trusted-ca-file={cert}"),
+            "--client-cert-auth".to_owned(),
+        ])
+        .connect_options(ConnectOptions::new().with_tls(tls))
+        .start()
+        .await?;
+    let endpoint = format!("https://{}", etcd.endpoint());
+    let printed = run("tls", &etcd, &[&endpoint, &cert, &cert, &key]).await?;
+    assert!(
+        printed.starts_with("etcd 3.") && printed.ends_with(" over TLS\n"),
+        "{printed}"
     );
     Ok(())
 }

@@ -1,0 +1,14 @@
+//! Calls through a `BalancedChannel`.
+
+mod attempts;
+mod faults;
+mod input;
+mod limits;
+mod mass_deletion;
+mod picking;
+mod served_by;
+mod streams;
+#[cfg(feature = "_tls")]
+mod tls;
+mod transport;
+mod waiting;

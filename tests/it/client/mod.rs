@@ -1,0 +1,12 @@
+//! The client of etcd: calls, streams, leases, locks, members and users.
+
+mod auth;
+mod call_log;
+mod faults;
+mod limits;
+mod locks;
+mod members;
+mod operations;
+#[cfg(feature = "tls-ring")]
+mod tls;
+mod watch;

@@ -1,0 +1,6 @@
+//! Registrations: how they come, stay and go.
+
+mod faults;
+#[cfg(feature = "health")]
+mod health;
+mod registration;
