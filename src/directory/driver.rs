@@ -3,13 +3,13 @@
 use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, sleep};
-use tonic::Code;
 
 use super::event::{Action, Event, Fingerprint, Page};
 use super::list_watch::{ListWatch, WatchStream};
 use super::publisher::Publisher;
 use super::state::ListWatchState;
 use crate::backoff::Backoff;
+use crate::client::etcd_error::EtcdError;
 use crate::error::{Error, Result};
 use crate::time::sleep_until;
 
@@ -22,7 +22,7 @@ const PAGE_SIZE: i64 = 1_000;
 const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// If a list and the opening of its watch take longer than this together, the driver verifies that
-/// both are of the same history. To stop, wipe and start etcd takes longer.
+/// both are of the same history. Stopping, wiping and starting etcd takes longer.
 const VERIFY_AFTER: Duration = Duration::from_millis(500);
 
 /// After the loss of a watch, the next list starts at a random moment within this time: a thousand
@@ -88,7 +88,7 @@ impl<S: ListWatch> Driver<S> {
                     continue;
                 }
             };
-            let is_closed = matches!(result, Err(Error::Closed { .. }));
+            let is_closed = result.as_ref().is_err_and(Error::is_closed);
             let event = result.unwrap_or_else(|error| {
                 tracing::debug!(service = state.service(), %error, "list or watch failed");
                 lost(&error)
@@ -128,8 +128,12 @@ impl<S: ListWatch> Driver<S> {
     async fn list(&mut self, from: &[u8], revision: Option<i64>) -> Result<Page> {
         loop {
             match self.list_watch.list(from, revision, self.page_size).await {
-                // Larger than a message may be: request fewer keys, from here on.
-                Err(error) if self.page_size > 1 && is_too_large(&error) => self.page_size /= 2,
+                // The page exceeds the message limit: request fewer keys from here on.
+                Err(error)
+                    if self.page_size > 1 && EtcdError::of(&error) == EtcdError::TooLarge =>
+                {
+                    self.page_size /= 2;
+                }
                 result => return result,
             }
         }
@@ -150,7 +154,9 @@ impl<S: ListWatch> Driver<S> {
         if self.list_started.elapsed() > VERIFY_AFTER
             && self.list_watch.fingerprint(seen).await? != listed
         {
-            return Err(wiped_while_listing());
+            return Err(Error::DataReplaced {
+                operation: self.list_watch.operation(),
+            });
         }
         Ok(watch)
     }
@@ -176,39 +182,12 @@ fn lost<W>(error: &Error) -> Event<W> {
     }
 }
 
-fn wiped_while_listing() -> Error {
-    Error::Rpc {
-        operation: "list".to_owned(),
-        status: Box::new(tonic::Status::aborted(
-            "etcd was wiped or restored while it was listed",
-        )),
-    }
-}
-
 /// Whether a new list would succeed, because etcd has compacted or replaced the listed history.
 fn is_history_lost(error: &Error) -> bool {
-    is_compacted(error)
-        || matches!(error, Error::RevisionWentBack { .. })
-        || error.code() == Some(Code::Aborted)
-}
-
-fn is_compacted(error: &Error) -> bool {
-    match error {
-        Error::Compacted { .. } => true,
-        // etcd's `ErrGRPCCompacted`, whose code other errors have as well.
-        Error::Rpc { status, .. } => status.message().contains("has been compacted"),
-        _ => false,
-    }
-}
-
-/// Whether a response exceeds the size of a message, unlike a revision out of etcd's range.
-fn is_too_large(error: &Error) -> bool {
-    match error {
-        Error::Rpc { status, .. } => {
-            status.code() == Code::OutOfRange && !status.message().starts_with("etcdserver")
-        }
-        _ => false,
-    }
+    matches!(
+        error,
+        Error::RevisionWentBack { .. } | Error::DataReplaced { .. }
+    ) || EtcdError::of(error) == EtcdError::Compacted
 }
 
 #[cfg(test)]

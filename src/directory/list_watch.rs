@@ -14,6 +14,9 @@ use crate::format::KeyRange;
 pub(super) trait ListWatch {
     type Watch: WatchStream;
 
+    /// The list's operation, as error messages name it.
+    fn operation(&self) -> String;
+
     /// Lists at most `limit` keys from `from` to the end of the range, at `revision` or at the
     /// newest revision.
     async fn list(&self, from: &[u8], revision: Option<i64>, limit: i64) -> Result<Page>;
@@ -58,6 +61,10 @@ impl EtcdRange {
 
 impl ListWatch for EtcdRange {
     type Watch = RawWatch;
+
+    fn operation(&self) -> String {
+        format!("list {:?}", String::from_utf8_lossy(&self.range.start))
+    }
 
     async fn list(&self, from: &[u8], revision: Option<i64>, limit: i64) -> Result<Page> {
         let mut options = self.get_options().with_limit(limit);

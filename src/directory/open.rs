@@ -11,7 +11,7 @@ use super::merge::MergedView;
 use super::service_watch::ServiceWatch;
 use super::state::ListWatchState;
 use crate::client::{Client, RawWatch};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::Layout;
 use crate::snapshot::{Freshness, Snapshot};
 
@@ -72,9 +72,7 @@ impl OpeningLayout {
         let listed = tokio::time::timeout(LIST_TIMEOUT, self.list_and_watch()).await;
         let cause = match listed {
             Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) if error.is_permanent() || matches!(error, Error::Closed { .. }) => {
-                return Err(error);
-            }
+            Ok(Err(error)) if error.is_permanent() => return Err(error),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("etcd did not respond within {LIST_TIMEOUT:?}"),
         };

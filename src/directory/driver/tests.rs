@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use super::*;
 use crate::directory::event::{Changes, Entry};
@@ -84,6 +84,10 @@ impl FakeEtcd {
 
 impl ListWatch for FakeEtcd {
     type Watch = FakeWatch;
+
+    fn operation(&self) -> String {
+        "list \"services/a/\"".to_owned()
+    }
 
     async fn list(&self, _from: &[u8], revision: Option<i64>, limit: i64) -> Result<Page> {
         self.record(Request::List { revision, limit });
