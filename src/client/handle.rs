@@ -136,8 +136,8 @@ impl Client {
         }
     }
 
-    /// The data that another module keeps with this client and its clones, by type. Created with its
-    /// default value on first use.
+    /// The data that another module keeps with this client and its clones, by type. Created with
+    /// its default value on first use.
     pub(crate) fn extension<T: Default + Send + Sync + 'static>(&self) -> Arc<T> {
         let mut extensions = self.inner.extensions.lock();
         Arc::clone(extensions.get_or_insert_default::<Arc<T>>())
@@ -187,7 +187,8 @@ impl Client {
     /// # Errors
     ///
     /// - [`Error::Timeout`]: no response within [`Config::request_timeout`].
-    /// - [`Error::Rpc`]: no member is connected, or the call failed.
+    /// - [`Error::NotConnected`]: no member was connected for that time.
+    /// - [`Error::Rpc`]: the call failed.
     /// - [`Error::Closed`]: the client was closed.
     pub async fn ping(&self) -> Result<()> {
         let mut maintenance = self.inner.transport.maintenance.clone();
@@ -237,11 +238,10 @@ impl Client {
     /// The error of a call without a response: the reason why no member is connected, if none is.
     fn timeout_error(&self, operation: String, after: Duration) -> Error {
         match self.inner.transport.wire.unready() {
-            Some(reason) => Error::Rpc {
+            Some(reason) => Error::NotConnected {
                 operation,
-                status: Box::new(tonic::Status::unavailable(format!(
-                    "no etcd member was connected for {after:?}: {reason}"
-                ))),
+                after,
+                reason,
             },
             None => Error::Timeout { operation, after },
         }

@@ -12,9 +12,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Code, Status};
+use tonic::Code;
 
-use super::etcd_error::OLD_TOKEN;
+use super::etcd_error::EtcdError;
 use super::handle::{Client, STREAM_OPEN_TIMEOUT};
 use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
 use super::transport::Route;
@@ -75,7 +75,7 @@ impl Client {
             let renewal = Box::pin(self.renew_unconfirmed(id, Some(stream)));
             match timeout(per_member, self.or_closed(renewal)).await {
                 Ok(Ok((_, stream))) => return Ok(stream),
-                Ok(Err(error)) if is_final(&error) => return Err(error),
+                Ok(Err(error)) if error.is_permanent() => return Err(error),
                 Ok(Err(error)) => tracing::debug!(%error, "lost a stream of renewals"),
                 Err(_) => tracing::debug!(id, "no response to a renewal, trying another member"),
             }
@@ -110,7 +110,7 @@ impl Client {
                 // A stream keeps the token that it was opened with, and etcd checks that token at
                 // each renewal (from 3.5.28 and 3.6.9 on). A new stream gets a fresh token, so its
                 // refusal is final.
-                Err(error) if is_refusal(&error) => {
+                Err(error) if EtcdError::of(&error).is_auth_refusal() => {
                     tracing::debug!(%error, "a stream of renewals was refused, opening another");
                 }
                 result => return result,
@@ -152,15 +152,14 @@ impl Client {
     async fn confirm_gone(&self, id: i64) -> Error {
         match self.grant_raw(PROBE_TTL, id).await {
             Ok(_) => self.revoke_probe(id).await,
-            Err(refused) if refused.code() == Some(Code::FailedPrecondition) => Error::Rpc {
-                operation: operation(id),
-                status: Box::new(Status::unavailable(
-                    "the lease exists, but the new leader has not applied its grant yet",
-                )),
-            },
+            Err(refused) if refused.code() == Some(Code::FailedPrecondition) => {
+                Error::LeaseNotApplied { id }
+            }
             // An etcd without space grants nothing until it has space again, so the probe says
             // nothing and the renewal's own response counts.
-            Err(refused) if is_out_of_space(&refused) => Error::LeaseNotFound { id },
+            Err(refused) if EtcdError::of(&refused) == EtcdError::NoSpace => {
+                Error::LeaseNotFound { id }
+            }
             // The probe may have been granted nevertheless; the next renewal finds it by its TTL.
             Err(unknown) => unknown,
         }
@@ -189,9 +188,9 @@ impl RenewalStream {
         let failed = |error| lease_error(operation(self.id), self.id, error);
         self.keeper.keep_alive().await.map_err(failed)?;
         let response = self.responses.message().await.map_err(failed)?;
-        response.ok_or_else(|| Error::Rpc {
+        response.ok_or_else(|| Error::StreamLost {
             operation: operation(self.id),
-            status: Box::new(Status::unavailable("the server ended the stream")),
+            reason: "the server ended the stream".to_owned(),
         })
     }
 }
@@ -309,36 +308,13 @@ impl Renewer {
                     after: limit,
                 },
             };
-            if is_final(&error) {
+            if error.is_permanent() {
                 return Err(error);
             }
             *last_error.lock() = error.to_string();
             sleep(backoff.next()).await;
         }
     }
-}
-
-/// Whether no further renewal can succeed.
-pub(super) fn is_final(error: &Error) -> bool {
-    matches!(error, Error::LeaseNotFound { .. } | Error::Closed { .. }) || error.is_permanent()
-}
-
-/// Whether etcd refused the user or the user's token.
-fn is_refusal(error: &Error) -> bool {
-    match error.code() {
-        Some(Code::Unauthenticated | Code::PermissionDenied) => true,
-        // On an open stream etcd uses this code for a token older than the latest change of its
-        // users and roles.
-        Some(Code::InvalidArgument) => error.to_string().contains(OLD_TOKEN),
-        _ => false,
-    }
-}
-
-/// Whether etcd has reached its space quota. An overloaded etcd uses the same code, and recovers.
-fn is_out_of_space(error: &Error) -> bool {
-    matches!(error, Error::Rpc { status, .. }
-        if status.code() == Code::ResourceExhausted
-            && !status.message().contains("too many requests"))
 }
 
 /// The TTL in a response; at least one second, as for every lease that exists.

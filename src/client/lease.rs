@@ -6,8 +6,8 @@ use etcd_client::{
     LeaseGrantOptions, LeaseGrantResponse, LeaseLeasesResponse, LeaseRevokeResponse,
     LeaseTimeToLiveOptions, LeaseTimeToLiveResponse,
 };
-use tonic::Code;
 
+use super::etcd_error::EtcdError;
 use super::handle::Client;
 use crate::error::{Error, Result};
 
@@ -149,15 +149,9 @@ pub(super) fn ttl_in_seconds(ttl: Duration) -> Result<i64> {
 }
 
 pub(super) fn lease_error(operation: String, id: i64, error: etcd_client::Error) -> Error {
-    match error {
-        etcd_client::Error::GRpcStatus(status) if status.code() == Code::NotFound => {
-            Error::LeaseNotFound { id }
-        }
-        // etcd-client turns a response with a TTL of 0 into this error.
-        etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
-            Error::LeaseNotFound { id }
-        }
-        error => Error::from_etcd(operation, error),
+    match EtcdError::of_client(&error) {
+        EtcdError::LeaseNotFound => Error::LeaseNotFound { id },
+        _ => Error::from_etcd(operation, error),
     }
 }
 

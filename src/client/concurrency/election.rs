@@ -111,8 +111,7 @@ impl Leadership {
     /// # Errors
     ///
     /// - [`Error::LeaseNotFound`], [`Error::LeaseUnconfirmed`]: the leadership is lost.
-    /// - [`Error::Rpc`] with `FailedPrecondition`: the leadership is lost, because somebody deleted
-    ///   its key.
+    /// - [`Error::KeyLost`]: the leadership is lost, because somebody deleted its key.
     /// - The errors of [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         self.entry.set_value(value.into()).await
@@ -182,9 +181,7 @@ impl LeaderObserver {
             match self.wait_for_change().await {
                 Ok(Some(leader)) => return Ok(leader),
                 Ok(None) => backoff.reset(),
-                Err(error) if error.is_permanent() || matches!(error, Error::Closed { .. }) => {
-                    return Err(error);
-                }
+                Err(error) if error.is_permanent() => return Err(error),
                 Err(error) => {
                     tracing::debug!(%error, "cannot follow the leader, retrying");
                     self.watch = None;

@@ -57,7 +57,7 @@ impl Client {
     /// - [`Error::Invalid`]: `ttl` is zero, or more than the 9,000,000,000 s that etcd grants.
     /// - The errors of [`Client::put`]: this client cannot enter the queue.
     /// - [`Error::LeaseUnconfirmed`], [`Error::LeaseNotFound`]: the lease was lost while waiting.
-    /// - [`Error::Rpc`] with `FailedPrecondition`: somebody deleted the key while waiting.
+    /// - [`Error::KeyLost`]: somebody deleted the key while waiting.
     pub async fn lock(&self, name: impl Into<Vec<u8>>, ttl: Duration) -> Result<Lock> {
         let entry = QueueEntry::new(self, &name.into(), Vec::new(), ttl).await?;
         entry.wait_until_first().await?;

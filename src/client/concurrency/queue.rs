@@ -17,12 +17,12 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Code, Status};
+use tonic::Code;
 
 use crate::backoff::Backoff;
 use crate::client::etcd_error::EtcdError;
-use crate::client::handle::{Client, display_key};
-use crate::client::keep_alive::{KeepAlive, is_final};
+use crate::client::handle::Client;
+use crate::client::keep_alive::KeepAlive;
 use crate::client::lease::ttl_in_seconds;
 use crate::client::watch::WatchOptions;
 use crate::error::{Error, Result};
@@ -102,7 +102,7 @@ impl QueueEntry {
                 match self.key.wait_for_predecessor().await {
                     Ok(true) => return Ok(()),
                     Ok(false) => backoff.reset(),
-                    Err(error) if is_final(&error) => return Err(error),
+                    Err(error) if error.is_permanent() => return Err(error),
                     Err(error) => {
                         tracing::debug!(%error, "cannot wait in a queue, retrying");
                         sleep(backoff.next()).await;
@@ -175,7 +175,7 @@ impl QueueKey {
                 Err(error) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
                     return Err(Error::LeaseNotFound { id: self.lease });
                 }
-                Err(error) if is_final(&error) => return Err(error),
+                Err(error) if error.is_permanent() => return Err(error),
                 Err(error) => tracing::debug!(%error, "cannot enter a queue, retrying"),
             }
             sleep(backoff.next()).await;
@@ -233,12 +233,9 @@ impl QueueKey {
     /// Why the key is missing: its lease is gone, or another client deleted or overwrote it.
     async fn missing_error(&self) -> Error {
         match self.client.lease_time_to_live(self.lease, None).await {
-            Err(error) if is_final(&error) => error,
-            _ => Error::Rpc {
-                operation: format!("hold {}", display_key(&self.bytes)),
-                status: Box::new(Status::failed_precondition(
-                    "its key was deleted or overwritten by another client",
-                )),
+            Err(error) if error.is_permanent() => error,
+            _ => Error::KeyLost {
+                key: String::from_utf8_lossy(&self.bytes).into_owned(),
             },
         }
     }
@@ -265,7 +262,7 @@ impl QueueKey {
             match deleted.await {
                 // The next read finds the reason.
                 Ok(()) => backoff.reset(),
-                Err(error) if is_final(&error) => return error,
+                Err(error) if error.is_permanent() => return error,
                 Err(error) => {
                     tracing::debug!(%error, "cannot watch the key of a queue entry, retrying");
                     sleep(backoff.next()).await;
@@ -355,7 +352,7 @@ async fn grant_lease(client: &Client, ttl: i64) -> Result<i64> {
             // The lease exists. No other client chose the same of 2^63 ids.
             Err(error) if error.code() == Some(Code::FailedPrecondition) => return Ok(id),
             Err(error)
-                if is_final(&error) || started_at.elapsed() >= client.request_timeout() * 2 =>
+                if error.is_permanent() || started_at.elapsed() >= client.request_timeout() * 2 =>
             {
                 return Err(error);
             }
@@ -373,7 +370,9 @@ async fn revoke_lease(client: &Client, lease: i64, limit: Duration) -> Result<()
     loop {
         match client.revoke(lease).await {
             Ok(_) | Err(Error::LeaseNotFound { .. }) => return Ok(()),
-            Err(error) if is_final(&error) || started_at.elapsed() >= limit => return Err(error),
+            Err(error) if error.is_permanent() || started_at.elapsed() >= limit => {
+                return Err(error);
+            }
             Err(error) => tracing::debug!(%error, "cannot revoke a lease, retrying"),
         }
         sleep(backoff.next()).await;

@@ -15,6 +15,7 @@ use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use tokio::time::{Instant, sleep};
 use tonic::Code;
 
+use super::etcd_error::EtcdError;
 use super::handle::Client;
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
@@ -183,7 +184,9 @@ impl ResumingWatch {
                 Ok(())
             }
             // A refusal is final here, because opening a watch renews an expired token.
-            Err(error) if ends_watch(&error) || is_refusal(&error) => Err(error),
+            Err(error) if ends_watch(&error) || EtcdError::of(&error).is_auth_refusal() => {
+                Err(error)
+            }
             Err(error) => {
                 tracing::debug!(%error, "cannot resume a watch yet");
                 Ok(())
@@ -225,13 +228,6 @@ fn ends_watch(error: &Error) -> bool {
         ),
         _ => false,
     }
-}
-
-fn is_refusal(error: &Error) -> bool {
-    matches!(
-        error.code(),
-        Some(Code::PermissionDenied | Code::Unauthenticated)
-    )
 }
 
 impl Stream for Watch {

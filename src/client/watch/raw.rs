@@ -4,10 +4,9 @@ use std::time::Duration;
 
 use etcd_client::{Event, GetOptions, WatchStream};
 use tokio::time::{Instant, sleep, sleep_until};
-use tonic::{Code, Status};
 
 use super::options::{WatchOptions, WatchResponse};
-use crate::client::etcd_error::OLD_TOKEN;
+use crate::client::etcd_error::{EtcdError, cancel_status};
 use crate::client::handle::{Client, display_key};
 use crate::error::{Error, Result};
 
@@ -112,11 +111,7 @@ impl Client {
     }
 
     fn is_maybe_expired_token(&self, error: &Error) -> bool {
-        self.inner.config.username.is_some()
-            && matches!(
-                error.code(),
-                Some(Code::Unauthenticated | Code::PermissionDenied)
-            )
+        self.inner.config.username.is_some() && EtcdError::of(error).is_auth_refusal()
     }
 
     async fn create_watch(&self, key: &[u8], options: &WatchOptions) -> Result<RawWatch> {
@@ -188,7 +183,7 @@ impl RawWatch {
     ///
     /// - [`Error::Compacted`]: the start revision is compacted.
     /// - [`Error::Closed`]: the client was closed.
-    /// - [`Error::Rpc`] with `Unavailable`: the stream is lost or silent.
+    /// - [`Error::StreamLost`]: the stream ended, or does not respond.
     /// - [`Error::Rpc`] with `Unauthenticated` or `PermissionDenied`: etcd cancelled the watch.
     /// - [`Error::Rpc`] with `OutOfRange`: a message exceeds `max_call_recv_msg_size`.
     pub(crate) async fn next(&mut self) -> Result<WatchResponse> {
@@ -269,7 +264,7 @@ impl RawWatch {
             {
                 watch_lost(&self.key, "the revision before the start is compacted")
             }
-            error if matches!(self.start, Start::Before(_)) && is_too_large(&error) => {
+            error if matches!(self.start, Start::Before(_)) && EtcdError::of(&error) == EtcdError::TooLarge => {
                 watch_lost(&self.key, "the revision before the start is too large")
             }
             error => error,
@@ -337,14 +332,10 @@ fn read_operation(key: &[u8]) -> String {
 }
 
 fn watch_lost(key: &[u8], reason: &str) -> Error {
-    Error::Rpc {
+    Error::StreamLost {
         operation: operation(key),
-        status: Box::new(Status::unavailable(reason)),
+        reason: reason.to_owned(),
     }
-}
-
-fn is_too_large(error: &Error) -> bool {
-    error.code() == Some(Code::OutOfRange)
 }
 
 /// The error of a watch that etcd cancelled. etcd gives the reason only as text.
@@ -356,52 +347,14 @@ fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
     }
     Error::Rpc {
         operation: operation(key),
-        status: Box::new(reason_status(message.cancel_reason())),
-    }
-}
-
-fn reason_status(reason: &str) -> Status {
-    // The texts of etcd's `rpctypes`.
-    let code = if reason.contains("invalid auth token") || reason.contains(OLD_TOKEN) {
-        Code::Unauthenticated
-    } else if reason.contains("permission denied") {
-        Code::PermissionDenied
-    } else if reason.contains("user name is empty") || reason.contains("duplicate ID") {
-        Code::InvalidArgument
-    } else {
-        Code::Unavailable
-    };
-    let text = match reason {
-        "" => "etcd canceled the watch without a reason",
-        reason => reason,
-    };
-    Status::new(code, text)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cancel_reason_maps_to_a_code() {
-        for (reason, code) in [
-            ("etcdserver: invalid auth token", Code::Unauthenticated),
-            (
-                "etcdserver: revision of auth store is old",
-                Code::Unauthenticated,
-            ),
-            ("etcdserver: permission denied", Code::PermissionDenied),
-            ("etcdserver: user name is empty", Code::InvalidArgument),
-            ("etcdserver: no leader", Code::Unavailable),
-            ("", Code::Unavailable),
-        ] {
-            assert_eq!(reason_status(reason).code(), code, "{reason}");
-        }
+        status: Box::new(cancel_status(message.cancel_reason())),
     }
 }
 
 #[cfg(all(test, feature = "testing"))]
 mod tests_on_etcd {
+    use tonic::Code;
+
     use super::*;
     use crate::config::Config;
     use crate::testing::Etcd;
@@ -426,7 +379,10 @@ mod tests_on_etcd {
             .unwrap()
             .unwrap_err();
         assert_eq!(error.code(), Some(Code::Unavailable));
-        assert!(error.to_string().contains("silent"), "{error}");
+        assert!(
+            matches!(&error, Error::StreamLost { reason, .. } if reason.contains("silent")),
+            "{error}"
+        );
     }
 
     #[tokio::test]
