@@ -3,6 +3,8 @@
 mod builder;
 mod endpoint;
 mod env;
+#[cfg(feature = "_tls")]
+mod pem;
 mod secret;
 mod tls;
 mod validate;
@@ -15,6 +17,8 @@ use serde::Deserialize;
 pub use builder::ConfigBuilder;
 pub(crate) use endpoint::endpoint_uri;
 use endpoint::redact_userinfo;
+#[cfg(feature = "_tls")]
+pub(crate) use pem::Pem;
 pub use tls::TlsConfig;
 
 /// How a [`Client`](crate::Client) reaches an etcd cluster.

@@ -39,23 +39,6 @@ pub struct TlsConfig {
 }
 
 impl TlsConfig {
-    /// The content of a PEM field, from its file or inline.
-    #[cfg(feature = "_tls")]
-    pub(crate) fn pem(
-        &self,
-        field: &'static str,
-        file: &Option<PathBuf>,
-        inline: &Option<String>,
-    ) -> crate::error::Result<Option<Vec<u8>>> {
-        match (file, inline) {
-            // A blocking read is acceptable: a few kilobytes, once per client or channel.
-            (Some(file), _) => std::fs::read(file).map(Some).map_err(|error| {
-                crate::error::Error::invalid(field, file.display().to_string(), error.to_string())
-            }),
-            (None, inline) => Ok(inline.clone().map(String::into_bytes)),
-        }
-    }
-
     /// Settings that trust the system's root certificates and have no client certificate.
     pub fn new() -> Self {
         Self::default()

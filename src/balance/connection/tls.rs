@@ -18,7 +18,7 @@ mod with_rustls {
     use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
     use super::super::target::Target;
-    use crate::config::TlsConfig;
+    use crate::config::{Pem, TlsConfig};
     use crate::error::chain;
     use crate::error::{Error, Result};
 
@@ -37,36 +37,22 @@ mod with_rustls {
                 .with_safe_default_protocol_versions()
                 .map_err(|error| Error::invalid("tls", "protocol versions", error.to_string()))?
                 .with_root_certificates(roots(config)?);
-            let identity = (
-                config.pem("tls.cert_file", &config.cert_file, &config.cert_pem)?,
-                config.pem("tls.key_file", &config.key_file, &config.key_pem)?,
-            );
-            let mut rustls = match identity {
+            let mut rustls = match (config.cert(), config.key()) {
                 (None, None) => builder.with_no_client_auth(),
-                (Some(cert), Some(key)) => {
-                    let chain = CertificateDer::pem_slice_iter(&cert)
-                        .collect::<Result<Vec<_>, _>>()
-                        .map_err(|error| invalid("tls.cert_file", error.to_string()))?;
-                    let key = PrivateKeyDer::from_pem_slice(&key)
-                        .map_err(|error| invalid("tls.key_file", error.to_string()))?;
-                    builder
-                        .with_client_auth_cert(chain, key)
-                        .map_err(|error| invalid("tls.cert_file", error.to_string()))?
-                }
-                (Some(_), None) => {
-                    return Err(invalid("tls.cert_file", "a certificate needs its key"));
-                }
-                (None, Some(_)) => {
-                    return Err(invalid("tls.key_file", "a key needs its certificate"));
-                }
+                (Some(cert), Some(key)) => builder
+                    .with_client_auth_cert(cert_chain(&cert)?, private_key(&key)?)
+                    .map_err(|error| cert.invalid(error.to_string()))?,
+                (Some(cert), None) => return Err(cert.invalid("a certificate needs its key")),
+                (None, Some(key)) => return Err(key.invalid("a key needs its certificate")),
             };
             rustls.alpn_protocols = vec![ALPN.to_vec()];
             let server_name = config
                 .server_name
                 .clone()
                 .map(|name| {
-                    ServerName::try_from(name.clone())
-                        .map_err(|error| Error::invalid("server_name", name, error.to_string()))
+                    ServerName::try_from(name.clone()).map_err(|error| {
+                        Error::invalid("tls_config.server_name", name, error.to_string())
+                    })
                 })
                 .transpose()?;
             Ok(Self {
@@ -101,8 +87,14 @@ mod with_rustls {
         }
     }
 
-    fn invalid(field: &'static str, reason: impl Into<String>) -> Error {
-        Error::invalid(field, "[redacted]", reason)
+    fn cert_chain(pem: &Pem<'_>) -> Result<Vec<CertificateDer<'static>>> {
+        CertificateDer::pem_slice_iter(&pem.read()?)
+            .collect::<Result<_, _>>()
+            .map_err(|error| pem.invalid(error.to_string()))
+    }
+
+    fn private_key(pem: &Pem<'_>) -> Result<PrivateKeyDer<'static>> {
+        PrivateKeyDer::from_pem_slice(&pem.read()?).map_err(|error| pem.invalid(error.to_string()))
     }
 
     /// The backends may be enabled together; then the one that the whole program chose, else ring.
@@ -119,16 +111,14 @@ mod with_rustls {
 
     fn roots(config: &TlsConfig) -> Result<RootCertStore> {
         let mut roots = RootCertStore::empty();
-        if let Some(pem) = config.pem("tls.ca_file", &config.ca_file, &config.ca_pem)? {
-            for certificate in CertificateDer::pem_slice_iter(&pem) {
-                let certificate =
-                    certificate.map_err(|error| invalid("tls.ca_file", error.to_string()))?;
+        if let Some(ca) = config.ca() {
+            for certificate in cert_chain(&ca)? {
                 roots
                     .add(certificate)
-                    .map_err(|error| invalid("tls.ca_file", error.to_string()))?;
+                    .map_err(|error| ca.invalid(error.to_string()))?;
             }
             if roots.is_empty() {
-                return Err(invalid("tls.ca_file", "there is no PEM certificate in it"));
+                return Err(ca.invalid("there is no PEM certificate in it"));
             }
             return Ok(roots);
         }
@@ -144,10 +134,10 @@ mod with_rustls {
         roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
         if roots.is_empty() {
             return Err(Error::invalid(
-                "tls",
-                "system roots",
-                "none are known; set ca_file, or enable the cargo feature `tls-native-roots` or \
-                 `tls-webpki-roots` of goo-etcd",
+                "tls_config.ca_file",
+                "none",
+                "there are no root certificates; set it, or enable the cargo feature \
+                 `tls-native-roots` or `tls-webpki-roots` of goo-etcd",
             ));
         }
         Ok(roots)
