@@ -10,7 +10,7 @@
 
 /// Counts a mass deletion: most instances were removed at once, and the guard starts to keep the
 /// connected ones.
-pub(crate) fn mass_deletion(service: &str) {
+pub(crate) fn count_mass_deletion(service: &str) {
     #[cfg(feature = "metrics")]
     metrics::counter!("goo_etcd_mass_deletions_total", "service" => service.to_owned())
         .increment(1);
@@ -20,7 +20,7 @@ pub(crate) fn mass_deletion(service: &str) {
 
 /// Reports how many endpoints the guard keeps, `before` and `now`. The gauge is the sum over all
 /// channels of a service.
-pub(crate) fn kept_endpoints(service: &str, before: usize, now: usize) {
+pub(crate) fn report_kept_endpoints(service: &str, before: usize, now: usize) {
     #[cfg(feature = "metrics")]
     {
         let gauge = metrics::gauge!("goo_etcd_kept_endpoints", "service" => service.to_owned());

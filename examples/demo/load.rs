@@ -1,7 +1,7 @@
-//! The calls: a steady rate of them, and who answered.
+//! Makes calls at a steady rate, and counts the responses by server.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -9,28 +9,28 @@ use goo_etcd::balance::RetryPolicy;
 use goo_etcd::{BalancedChannel, Directory};
 use helloworld::greeter::HelloRequest;
 use helloworld::greeter::greeter_client::GreeterClient;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// Calls begun per second, whether or not the earlier ones have ended.
+/// Calls started per second, even if earlier calls have not ended.
 pub const RATE: u32 = 200;
 
-/// How long a call may take.
+/// The deadline of a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A channel to whoever is in the directory.
+/// A channel to all servers in the directory.
 fn connect(directory: &Directory) -> goo_etcd::Result<BalancedChannel> {
     BalancedChannel::builder(directory)
         .connect_timeout(CALL_TIMEOUT)
         .timeout(CALL_TIMEOUT)
-        // To be greeted twice does no harm, so that even a call that was in flight on a server when it
-        // was killed need not fail.
+        // Greetings are idempotent, so a call that was in flight on a killed server can be retried.
         .retry(RetryPolicy::new(2))
         .build()
 }
 
-/// Calls, for as long as it is held.
+/// Makes calls until dropped.
 pub struct Load {
     tally: Arc<Mutex<Tally>>,
     stop: Option<oneshot::Sender<()>>,
@@ -50,12 +50,12 @@ impl Load {
         })
     }
 
-    /// What has happened so far.
+    /// The results so far.
     pub fn tally(&self) -> Tally {
-        lock(&self.tally).clone()
+        self.tally.lock().clone()
     }
 
-    /// Begins no more calls, waits for those in flight, and returns what has happened in all.
+    /// Stops starting calls, waits for the calls in flight, and returns the results.
     pub async fn finish(mut self) -> Tally {
         self.stop = None;
         let _ = (&mut self.task).await;
@@ -76,83 +76,79 @@ async fn generate(
     mut stopped: oneshot::Receiver<()>,
 ) {
     let mut snapshots = directory.changes();
-    // A server is known by its id; it tells its address.
+    // Servers are counted by id, but a response has the address only.
     let mut ids = BTreeMap::new();
     let mut calls = JoinSet::new();
     let mut next = interval(Duration::from_secs(1) / RATE);
-    // A busy machine makes calls late, not fewer.
+    // On a busy machine calls start late, but none is left out.
     next.set_missed_tick_behavior(MissedTickBehavior::Burst);
     loop {
         tokio::select! {
-            // Who is new is known before it answers.
+            // Snapshots come first, so that the id of a new server is known before its response.
             biased;
             _ = &mut stopped => break,
             Some(snapshot) = snapshots.next() => {
                 let known = snapshot.instances();
                 ids.extend(known.map(|server| (server.address.clone(), server.id.clone())));
             }
-            Some(Ok(ended)) = calls.join_next() => lock(&tally).add(&ids, ended),
+            Some(Ok(ended)) = calls.join_next() => tally.lock().add(&ids, ended),
             _ = next.tick() => {
                 calls.spawn(call(greeter.clone()));
             }
         }
     }
     while let Some(Ok(ended)) = calls.join_next().await {
-        lock(&tally).add(&ids, ended);
+        tally.lock().add(&ids, ended);
     }
 }
 
-/// A call that has ended.
+/// A finished call.
 struct Ended {
-    begun: Instant,
-    /// The address of the server, or why none answered.
-    answer: Result<String, String>,
+    started: Instant,
+    /// The address of the server, or the error.
+    result: Result<String, String>,
 }
 
 async fn call(mut greeter: GreeterClient<BalancedChannel>) -> Ended {
-    let begun = Instant::now();
+    let started = Instant::now();
     let name = "demo".to_owned();
-    let answer = match greeter.say_hello(HelloRequest { name }).await {
+    let result = match greeter.say_hello(HelloRequest { name }).await {
         Ok(reply) => Ok(reply.into_inner().server),
         Err(status) => Err(status.message().to_owned()),
     };
-    Ended { begun, answer }
+    Ended { started, result }
 }
 
-fn lock(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
-    tally.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What became of the calls that have ended.
+/// The results of the finished calls.
 #[derive(Clone, Default)]
 pub struct Tally {
     pub failed: u64,
-    /// Why the latest call failed that did.
+    /// The error of the latest failed call.
     last_failure: Option<String>,
-    answered: BTreeMap<String, Answered>,
+    responses: BTreeMap<String, Responses>,
 }
 
-/// What one server did.
+/// The responses of one server.
 #[derive(Clone)]
-struct Answered {
+struct Responses {
     calls: u64,
-    /// When the latest call that it answered was begun.
+    /// The start time of the latest call with a response.
     latest: Instant,
 }
 
 impl Tally {
     fn add(&mut self, ids: &BTreeMap<String, String>, ended: Ended) {
-        let begun = ended.begun;
-        match ended.answer {
+        let started = ended.started;
+        match ended.result {
             Ok(address) => {
                 let id = ids.get(&address).cloned().unwrap_or(address);
-                let first = Answered {
+                let first = Responses {
                     calls: 0,
-                    latest: begun,
+                    latest: started,
                 };
-                let answered = self.answered.entry(id).or_insert(first);
-                answered.calls += 1;
-                answered.latest = answered.latest.max(begun);
+                let responses = self.responses.entry(id).or_insert(first);
+                responses.calls += 1;
+                responses.latest = responses.latest.max(started);
             }
             Err(reason) => {
                 self.failed += 1;
@@ -164,25 +160,25 @@ impl Tally {
     pub fn requests(&self) -> u64 {
         self.failed
             + self
-                .answered
+                .responses
                 .values()
                 .map(|server| server.calls)
                 .sum::<u64>()
     }
 
-    /// How many calls a server has answered.
-    pub fn answered_by(&self, id: &str) -> u64 {
-        self.answered.get(id).map_or(0, |server| server.calls)
+    /// The number of responses of a server.
+    pub fn responses_of(&self, id: &str) -> u64 {
+        self.responses.get(id).map_or(0, |server| server.calls)
     }
 
-    /// Whether a server has answered a call that was begun after `then`.
-    pub fn answered_since(&self, id: &str, then: Instant) -> bool {
-        self.answered
+    /// Whether a server has responded to a call that started after `then`.
+    pub fn has_responded_since(&self, id: &str, then: Instant) -> bool {
+        self.responses
             .get(id)
             .is_some_and(|server| server.latest > then)
     }
 
-    /// Why the latest of those that failed did.
+    /// The error of the latest failed call.
     pub fn last_failure(&self) -> Option<&str> {
         self.last_failure.as_deref()
     }

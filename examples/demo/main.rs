@@ -1,12 +1,12 @@
-//! The demo: servers come and go, etcd goes and comes, and a client calls all the while.
+//! The demo: servers join, leave and crash, etcd restarts, and a client calls all the time.
 //!
 //! ```text
 //! cargo build --examples && cargo run --example demo
 //! ```
 //!
-//! It starts an etcd (`goo_etcd::testing`), greeter servers as processes of their own, and calls them
-//! at a steady rate. Each act is judged by what really happened; the last line sums up, and the exit
-//! status is 0 if every act did what it should.
+//! The demo starts an etcd (`goo_etcd::testing`) and greeter servers in their own processes, and
+//! calls the servers at a steady rate. Each act is checked against the real outcome. The last line
+//! is a summary, and the exit status is 0 if every act succeeded.
 
 mod load;
 mod screen;
@@ -23,34 +23,34 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use load::{Load, RATE};
-use screen::act;
+use screen::play_act;
 use server::Server;
 
 /// The service's name.
 const SERVICE: &str = "greeter";
 
-/// How long a crashed server stays in etcd; the least that etcd grants, to keep the story short.
+/// The time to live of a registration: etcd's minimum, to keep the demo short.
 const TTL: Duration = Duration::from_secs(2);
 
-/// How long etcd is away: longer than the TTL.
+/// The time for which etcd is down: longer than the TTL.
 const ETCD_DOWN: Duration = Duration::from_millis(3_500);
 
-/// How long what ought to happen at once may take on a busy machine.
+/// The time limit, on a busy machine, for effects that are usually immediate.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a call that has begun may still go by what the directory said before.
+/// The time for which a started call may still use the previous snapshot.
 const SETTLE: Duration = Duration::from_millis(300);
 
-/// How long an act is watched after its event: longer than a call may take, so that those that the
-/// event hurt have failed by then.
+/// The time for which an act is observed after its event. It exceeds the deadline of a call, so
+/// that every call that the event made fail has failed by the end.
 const WATCHED: Duration = Duration::from_millis(2_500);
 
-/// The servers of the story.
+/// The ids of the servers.
 const SERVERS: [&str; 4] = ["a", "b", "c", "d"];
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // Whichever comes first: dropping the story ends its processes.
+    // After a signal the story is dropped, which ends its processes.
     tokio::select! {
         outcome = story() => match outcome {
             Ok(true) => ExitCode::SUCCESS,
@@ -61,17 +61,17 @@ async fn main() -> ExitCode {
             }
         },
         _ = stop_signal() => {
-            screen::live("");
+            screen::draw("");
             println!("demo: interrupted");
-            // As shells report a program that Ctrl-C ended.
+            // 128 + SIGINT, the status that shells report after Ctrl-C.
             ExitCode::from(130)
         }
     }
 }
 
-/// Plays all acts; true if each did what it should.
+/// Plays all acts, and returns whether all succeeded.
 async fn story() -> Result<bool, Box<dyn std::error::Error>> {
-    screen::live("starting an etcd and three servers ...");
+    screen::draw("starting an etcd and three servers ...");
     let etcd = Etcd::start().await?;
     let endpoint = etcd.endpoint();
     let config = Config::builder().endpoints([&endpoint]).build()?;
@@ -80,7 +80,7 @@ async fn story() -> Result<bool, Box<dyn std::error::Error>> {
     let start = |id| Server::start(id, &endpoint);
     let (mut a, mut b, mut c) = (start("a")?, start("b")?, start("c")?);
     for server in [&mut a, &mut b, &mut c] {
-        registered(server, &directory).await?;
+        wait_until_registered(server, &directory).await?;
     }
     let load = Load::start(&directory)?;
     let stage = Stage {
@@ -91,29 +91,41 @@ async fn story() -> Result<bool, Box<dyn std::error::Error>> {
     };
     let load = &stage.load;
 
-    screen::live("");
+    screen::draw("");
     println!("etcd at {endpoint}, {RATE} calls per second, registrations with a TTL of {TTL:?}");
     println!();
 
-    screen::header(&SERVERS);
-    let up = act("three servers", &SERVERS, load, stage.up(&["a", "b", "c"])).await;
+    screen::print_header(&SERVERS);
+    let up = play_act(
+        "three servers",
+        &SERVERS,
+        load,
+        stage.servers_respond(&["a", "b", "c"]),
+    )
+    .await;
     let mut d = start("d")?;
-    let joined = act("d joins", &SERVERS, load, stage.joins(&mut d)).await;
-    let left = act("a leaves (SIGTERM)", &SERVERS, load, stage.leaves(&mut a)).await;
+    let joined = play_act("d joins", &SERVERS, load, stage.server_joins(&mut d)).await;
+    let left = play_act(
+        "a leaves (SIGTERM)",
+        &SERVERS,
+        load,
+        stage.server_leaves(&mut a),
+    )
+    .await;
     let others = ["c", "d"];
-    let killed = act(
+    let killed = play_act(
         "b is killed (SIGKILL)",
         &SERVERS,
         load,
-        stage.is_killed(&mut b, &others),
+        stage.server_is_killed(&mut b, &others),
     )
     .await;
     let remain = [c.key(), d.key()].into();
-    let etcd_restart = act(
+    let etcd_restart = play_act(
         "etcd stops and starts",
         &SERVERS,
         load,
-        stage.restarts_etcd(remain),
+        stage.etcd_restarts(remain),
     )
     .await;
 
@@ -132,7 +144,7 @@ async fn story() -> Result<bool, Box<dyn std::error::Error>> {
     Ok(up && joined && left && killed && etcd_restart)
 }
 
-/// What the acts are played on.
+/// The things that all acts use.
 struct Stage {
     etcd: Etcd,
     client: Client,
@@ -140,126 +152,131 @@ struct Stage {
     load: Load,
 }
 
-/// A note for the act's line, or why it did not do what it should.
+/// A note for the act's line, or the reason of the failure.
 type Outcome = Result<String, String>;
 
 impl Stage {
-    /// All of `servers` answer, and no call fails.
-    async fn up(&self, servers: &[&str]) -> Outcome {
+    /// All of `servers` respond, and no call fails.
+    async fn servers_respond(&self, servers: &[&str]) -> Outcome {
         let failed = self.load.tally().failed;
-        let answers = |id: &&str| self.load.tally().answered_by(id) > 0;
-        until("all of them answer", PATIENCE, async || {
-            Ok(servers.iter().all(answers))
+        let responds = |id: &&str| self.load.tally().responses_of(id) > 0;
+        wait_until("all servers respond", PATIENCE, async || {
+            Ok(servers.iter().all(responds))
         })
         .await?;
         sleep(WATCHED).await;
-        self.no_failure_beyond(failed)?;
+        self.check_failures(failed)?;
         Ok(String::new())
     }
 
-    /// A server that is new is called.
-    async fn joins(&self, server: &mut Server) -> Outcome {
+    /// A new server gets calls.
+    async fn server_joins(&self, server: &mut Server) -> Outcome {
         let failed = self.load.tally().failed;
-        registered(server, &self.directory).await?;
-        let answers = || self.load.tally().answered_by(server.id) > 0;
-        let after = until("it answers a call", PATIENCE, async || Ok(answers())).await?;
+        wait_until_registered(server, &self.directory).await?;
+        let responds = || self.load.tally().responses_of(server.id) > 0;
+        let what = "the server responds to a call";
+        let after = wait_until(what, PATIENCE, async || Ok(responds())).await?;
         sleep(WATCHED).await;
-        self.no_failure_beyond(failed)?;
-        Ok(format!("first answer after {} ms", after.as_millis()))
+        self.check_failures(failed)?;
+        Ok(format!("first response after {} ms", after.as_millis()))
     }
 
-    /// A server that is asked to leave is called no more while it still could answer; then its key
-    /// goes, then its process ends, and nobody notices.
-    async fn leaves(&self, server: &mut Server) -> Outcome {
+    /// A server that leaves first stops getting calls, then its key is deleted, then its process
+    /// exits. No call fails.
+    async fn server_leaves(&self, server: &mut Server) -> Outcome {
         let (id, key, failed) = (server.id, server.key(), self.load.tally().failed);
-        let turned_away = async {
-            let called = || {
+        let drained = async {
+            let is_called = || {
                 let snapshot = self.directory.snapshot();
                 snapshot.instances().any(|i| i.id == id && i.is_eligible())
             };
-            until("it is marked as draining", PATIENCE, async || Ok(!called())).await?;
+            let what = "the server is marked as draining";
+            wait_until(what, PATIENCE, async || Ok(!is_called())).await?;
             Ok::<_, String>(Instant::now())
         };
-        let (status, turned_away) = tokio::try_join!(server.terminate(), turned_away)?;
+        let (status, drained) = tokio::try_join!(server.terminate(), drained)?;
         if !status.success() {
-            return Err(format!("it ended with {status}"));
+            return Err(format!("the server exited with {status}"));
         }
         if self.keys().await?.contains(&key) {
-            return Err(format!("it has ended, and {key} is still in etcd"));
+            return Err(format!("the server has exited, but {key} is still in etcd"));
         }
         sleep(WATCHED).await;
-        if self.load.tally().answered_since(id, turned_away + SETTLE) {
-            return Err("it was called after it was marked as draining".to_owned());
+        if self.load.tally().has_responded_since(id, drained + SETTLE) {
+            return Err("the server was called after it was marked as draining".to_owned());
         }
-        self.no_failure_beyond(failed)?;
+        self.check_failures(failed)?;
         Ok(format!("drained, key deleted, {status}"))
     }
 
-    /// A server that is killed is called no more from then on, long before it disappears with its
-    /// lease, and no call fails.
-    async fn is_killed(&self, server: &mut Server, others: &[&str]) -> Outcome {
+    /// A killed server gets no more calls at once, long before its lease expires, and no call
+    /// fails.
+    async fn server_is_killed(&self, server: &mut Server, others: &[&str]) -> Outcome {
         let (id, key, failed) = (server.id, server.key(), self.load.tally().failed);
         server.kill()?;
         let killed = Instant::now();
         let limit = TTL + PATIENCE;
         let expired = async || Ok(!self.keys().await?.contains(&key));
-        let after = until("its key expires", limit, expired).await?;
+        let after = wait_until("its key expires", limit, expired).await?;
         let unknown = || self.directory.snapshot().instances().all(|i| i.id != id);
-        until("the client notices", PATIENCE, async || Ok(unknown())).await?;
+        wait_until("the directory removes it", PATIENCE, async || Ok(unknown())).await?;
         sleep(WATCHED).await;
-        self.no_failure_beyond(failed)?;
+        self.check_failures(failed)?;
         let tally = self.load.tally();
-        if tally.answered_since(id, killed + SETTLE) {
-            return Err("it still answers".to_owned());
+        if tally.has_responded_since(id, killed + SETTLE) {
+            return Err("the server still responds".to_owned());
         }
-        if let Some(silent) = others.iter().find(|id| !tally.answered_since(id, killed)) {
-            return Err(format!("{silent} answers no more either"));
+        if let Some(silent) = others
+            .iter()
+            .find(|id| !tally.has_responded_since(id, killed))
+        {
+            return Err(format!("{silent} does not respond either"));
         }
         Ok(format!(
-            "called no more at once, out of etcd after {:.1} s",
+            "no calls at once, out of etcd after {:.1} s",
             after.as_secs_f64()
         ))
     }
 
-    /// Without etcd, calls go on with what was known; when it is back, so are all registrations.
-    async fn restarts_etcd(&self, registrations: BTreeSet<String>) -> Outcome {
+    /// Calls go on while etcd is down. All registrations are restored when it is up again.
+    async fn etcd_restarts(&self, registrations: BTreeSet<String>) -> Outcome {
         let describe = |error: goo_etcd::testing::TestingError| error.to_string();
         let failed = self.load.tally().failed;
         self.etcd.stop().await.map_err(describe)?;
         let down = Instant::now();
         let live = || self.directory.snapshot().freshness().is_live();
-        until("the snapshot turns stale", PATIENCE, async || Ok(!live())).await?;
+        wait_until("the snapshot turns stale", PATIENCE, async || Ok(!live())).await?;
         let before = self.load.tally().requests();
         let counted = Instant::now();
         sleep_until(down + ETCD_DOWN).await;
         let calls = self.load.tally().requests() - before;
         if (calls as f64) < counted.elapsed().as_secs_f64() * f64::from(RATE) / 2.0 {
-            return Err(format!("only {calls} calls in the time without etcd"));
+            return Err(format!("only {calls} calls while etcd was down"));
         }
-        self.no_failure_beyond(failed)?;
+        self.check_failures(failed)?;
 
         self.etcd.start_again().await.map_err(describe)?;
         let back = Instant::now();
-        until("the snapshot is live again", PATIENCE, async || Ok(live())).await?;
-        // etcd may be slow to answer at first.
+        wait_until("the snapshot is live again", PATIENCE, async || Ok(live())).await?;
+        // Ignores errors, because etcd may be slow to respond at first.
         let complete = async || Ok(self.keys().await.is_ok_and(|keys| keys == registrations));
-        until("all registrations are there", PATIENCE, complete).await?;
+        wait_until("all registrations are restored", PATIENCE, complete).await?;
         let after = back.elapsed();
-        // And they stay, beyond the leases from before.
+        // The keys must stay when the old leases expire.
         sleep(TTL + Duration::from_millis(500)).await;
         let keys = self.keys().await?;
         if keys != registrations {
-            return Err(format!("registered is now {keys:?}"));
+            return Err(format!("the registered keys are now {keys:?}"));
         }
-        self.no_failure_beyond(failed)?;
+        self.check_failures(failed)?;
         Ok(format!(
-            "{calls} calls without it, all back in {} ms",
+            "{calls} calls without etcd, all back in {} ms",
             after.as_millis()
         ))
     }
 
-    /// No call has failed beyond so many.
-    fn no_failure_beyond(&self, failed: u64) -> Result<(), String> {
+    /// Fails if more than `failed` calls have failed.
+    fn check_failures(&self, failed: u64) -> Result<(), String> {
         let tally = self.load.tally();
         match tally.last_failure() {
             Some(reason) if tally.failed > failed => Err(format!("a call failed: {reason}")),
@@ -267,13 +284,13 @@ impl Stage {
         }
     }
 
-    /// What is in etcd under the service, read past the directory.
+    /// The service's keys in etcd, read without the directory.
     async fn keys(&self) -> Result<BTreeSet<String>, String> {
         let options = GetOptions::new().with_prefix().with_keys_only();
         let range = format!("services/{SERVICE}/");
-        let answer = self.client.get(range, Some(options)).await;
-        let answer = answer.map_err(|error| error.to_string())?;
-        let keys = answer
+        let response = self.client.get(range, Some(options)).await;
+        let response = response.map_err(|error| error.to_string())?;
+        let keys = response
             .kvs()
             .iter()
             .map(|kv| kv.key_str().map(str::to_owned));
@@ -282,32 +299,34 @@ impl Stage {
     }
 }
 
-/// Waits until a server that was started is in the directory.
-async fn registered(server: &mut Server, directory: &Directory) -> Result<(), String> {
-    until("it is registered", PATIENCE, async || {
-        match server.ended() {
-            Some(status) => Err(format!("server {} ended with {status}", server.id)),
+/// Waits until a started server is in the directory.
+async fn wait_until_registered(server: &mut Server, directory: &Directory) -> Result<(), String> {
+    wait_until(
+        "the server is registered",
+        PATIENCE,
+        async || match server.exit_status() {
+            Some(status) => Err(format!("server {} exited with {status}", server.id)),
             None => Ok(directory.snapshot().instances().any(|i| i.id == server.id)),
-        }
-    })
+        },
+    )
     .await
     .map(drop)
 }
 
-/// Waits until something holds; how long that took.
-async fn until(
+/// Waits until `holds` returns true, and returns how long that took.
+async fn wait_until(
     what: &str,
     limit: Duration,
     mut holds: impl AsyncFnMut() -> Result<bool, String>,
 ) -> Result<Duration, String> {
-    let begun = Instant::now();
+    let started = Instant::now();
     while !holds().await? {
-        if begun.elapsed() > limit {
-            return Err(format!("it did not happen within {limit:?} that {what}"));
+        if started.elapsed() > limit {
+            return Err(format!("not within {limit:?}: {what}"));
         }
         sleep(Duration::from_millis(10)).await;
     }
-    Ok(begun.elapsed())
+    Ok(started.elapsed())
 }
 
 /// Resolves on Ctrl-C and SIGTERM.

@@ -1,4 +1,4 @@
-//! What the demo shows: a line per act, which on a terminal lives while the act is played.
+//! Shows one line per act. On a terminal the line is updated while the act is played.
 
 use std::io::{IsTerminal, Write, stdout};
 use std::time::Duration;
@@ -7,18 +7,18 @@ use tokio::time::{Instant, interval};
 
 use crate::load::{Load, Tally};
 
-/// How often the line of an act that is being played is drawn anew.
+/// The interval at which the line of the current act is redrawn.
 const FRAME: Duration = Duration::from_millis(500);
 
-/// Above the columns that `counts` makes.
-pub fn header(servers: &[&str]) {
+/// Prints the header of the columns.
+pub fn print_header(servers: &[&str]) {
     let servers: String = servers.iter().map(|id| format!("{id:>5}")).collect();
-    println!("{:<22}{servers} failed", "answers per second:");
+    println!("{:<22}{servers} failed", "responses per second:");
 }
 
-/// Plays an act and shows it. True if it did what it should: `play` gives a note for its line,
-/// or the reason why not.
-pub async fn act(
+/// Plays an act and shows it. `play` returns a note for the act's line, or the reason of its
+/// failure. Returns whether the act succeeded.
+pub async fn play_act(
     title: &str,
     servers: &[&str],
     load: &Load,
@@ -29,7 +29,7 @@ pub async fn act(
         let (now, seconds) = (load.tally(), since.0.elapsed().as_secs_f64());
         let servers: String = servers
             .iter()
-            .map(|id| match now.answered_by(id) - since.1.answered_by(id) {
+            .map(|id| match now.responses_of(id) - since.1.responses_of(id) {
                 0 => format!("{:>5}", "-"),
                 calls => format!("{:>5.0}", calls as f64 / seconds),
             })
@@ -38,7 +38,7 @@ pub async fn act(
         format!("{title:<22}{servers}{failed:>7}   {verdict}")
     };
 
-    // Counts are of the last one or two frames: what is, not what was when the act began.
+    // Rates are those of the last one or two frames, not of the whole act.
     let mut frames = interval(FRAME);
     frames.tick().await;
     let mut last = (Instant::now(), begin.clone());
@@ -48,7 +48,7 @@ pub async fn act(
         tokio::select! {
             outcome = &mut play => break outcome,
             _ = frames.tick() => {
-                live(&line(&before, "..."));
+                draw(&line(&before, "..."));
                 before = std::mem::replace(&mut last, (Instant::now(), load.tally()));
             }
         }
@@ -57,16 +57,17 @@ pub async fn act(
         Ok(note) => format!("ok  {note}"),
         Err(reason) => format!("failed  {reason}"),
     };
-    live("");
+    draw("");
     println!("{}", line(&before, &verdict).trim_end());
     outcome.is_ok()
 }
 
-/// Draws a line over the one before it; only on a terminal.
-pub fn live(line: &str) {
+/// Draws a line over the previous one. Does nothing unless the output is a terminal.
+pub fn draw(line: &str) {
     let mut out = stdout();
     if out.is_terminal() {
-        // Cut off at the edge (`?7l`) and not wrapped: `\r` goes back to the start of one row.
+        // `?7l` cuts the line off at the edge; a wrapped line would stay, because `\r` returns to
+        // the start of one row only.
         let _ = write!(out, "\r\x1b[?7l{line}\x1b[K\x1b[?7h");
         if line.is_empty() {
             let _ = write!(out, "\r");

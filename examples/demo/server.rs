@@ -1,4 +1,4 @@
-//! The greeter servers, each a process of its own.
+//! The greeter servers. Each runs in its own process.
 
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::{SERVICE, TTL};
 
-/// How long an exit may take after SIGTERM: a second of draining, and then what is in flight.
+/// The time limit for an exit after SIGTERM: one second of draining, then the calls in flight.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running `greeter_server`. Dropping it kills it.
@@ -23,17 +23,17 @@ impl Server {
     /// Starts the example `greeter_server`, which cargo builds next to this one.
     pub fn start(id: &'static str, etcd: &str) -> Result<Self, String> {
         let program = std::env::current_exe()
-            .map_err(|error| format!("cannot find out where this program is: {error}"))?
+            .map_err(|error| format!("cannot find the path of this program: {error}"))?
             .with_file_name("greeter_server");
         let process = Command::new(&program)
             .args(["--id", id, "--etcd", etcd, "--service", SERVICE])
             .arg(format!("--ttl={}s", TTL.as_secs()))
             .stdin(Stdio::null())
-            // This program tells the story; errors still show.
+            // Only the demo writes to the output; errors of the server still show.
             .stdout(Stdio::null())
             .env("RUST_LOG", "error")
             .kill_on_drop(true)
-            // Ctrl-C in a terminal goes to the demo alone.
+            // Ctrl-C in a terminal must reach the demo only.
             .process_group(0)
             .spawn()
             .map_err(|error| {
@@ -43,36 +43,36 @@ impl Server {
         Ok(Self { id, process })
     }
 
-    /// Where its registration stands in etcd.
+    /// The key of its registration in etcd.
     pub fn key(&self) -> String {
         format!("services/{SERVICE}/{}", self.id)
     }
 
-    /// SIGTERM: it is asked to leave. Returns how it ended.
+    /// Asks the server to leave (SIGTERM), waits for its exit and returns the status.
     pub async fn terminate(&mut self) -> Result<ExitStatus, String> {
         self.signal(Signal::SIGTERM)?;
         match timeout(EXIT_TIMEOUT, self.process.wait()).await {
             Ok(status) => status.map_err(|error| error.to_string()),
             Err(_) => Err(format!(
-                "{} still runs {EXIT_TIMEOUT:?} after SIGTERM",
+                "{} did not exit within {EXIT_TIMEOUT:?} after SIGTERM",
                 self.id
             )),
         }
     }
 
-    /// SIGKILL: it gets no chance to do anything.
+    /// Kills the server at once (SIGKILL).
     pub fn kill(&mut self) -> Result<(), String> {
         self.signal(Signal::SIGKILL)
     }
 
-    /// How it ended, if it has.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
+    /// The exit status, if the server has exited.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
         self.process.try_wait().ok().flatten()
     }
 
     fn signal(&self, signal: Signal) -> Result<(), String> {
         let pid = self.process.id().and_then(|pid| i32::try_from(pid).ok());
-        let pid = pid.ok_or_else(|| format!("{} has ended by itself", self.id))?;
+        let pid = pid.ok_or_else(|| format!("{} has already exited", self.id))?;
         kill(Pid::from_raw(pid), signal).map_err(|error| format!("{signal}: {error}"))
     }
 }

@@ -177,7 +177,7 @@ impl Pool {
         }
         let (service, kept) = (&*self.view.known.load().range, kept.len());
         if is_new {
-            telemetry::mass_deletion(service);
+            telemetry::count_mass_deletion(service);
             tracing::warn!(
                 service,
                 vanished = together,
@@ -199,7 +199,7 @@ impl Pool {
     fn tell_kept(&mut self) {
         let kept = self.guard.kept().count();
         if kept != self.kept {
-            telemetry::kept_endpoints(&self.view.known.load().range, self.kept, kept);
+            telemetry::report_kept_endpoints(&self.view.known.load().range, self.kept, kept);
             self.kept = kept;
         }
     }
@@ -309,7 +309,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         if self.kept > 0 {
-            telemetry::kept_endpoints(&self.view.known.load().range, self.kept, 0);
+            telemetry::report_kept_endpoints(&self.view.known.load().range, self.kept, 0);
         }
     }
 }
