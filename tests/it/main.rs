@@ -16,5 +16,6 @@ mod invalid_arguments;
 mod migration;
 mod named_clients;
 mod registrar;
+mod structure;
 mod support;
 mod testing;
