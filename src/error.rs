@@ -222,6 +222,10 @@ pub enum Error {
         /// The instance's key in etcd.
         key: String,
     },
+
+    /// The registrar was closed, and accepts no registration any more.
+    #[error("the registrar is closed; build another one to register")]
+    RegistrarClosed,
 }
 
 fn list(names: &[String]) -> String {
@@ -341,7 +345,8 @@ impl Error {
             | Error::CloseAll { .. }
             | Error::Deregistered { .. }
             | Error::Superseded { .. }
-            | Error::InstanceAlreadyRegistered { .. } => false,
+            | Error::InstanceAlreadyRegistered { .. }
+            | Error::RegistrarClosed => false,
         }
     }
 
@@ -584,6 +589,7 @@ mod tests {
                 None,
             ),
             (Error::InstanceAlreadyRegistered { key }, false, true, None),
+            (Error::RegistrarClosed, false, true, None),
         ];
         for (error, retryable, permanent, code) in table {
             assert_eq!(error.is_retryable(), retryable, "{error}");

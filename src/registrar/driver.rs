@@ -59,6 +59,28 @@ impl LeaseGroup {
         self.reconciler.lock()
     }
 
+    /// Waits until no registration and no lease is left.
+    ///
+    /// # Errors
+    ///
+    /// The error that closed the client, because the driver does no more work then.
+    pub(super) async fn wait_until_empty(&self) -> Result<()> {
+        loop {
+            // Created before the check, so that a step right after the check is not missed.
+            let stepped = self.stepped.notified();
+            {
+                let reconciler = self.lock();
+                if reconciler.is_empty() {
+                    return Ok(());
+                }
+                if let Some(error) = reconciler.closed() {
+                    return Err(error.clone());
+                }
+            }
+            stepped.await;
+        }
+    }
+
     fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }

@@ -4,19 +4,22 @@ use std::fmt;
 use std::sync::Arc;
 
 use futures::Stream;
+use futures::future::join_all;
+use parking_lot::Mutex;
 
 use super::lease_groups::LeaseGroups;
-use super::registration::Registration;
+use super::registration::{Registration, WeakRegistration};
 use super::settings::Settings;
-use super::state::Desired;
+use super::state::{Desired, RegistrationState};
 use crate::client::Client;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::instance::Instance;
 
 /// Keeps instances registered in etcd. Cheap to clone; clones share their leases.
 ///
-/// Dropping the last clone and the last [`Registration`] made through it ends the registrar's task,
-/// which first tries once to delete the keys that are left.
+/// To end gracefully, use [`close`](Self::close). Dropping the last clone and the last
+/// [`Registration`] made through it ends the registrar's tasks, which first try once to delete the
+/// keys that are left.
 ///
 /// ```no_run
 /// # async fn example(client: goo_etcd::Client) -> Result<(), Box<dyn std::error::Error>> {
@@ -27,19 +30,43 @@ use crate::instance::Instance;
 ///     .register(Instance::new("greeter", "10.0.0.5:50051"))
 ///     .await?;
 /// // The service runs. Before it ends:
-/// registration.deregister().await?;
+/// registrar.close().await?;
 /// # Ok(())
 /// # }
 /// ```
 #[derive(Clone)]
 pub struct Registrar {
     groups: Arc<LeaseGroups>,
+    registrations: Arc<Mutex<Registrations>>,
+}
+
+/// The registrations made through a registrar.
+#[derive(Default)]
+struct Registrations {
+    /// Whether the registrar was closed.
+    closed: bool,
+    handles: Vec<WeakRegistration>,
+}
+
+impl Registrations {
+    /// The registrations that are held and not deregistered.
+    fn held(&self) -> Vec<Registration> {
+        let held = self.handles.iter().filter_map(WeakRegistration::upgrade);
+        held.filter(|held| held.state() != RegistrationState::Deregistered)
+            .collect()
+    }
+
+    fn add(&mut self, registration: &Registration) {
+        self.handles.retain(WeakRegistration::is_held);
+        self.handles.push(registration.downgrade());
+    }
 }
 
 impl Registrar {
     pub(super) fn from_settings(client: Client, settings: Settings) -> Self {
         Self {
             groups: Arc::new(LeaseGroups::new(client, settings)),
+            registrations: Arc::default(),
         }
     }
 
@@ -53,10 +80,11 @@ impl Registrar {
     /// After an error the instance is not registered. To keep trying, use
     /// [`register_eventually`](Self::register_eventually).
     ///
-    /// - [`Error::Invalid`](crate::Error::Invalid) if the instance cannot be registered, or not in
+    /// - [`Error::Invalid`] if the instance cannot be registered, or not in
     ///   one of the registrar's formats.
-    /// - [`Error::InstanceAlreadyRegistered`](crate::Error::InstanceAlreadyRegistered) if this
+    /// - [`Error::InstanceAlreadyRegistered`] if this
     ///   registrar has a registration with one of the keys.
+    /// - [`Error::RegistrarClosed`] after [`close`](Self::close).
     /// - etcd's error if etcd refuses the write, for example because of a missing permission.
     /// - The last failure if etcd cannot be reached within the client's request timeout.
     pub async fn register(&self, instance: Instance) -> Result<Registration> {
@@ -70,9 +98,8 @@ impl Registrar {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) and
-    /// [`Error::InstanceAlreadyRegistered`](crate::Error::InstanceAlreadyRegistered), before
-    /// anything is sent.
+    /// [`Error::Invalid`], [`Error::InstanceAlreadyRegistered`] and [`Error::RegistrarClosed`],
+    /// before anything is sent.
     pub fn register_eventually(&self, instance: Instance) -> Result<Registration> {
         let (registration, _) = self.add(instance, Desired::Registered)?;
         Ok(registration)
@@ -120,15 +147,59 @@ impl Registrar {
         Ok(registration)
     }
 
+    /// The registrations made through this registrar and its clones that are not deregistered, in
+    /// the order in which they were made.
+    ///
+    /// A registration is missing once its last clone was dropped. The returned clones keep their
+    /// instances registered while they are held.
+    pub fn registrations(&self) -> Vec<Registration> {
+        self.registrations.lock().held()
+    }
+
+    /// Ends all registrations gracefully: [drains](Registration::drain) them at the same time, for
+    /// the builder's [`leave_grace`](crate::RegistrarBuilder::leave_grace), and returns when etcd
+    /// has deleted the keys and revoked the leases.
+    ///
+    /// After the call this registrar and its clones accept no registration, and return
+    /// [`Error::RegistrarClosed`]. The client stays open. Another call waits for the registrations
+    /// that are left, and returns at once if there are none.
+    ///
+    /// If etcd cannot be reached, this takes the grace period and up to three request timeouts of
+    /// the client. Dropping the future leaves each registration as it is at that moment,
+    /// registered, marked as draining or deregistered, and the registrar closed; call `close` again
+    /// to continue.
+    ///
+    /// # Errors
+    ///
+    /// The first error of a registration, as for [`Registration::deregister`]; [`Error::Timeout`]
+    /// if etcd does not revoke the leases within the client's request timeout. The registrations
+    /// are deregistered in any case: the registrar keeps trying to delete the keys while one of its
+    /// clones is held.
+    pub async fn close(&self) -> Result<()> {
+        let registrations = {
+            let mut registrations = self.registrations.lock();
+            registrations.closed = true;
+            registrations.held()
+        };
+        let results = join_all(registrations.iter().map(Registration::leave)).await;
+        results.into_iter().collect::<Result<()>>()?;
+        self.groups.wait_until_released().await
+    }
+
     /// Adds a registration. Returns the generation to wait for.
     fn add(&self, instance: Instance, desired: Desired) -> Result<(Registration, u64)> {
         instance.validate()?;
         let target = self.groups.settings().encode(&instance)?;
         let keys = target.keys().cloned().collect();
+        let mut registrations = self.registrations.lock();
+        if registrations.closed {
+            return Err(Error::RegistrarClosed);
+        }
         let (group, handle) = self.groups.register(target, desired)?;
         let generation = handle.generation;
         let groups = Arc::clone(&self.groups);
         let registration = Registration::new(groups, group, keys, instance, handle);
+        registrations.add(&registration);
         Ok((registration, generation))
     }
 }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::try_join_all;
 use parking_lot::Mutex;
+use tokio::time::timeout;
 
 use super::driver::{self, LeaseGroup};
 use super::settings::Settings;
@@ -68,6 +70,27 @@ impl LeaseGroups {
         });
         let handle = group.with_reconciler(|reconciler| reconciler.register(target, desired))?;
         Ok((group, handle))
+    }
+
+    /// Waits until etcd has none of the keys and leases any more, for up to the client's request
+    /// timeout, and ends the drivers.
+    pub(super) async fn wait_until_released(&self) -> Result<()> {
+        let groups = self.groups.lock().clone();
+        let limit = self.request_timeout();
+        let all_empty = try_join_all(groups.iter().map(|group| group.wait_until_empty()));
+        match timeout(limit, all_empty).await {
+            Ok(result) => drop(result?),
+            Err(_) => {
+                return Err(Error::Timeout {
+                    operation: "release of the registrar's leases".into(),
+                    after: limit,
+                });
+            }
+        }
+        for group in &groups {
+            group.abandon();
+        }
+        Ok(())
     }
 
     /// Starts the driver of a new group. Dropping the `LeaseGroups` ends the driver.

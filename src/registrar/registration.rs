@@ -65,6 +65,21 @@ impl Inner {
     }
 }
 
+/// A reference to a registration that does not keep the instance registered.
+pub(super) struct WeakRegistration(Weak<Inner>);
+
+impl WeakRegistration {
+    /// Whether a handle of the registration is left.
+    pub(super) fn is_held(&self) -> bool {
+        self.0.strong_count() > 0
+    }
+
+    /// The registration, unless its last handle was dropped.
+    pub(super) fn upgrade(&self) -> Option<Registration> {
+        self.0.upgrade().map(|inner| Registration { inner })
+    }
+}
+
 impl Registration {
     pub(super) fn new(
         groups: Arc<LeaseGroups>,
@@ -84,6 +99,10 @@ impl Registration {
                 status: handle.status,
             }),
         }
+    }
+
+    pub(super) fn downgrade(&self) -> WeakRegistration {
+        WeakRegistration(Arc::downgrade(&self.inner))
     }
 
     /// The instance's key in etcd, in the first format.
@@ -212,6 +231,15 @@ impl Registration {
         self.inner.start_deregistration();
         let is_gone = |status: &Status| status.state == RegistrationState::Deregistered;
         self.wait(is_gone, "deregistration").await
+    }
+
+    /// Drains the registration, or waits for a deregistration that was started before.
+    pub(super) async fn leave(&self) -> Result<()> {
+        if self.inner.status.borrow().terminal {
+            return self.deregister().await;
+        }
+        let grace = self.inner.groups.settings().leave_grace;
+        self.drain(grace).await
     }
 
     /// Waits for `signal`, and then [drains](Self::drain) the registration with the registrar's
