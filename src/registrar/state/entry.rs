@@ -97,7 +97,7 @@ impl Entry {
         self.needs_check
             || match self.presence {
                 Presence::Present { generation } => generation != self.generation,
-                Presence::Absent | Presence::InDoubt => true,
+                Presence::Absent | Presence::InDoubt | Presence::Deleting => true,
                 Presence::Superseded { .. } => false,
             }
     }
@@ -143,7 +143,7 @@ impl Entry {
     /// Begins to delete the entry's keys from etcd.
     pub(super) fn begin_delete(&mut self, own_leases: Vec<i64>, now: Instant) -> Action {
         self.schedule.record_attempt(now);
-        self.presence.mark_removed();
+        self.presence.mark_deleting();
         Action::Delete {
             key: self.id.key.clone(),
             keys: self.keys().cloned().collect(),

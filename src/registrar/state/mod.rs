@@ -6,7 +6,7 @@
 //! [`update`](Reconciler::update), [`set_ready`](Reconciler::set_ready),
 //! [`deregister`](Reconciler::deregister)). The driver calls [`step`](Reconciler::step), performs
 //! the returned [`Action`], and reports its [`Outcome`] and the changes seen by the watches to
-//! [`on_event`](Reconciler::on_event). No I/O and no clock in here.
+//! [`on_event`](Reconciler::on_event). The state machine does no I/O and reads no clock.
 //!
 //! No entry is ever given up: a failed action is retried, and after the loss of a lease all entries
 //! are written again under a new one.
@@ -70,8 +70,8 @@
 //! **Watch lost.** The new watch may have missed changes, so its start causes a check.
 //!
 //! **etcd full** (`RESOURCE_EXHAUSTED`), or another fault of etcd as a whole: all mutations wait
-//! for the backoff, and the failed entry goes to the back of the queue. Deletions are tried first,
-//! because a full etcd still accepts them. Renewals continue.
+//! for the backoff, and the failed entry goes to the back of the queue. Among new requests, deletions
+//! come first, because a full etcd still accepts them. Renewals continue.
 //!
 //! **Permission denied**, or another refusal of one entry: only that entry pauses, and is retried
 //! after its own backoff because permissions can change.

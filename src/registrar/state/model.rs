@@ -30,6 +30,8 @@ enum Op {
     SetReady(u8, bool),
     /// Perform up to this number of actions.
     Work(u8),
+    /// Perform one action; the late writes and all events arrive before its response.
+    WorkLate,
     /// Perform one action whose response is lost.
     LoseResponse(Fate),
     /// Apply the late writes.
@@ -72,6 +74,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => id.clone().prop_map(Deregister),
         2 => (id, any::<bool>()).prop_map(|(id, ready)| SetReady(id, ready)),
         8 => (1u8..5).prop_map(Work),
+        3 => Just(WorkLate),
         5 => fate.prop_map(LoseResponse),
         3 => Just(ApplyLateWrites),
         6 => (1u8..6).prop_map(DeliverEvents),
@@ -332,6 +335,14 @@ impl Harness {
         }
     }
 
+    fn work_late(&mut self) {
+        let Some(action) = self.step() else { return };
+        let outcome = self.perform(&action);
+        self.apply_late_writes();
+        self.deliver_events(usize::MAX);
+        self.finish(action, outcome);
+    }
+
     fn lose_response(&mut self, fate: Fate) {
         let Some(action) = self.step() else { return };
         match fate {
@@ -392,6 +403,7 @@ impl Harness {
                 }
             }
             Op::Work(actions) => self.work(actions),
+            Op::WorkLate => self.work_late(),
             Op::LoseResponse(fate) => self.lose_response(fate),
             Op::ApplyLateWrites => self.apply_late_writes(),
             Op::DeliverEvents(events) => self.deliver_events(events.into()),

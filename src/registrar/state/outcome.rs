@@ -120,7 +120,7 @@ impl Reconciler {
         match outcome {
             Outcome::Done => {
                 if let Some(entry) = self.entries.get_mut(key) {
-                    entry.presence = Presence::Absent;
+                    entry.presence.mark_deleted();
                     // A later return counts as a new registration, which takes the keys from
                     // others.
                     entry.established = false;

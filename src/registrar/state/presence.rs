@@ -16,21 +16,25 @@ pub(in crate::registrar) enum Desired {
 /// ```text
 ///            write sent            seen in etcd
 ///   Absent ------------> InDoubt ---------------> Present { generation }
-///     ^  ^                 |  ^   deletion sent         |
-///     |  |  deleted        |  +-------------------------+
-///     |  +-----------------+                            |
-///     |                                                 |
-///     +----------- lease lost or revoked ---------------+
+///     ^  ^                    |                          |
+///     |  |    deletion sent   v                          |
+///     |  +-- deleted ------ Deleting <-------------------+
+///     |                                                  |
+///     +-------------- lease lost or revoked -------------+
 /// ```
 ///
 /// `Superseded` is reached from every state when another registration is found at one of the keys.
-/// A write leads from there to `Present`, a deletion to `InDoubt` or `Absent`.
+/// From there a write leads to `Present`, and a deletion to `Deleting` or `Absent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Presence {
-    /// The keys cannot exist.
+    /// The keys do not exist. Only a late write, as [`Entry::late_write`] describes, can create them.
+    ///
+    /// [`Entry::late_write`]: super::entry::Entry::late_write
     Absent,
-    /// Some of the keys may exist: a write or a deletion was sent, and its effect is not confirmed.
+    /// Some of the keys may exist, because a write was sent and its effect is not confirmed.
     InDoubt,
+    /// Some of the keys may exist. A deletion was sent, and no write has arrived since.
+    Deleting,
     /// The keys existed with the values of this generation.
     Present { generation: u64 },
     /// Another registration owns one of the keys. The entry waits until a watch reports a change.
@@ -66,7 +70,7 @@ impl Presence {
     /// Records that a write was sent, or may still arrive.
     pub(super) fn mark_maybe_written(&mut self) {
         match self {
-            Self::Absent => *self = Self::InDoubt,
+            Self::Absent | Self::Deleting => *self = Self::InDoubt,
             Self::Superseded { in_doubt } => *in_doubt = true,
             Self::InDoubt | Self::Present { .. } => {}
         }
@@ -79,12 +83,20 @@ impl Presence {
     }
 
     /// Records that a deletion was sent, or is not needed: the keys no longer count as present.
-    pub(super) fn mark_removed(&mut self) {
+    pub(super) fn mark_deleting(&mut self) {
         *self = if self.may_exist() {
-            Self::InDoubt
+            Self::Deleting
         } else {
             Self::Absent
         };
+    }
+
+    /// Records that the deletion was executed. A write that arrived meanwhile may have followed the
+    /// deletion, so the keys stay in doubt.
+    pub(super) fn mark_deleted(&mut self) {
+        if *self == Self::Deleting {
+            *self = Self::Absent;
+        }
     }
 
     /// Records that the lease is gone, and with it every key under it.

@@ -175,7 +175,7 @@ impl Reconciler {
             return None;
         };
         for entry in self.entries.values_mut() {
-            entry.presence.mark_removed();
+            entry.presence.mark_deleting();
         }
         Some(Action::Revoke { lease: lease.id() })
     }
@@ -190,7 +190,7 @@ impl Reconciler {
                 return true;
             }
             if entry.desired == Desired::HeldBack {
-                entry.presence.mark_removed();
+                entry.presence.mark_deleting();
                 entry.status.set_state(RegistrationState::Unready);
                 return true;
             }

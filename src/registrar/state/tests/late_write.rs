@@ -37,6 +37,22 @@ fn arrival_after_the_deletion_is_deleted_as_well() {
 }
 
 #[test]
+fn arrival_during_the_deletion_is_deleted_as_well() {
+    let (mut harness, [a, _b]) = Harness::with_lease(["a", "b"]);
+    let lost = harness.action();
+    harness.fail(&lost);
+    harness.deregister(&a);
+    harness.advance(MAX_BACKOFF);
+    let delete = harness.action();
+    assert_eq!(short(&delete), "delete a");
+    // The write arrives after etcd has executed the deletion, but before its response.
+    harness.key_changed("a", 11, stored(1, "a"));
+    harness.finish(&delete, Outcome::Done);
+    assert_eq!(harness.settle(1), ["take b @1 #0", "delete a"]);
+    assert_eq!(state(&a), RegistrationState::Deregistered);
+}
+
+#[test]
 fn new_entry_of_the_key_inherits_it() {
     for is_lost_before in [true, false] {
         let mut harness = Harness::new();
