@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use tokio::time::timeout;
 
 use super::state::{Action, Ensure, Outcome, StoredKey, WritePlan};
+use crate::client::etcd_error::EtcdError;
 use crate::client::{Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse};
 use crate::error::{Error, Result};
 
@@ -36,16 +37,11 @@ impl Executor {
     pub(super) async fn perform(&self, action: Action) -> (Action, Result<Outcome>) {
         let limit = self.ttl / 3;
         let result = match timeout(limit, self.execute(&action)).await {
-            Ok(Err(Error::LeaseNotFound { .. })) => Ok(Outcome::LeaseGone),
-            Ok(Err(error)) if error.code() == Some(tonic::Code::NotFound) => Ok(Outcome::LeaseGone),
-            // The client names the operation "txn"; the action also names the keys.
-            Ok(Err(Error::Rpc { status, .. }))
-                if matches!(action, Action::Ensure(_) | Action::Delete { .. }) =>
-            {
-                let operation = action.to_string();
-                Err(Error::Rpc { operation, status })
+            Ok(Err(error)) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
+                Ok(Outcome::LeaseGone)
             }
-            Ok(result) => result,
+            Ok(Err(error)) => Err(name_keys(error, &action)),
+            Ok(Ok(outcome)) => Ok(outcome),
             Err(_) => Err(Error::Timeout {
                 operation: action.to_string(),
                 after: limit,
@@ -58,10 +54,18 @@ impl Executor {
         match action {
             Action::Grant => self.grant().await,
             Action::Renew { lease } => self.renew(*lease).await,
-            Action::Ensure(ensure) => self.ensure(ensure).await,
+            Action::Ensure(ensure) => {
+                let outcome = self.ensure(ensure).await?;
+                outcome.ok_or_else(|| conflict_error(action))
+            }
             Action::Delete {
                 keys, own_leases, ..
-            } => self.delete(keys, own_leases).await,
+            } => {
+                let is_deleted = self.delete(keys, own_leases).await?;
+                is_deleted
+                    .then_some(Outcome::Done)
+                    .ok_or_else(|| conflict_error(action))
+            }
             Action::Revoke { lease } => {
                 self.client.revoke(*lease).await?;
                 Ok(Outcome::Done)
@@ -89,15 +93,16 @@ impl Executor {
         Ok(Outcome::Renewed)
     }
 
-    async fn ensure(&self, ensure: &Ensure) -> Result<Outcome> {
+    /// Brings an entry's keys into etcd; `None` after too many conflicts.
+    async fn ensure(&self, ensure: &Ensure) -> Result<Option<Outcome>> {
         let record_keys = ensure.records.iter().map(|(key, _)| key);
         let keys: Vec<&String> = record_keys.chain(&ensure.stale_keys).collect();
         for _ in 0..MAX_CONFLICTS {
             let (revision, mut found) = self.read(&keys).await?;
             let stale = found.split_off(ensure.records.len());
             let (put, delete) = match ensure.plan(&found, &stale) {
-                WritePlan::UpToDate => return Ok(Outcome::Ensured { revision }),
-                WritePlan::Superseded { by } => return Ok(Outcome::Superseded { by }),
+                WritePlan::UpToDate => return Ok(Some(Outcome::Ensured { revision })),
+                WritePlan::Superseded { by } => return Ok(Some(Outcome::Superseded { by })),
                 WritePlan::Write { put, delete } => (put, delete),
             };
             let as_read = keys.iter().zip(found.iter().chain(&stale));
@@ -108,13 +113,14 @@ impl Executor {
             let stale_keys = delete.iter().filter_map(|at| ensure.stale_keys.get(*at));
             let deletes = stale_keys.map(|key| TxnOp::delete(key.as_str(), None));
             if let Some(revision) = self.commit(as_read, puts.chain(deletes)).await? {
-                return Ok(Outcome::Ensured { revision });
+                return Ok(Some(Outcome::Ensured { revision }));
             }
         }
-        Err(conflict_error())
+        Ok(None)
     }
 
-    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<Outcome> {
+    /// Deletes the keys that this registrar owns; `false` after too many conflicts.
+    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<bool> {
         let keys: Vec<&String> = keys.iter().collect();
         let is_own = |stored: &Option<StoredKey>| {
             let stored = stored.as_ref();
@@ -127,10 +133,10 @@ impl Executor {
             let deletes = own.iter().map(|(key, _)| TxnOp::delete(key.as_str(), None));
             let as_read = own.iter().copied();
             if own.is_empty() || self.commit(as_read, deletes).await?.is_some() {
-                return Ok(Outcome::Done);
+                return Ok(true);
             }
         }
-        Err(conflict_error())
+        Ok(false)
     }
 
     /// Reads the keys in one linearizable transaction. Returns the revision of the read, and the
@@ -172,11 +178,27 @@ impl Executor {
     }
 }
 
-fn conflict_error() -> Error {
-    let message = format!("gave up after {MAX_CONFLICTS} conflicting writes by another client");
-    Error::Rpc {
-        operation: "write".into(),
-        status: Box::new(tonic::Status::aborted(message)),
+fn conflict_error(action: &Action) -> Error {
+    Error::Conflict {
+        operation: action.to_string(),
+        attempts: MAX_CONFLICTS,
+    }
+}
+
+/// Names the action's keys in the error of a transaction, which the client calls just "txn".
+fn name_keys(error: Error, action: &Action) -> Error {
+    if !matches!(action, Action::Ensure(_) | Action::Delete { .. }) {
+        return error;
+    }
+    let operation = action.to_string();
+    match error {
+        Error::Rpc { status, .. } => Error::Rpc { operation, status },
+        Error::NotConnected { after, reason, .. } => Error::NotConnected {
+            operation,
+            after,
+            reason,
+        },
+        other => other,
     }
 }
 

@@ -177,12 +177,16 @@ impl Reconciler {
         }
     }
 
-    /// Pauses one entry, because etcd refused its keys. The others continue.
+    /// Pauses one entry, because of an error that concerns only its keys. The others continue.
     fn on_refused(&mut self, key: &str, error: Error, now: Timestamp) {
         if let Some(entry) = self.entries.get_mut(key) {
+            let fault = match error {
+                Error::Conflict { .. } => "another client keeps changing the keys",
+                _ => "etcd refused the request",
+            };
             entry.schedule.pause_after_refusal(now.instant);
             entry.status.set_error(Some(error));
-            entry.report_recovering("etcd refused the request", now);
+            entry.report_recovering(fault, now);
         }
     }
 
@@ -199,6 +203,6 @@ impl Reconciler {
 /// Whether an error concerns one entry only: etcd refused its keys, or other clients keep writing
 /// to them. Other errors concern the connection to etcd, or etcd itself.
 fn is_entry_error(error: &Error) -> bool {
-    let is_conflict = error.code() == Some(tonic::Code::Aborted);
-    (error.is_permanent() && !error.is_closed()) || is_conflict
+    let is_refusal = error.is_permanent() && !error.is_closed();
+    is_refusal || matches!(error, Error::Conflict { .. })
 }
