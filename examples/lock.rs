@@ -1,4 +1,5 @@
-//! Work that only one process may do at a time. Run `cargo run --example lock` several times at once.
+//! Work that only one process may do at a time. Run `cargo run --example lock` several times at
+//! once.
 
 use std::time::Duration;
 

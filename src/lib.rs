@@ -63,8 +63,8 @@
 //! - [`Config`] comes from code, from the [environment](Config::from_env), or from a file through
 //!   serde.
 //! - [`mod@format`] defines how an instance is written in etcd: like Go's
-//!   `go.etcd.io/etcd/client/v3/naming` (the default), go-zero, kratos, kitex, go-micro or dubbo-go,
-//!   or in several formats at once.
+//!   `go.etcd.io/etcd/client/v3/naming` (the default), go-zero, kratos, kitex, go-micro or
+//!   dubbo-go, or in several formats at once.
 //! - `testing` (a feature) runs real etcd servers for tests, and injects faults.
 //!
 //! # Runtime and features

@@ -3,8 +3,8 @@
 //!
 //! | name | kind | labels | meaning |
 //! |---|---|---|---|
-//! | `goo_etcd_mass_deletions_total` | counter | `service` | mass deletions that a channel's guard has handled |
-//! | `goo_etcd_kept_endpoints` | gauge | `service` | connected endpoints that a channel keeps after a mass deletion |
+//! | `goo_etcd_mass_deletions_total` | counter | `service` | mass deletions handled by guards |
+//! | `goo_etcd_kept_endpoints` | gauge | `service` | connected endpoints kept after mass deletions |
 //!
 //! The label is the key prefix of the service's instances, such as `services/greeter/`.
 

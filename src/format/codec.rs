@@ -65,7 +65,7 @@ pub trait Format: Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// Fails if the value is not of this format. The directory then skips the entry and keeps all
-    /// others. It treats a panic in this method the same way, unless panics abort the process.
+    /// others. A panic in this method counts as such a failure, unless panics abort the process.
     fn decode(
         &self,
         context: KeyContext<'_>,

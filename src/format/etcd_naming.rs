@@ -19,8 +19,8 @@ use super::reserved_metadata::{self, DRAINING};
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// The metadata key for a `Metadata` that is not an object, so that it is not lost. A string is
-/// kept as it is, any other JSON as its text. It is written back as a string.
+/// The metadata key for a `Metadata` that is not an object, so that its value is not lost. A string
+/// is kept as it is, any other JSON as its text. The value is written back as a string.
 const BARE_METADATA: &str = "";
 
 /// etcd's own naming convention (`go.etcd.io/etcd/client/v3/naming`), the default.
@@ -73,7 +73,7 @@ impl Format for EtcdNaming {
 
     fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let fields = Object::parse(value)?;
-        // `Op` has no meaning in a stored value, but a Go reader refuses one that is not a `uint8`.
+        // `Op` has no meaning in a stored value, but a Go reader refuses all types but `uint8`.
         fields.unsigned("Op", u8::MAX.into())?;
         let address = fields.string("Addr")?;
         if address.is_empty() {

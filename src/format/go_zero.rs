@@ -18,7 +18,7 @@ use crate::instance::{Instance, validate_address};
 /// The format carries the address alone. Keys other than `service/number` belong to other services
 /// and are not shown. The service's name is what go-zero calls the key (`user.rpc`).
 ///
-/// In go-zero the number is the lease's id or one that the publisher chose. Ours does not depend on
+/// In go-zero the number is the lease's id, or chosen by the publisher. Ours does not depend on
 /// the lease, so that it stays the same when the lease is lost: the instance's id if that is a
 /// decimal number of 64 bits, otherwise the id's hash (FNV-1a, 63 bits). Read back, an instance's
 /// id is its address, because several keys may stand for one instance.

@@ -20,7 +20,7 @@ use crate::instance::Instance;
 /// With an empty prefix the keys are `/service/id`.
 ///
 /// The first endpoint URL with the scheme `grpc` (plaintext) or `grpcs` (TLS) is the address. An
-/// entry without such a URL is not shown, and neither is one that names another service. `grpcs`
+/// entry without such a URL, or with the name of another service, is not shown. `grpcs`
 /// reads as [`Instance::tls`] `Some(true)`, and `grpc` as `None`, so that no entry in etcd can make
 /// a client give up TLS. As in kratos' own reader, entries with the same address are one instance,
 /// and the one written last counts.
@@ -145,7 +145,7 @@ impl Format for Kratos {
     }
 }
 
-/// The endpoint URL of an instance without a list of its own.
+/// The endpoint URL of an instance whose metadata has no list.
 fn endpoint_url(instance: &Instance) -> String {
     let scheme = match instance.tls {
         Some(true) => "grpcs",
@@ -154,7 +154,7 @@ fn endpoint_url(instance: &Instance) -> String {
     format!("{scheme}://{}", instance.address)
 }
 
-/// The endpoint URLs to write. Removes the list from the metadata if that is what is written.
+/// The endpoint URLs to write. If these are the list in the metadata, removes it from there.
 fn take_endpoints(
     instance: &Instance,
     metadata: &mut BTreeMap<String, String>,

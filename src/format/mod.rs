@@ -3,7 +3,7 @@
 //! A [`Format`] maps an instance to a key and a value, and back. A registrar writes one or several
 //! formats, and a directory reads one or several. [`EtcdNaming`] is the default: etcd's own naming
 //! convention, which gRPC clients in Go resolve as `etcd:///services/greeter`. The other formats
-//! match what Go frameworks write and read, byte for byte.
+//! match those of Go frameworks byte for byte.
 //!
 //! | format | prefix | key below it | time to live |
 //! |---|---|---|---|
@@ -34,11 +34,11 @@
 //!
 //! # Reading what Go wrote
 //!
-//! The decoders accept what a Go reader accepts: field names match in any case, unknown fields are
-//! ignored, a missing field or `null` is the zero value, and the last of several equal fields
-//! counts. A wrong type or an overflow is an error of that entry alone. The directory skips the
-//! entry and counts it ([`Snapshot::undecodable`](crate::Snapshot::undecodable)); all other entries
-//! stay.
+//! The decoders accept the same values as a Go reader: field names match in any case, unknown
+//! fields are ignored, a missing field or `null` is the zero value, and the last of several equal
+//! fields counts. A wrong type or an overflow is an error of that entry alone. The directory skips
+//! the entry and counts it ([`Snapshot::undecodable`](crate::Snapshot::undecodable)); all other
+//! entries stay.
 //!
 //! # A format of your own
 //!

@@ -239,7 +239,7 @@ fn empty_prefix_is_joined_as_the_frameworks_do() {
         (&GoZero, "svc/7"),
         // go-micro uses `path.Join`, which leaves out empty parts.
         (&GoMicro, "svc/7"),
-        // The others use `"%s/%s/%s"` or the like.
+        // The others use `"%s/%s/%s"` or an equivalent.
         (&Kratos, "/svc/7"),
         (&Kitex, "/svc/h:1"),
         (&DubboGo, "/svc/h:1"),

@@ -53,8 +53,8 @@ pub(super) fn encode(instance: &Instance) -> BTreeMap<String, String> {
 }
 
 /// Moves metadata into the instance: reserved names into their fields, other names into
-/// `instance.metadata`. The names in `except` count as not reserved, because the format has fields
-/// of its own for them.
+/// `instance.metadata`. The names in `except` count as not reserved, because the format itself has
+/// fields for them.
 ///
 /// A reserved name whose value we cannot read stays in the metadata: another writer may mean
 /// something else by `weight`, and its value must not be lost.

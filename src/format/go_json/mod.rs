@@ -1,8 +1,8 @@
 //! JSON as Go's `encoding/json` writes and reads it.
 //!
-//! People and tools compare registrations byte for byte, so we write exactly what a Go writer
-//! would: no spaces, and `&`, `<`, `>`, U+2028 and U+2029 escaped even in plain strings. We also
-//! accept what a Go reader accepts: field names match in any case, the last of several equal fields
+//! People and tools compare registrations byte for byte, so we write exactly the bytes of a Go
+//! writer: no spaces, and `&`, `<`, `>`, U+2028 and U+2029 escaped even in plain strings. We accept
+//! the same values as a Go reader: field names match in any case, the last of several equal fields
 //! counts, and bytes that are not UTF-8 and lone surrogates (`\ud800`) read as U+FFFD.
 //!
 //! A Go reader accepts two things that we refuse: a number too large for a float in a field that it

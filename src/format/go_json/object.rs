@@ -98,7 +98,7 @@ impl Object {
     }
 
     /// A field of Go's type `map[string]string`, empty if absent. As in Go, a second value adds its
-    /// entries to those of the first, and a `null` removes all entries.
+    /// entries to the first, and a `null` removes all entries.
     pub(in crate::format) fn strings_by_name(
         &self,
         name: &str,
