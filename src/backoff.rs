@@ -1,24 +1,26 @@
-//! Waiting between attempts: exponential, with jitter.
+//! The pauses between attempts: exponential backoff with jitter.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use backon::BackoffBuilder;
 
-/// How the wait grows from one attempt to the next: the factor of gRPC's connection backoff.
+/// The growth from one pause to the next: the factor of gRPC's connection backoff.
 const FACTOR: f32 = 1.6;
 
-/// From half of what the growth has reached up to the whole of it: ten thousand processes that lost
-/// etcd in the same moment do not come back in the same moment. Not from zero, which would let
-/// one process try twice at once.
+/// The random factor of each pause. It spreads the reconnects of ten thousand processes that lose
+/// etcd at the same time. It does not start at zero, because a process could then try twice at once.
 const JITTER: Range<f64> = 0.5..1.0;
 
-/// The first wait for etcd, since most losses are one member restarting, and the longest: what was
-/// lost is to be back within two seconds of etcd's return (G8), so that one second between attempts is
-/// the most.
-const ETCD: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// The first pause before another attempt to reach etcd. Short, because most losses are the restart
+/// of one member.
+const ETCD_MIN: Duration = Duration::from_millis(50);
 
-/// Waits that grow from `min` towards `max`, without end, each with jitter.
+/// The longest pause between attempts to reach etcd. Registrations must be restored within two
+/// seconds after etcd is back, and this leaves one second for the work.
+const ETCD_MAX: Duration = Duration::from_secs(1);
+
+/// An endless sequence of pauses that grow from `min` to `max`, each with jitter.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     min: Duration,
@@ -28,12 +30,12 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// The waits between attempts to reach etcd: from 50 ms to a second.
+    /// The pauses between attempts to reach etcd, from 50 ms to 1 s.
     pub(crate) fn for_etcd() -> Self {
-        Self::with_jitter(ETCD.0, ETCD.1, JITTER)
+        Self::with_jitter(ETCD_MIN, ETCD_MAX, JITTER)
     }
 
-    /// A wait is what the growth has reached times a random number in `jitter`.
+    /// Each pause is multiplied by a random number in `jitter`.
     pub(crate) fn with_jitter(min: Duration, max: Duration, jitter: Range<f64>) -> Self {
         let growth = backon::ExponentialBuilder::new()
             .with_factor(FACTOR)
@@ -49,14 +51,14 @@ impl Backoff {
         }
     }
 
-    /// The next wait.
+    /// The next pause.
     pub(crate) fn next(&mut self) -> Duration {
-        let reached = self.growth.next().unwrap_or(self.max);
+        let pause = self.growth.next().unwrap_or(self.max);
         let Range { start, end } = self.jitter;
-        reached.mul_f64(start + (end - start) * fastrand::f64())
+        pause.mul_f64(start + (end - start) * fastrand::f64())
     }
 
-    /// Starts over, after something has worked.
+    /// Starts again at the first pause, after a success.
     pub(crate) fn reset(&mut self) {
         *self = Self::with_jitter(self.min, self.max, self.jitter.clone());
     }
@@ -67,8 +69,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_grow_to_the_maximum_stay_there_and_start_over_after_a_reset() {
-        let (min, max) = ETCD;
+    fn pauses_grow_to_the_maximum_and_reset() {
+        let (min, max) = (ETCD_MIN, ETCD_MAX);
         let mut backoff = Backoff::for_etcd();
         let first = backoff.next();
         assert!(first >= min / 2 && first <= min, "{first:?}");
