@@ -1,11 +1,11 @@
-//! What one pick costs, by policy and number of endpoints: `cargo bench --bench pick`.
+//! The cost of one pick, by policy and number of endpoints: `cargo bench --bench pick`.
 //!
-//! The picker is private to the crate, so that its files are compiled into this benchmark as they are.
+//! The picker is private to the crate, so this benchmark compiles the picker's files into itself.
 
 #![allow(
     dead_code,
     unused_imports,
-    reason = "not all of the picker is measured, and its own tests do not run here"
+    reason = "parts of the picker are not measured, and its unit tests do not run here"
 )]
 
 #[path = "../src/balance/pick/mod.rs"]
@@ -29,8 +29,7 @@ fn main() {
     divan::main();
 }
 
-/// As far from the picker as a channel's endpoints are: the load and the connections behind pointers of
-/// their own.
+/// Laid out in memory like a channel's endpoints: the load and each connection are behind pointers.
 struct Endpoint {
     endpoint: Arc<Shared>,
     connections: Box<[Arc<Connection>]>,
@@ -44,7 +43,7 @@ struct Connection {
 }
 
 struct Shared {
-    /// What else there is of an endpoint, so that two of them share no cache line.
+    /// Stands for the rest of an endpoint, so that no two endpoints share a cache line.
     _address: [u8; 128],
     load: Load,
 }
@@ -79,10 +78,10 @@ fn picker(policy: BalancePolicy, count: usize) -> Picker<Endpoint> {
                 calls: AtomicUsize::new(0),
                 limit: AtomicUsize::new(100),
             })]),
-            // One has a hundred times the share of the others.
+            // The first endpoint has a hundred times the share of the others.
             weight: if index == 0 { 10_000 } else { 100 + index % 7 },
         };
-        // So far apart that they are compared and not taken as alike.
+        // The latencies differ enough to be compared, and do not count as equal.
         let latency = Duration::from_micros(200 + 1_000 * u64::from(index % 50));
         endpoint.load().observe(latency, false, now);
         (0..index % 5).for_each(|_| endpoint.load().begin());
@@ -94,7 +93,7 @@ fn picker(policy: BalancePolicy, count: usize) -> Picker<Endpoint> {
 fn measure(bencher: Bencher<'_, '_>, policy: BalancePolicy, count: usize) {
     let picker = picker(policy, count);
     bencher.bench_local(|| {
-        // With the clock, as in a call.
+        // A call reads the clock too.
         let picked = picker.pick(Instant::now(), |_| false);
         black_box(picked.map(Candidate::weight))
     });
@@ -116,6 +115,6 @@ fn round_robin(bencher: Bencher<'_, '_>, count: usize) {
 }
 
 #[divan::bench]
-fn the_clock_alone() -> Instant {
+fn clock_only() -> Instant {
     Instant::now()
 }

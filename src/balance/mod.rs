@@ -71,6 +71,6 @@ pub(crate) use call::AttemptedEndpoints;
 pub use call::{RetryPolicy, ServedBy};
 pub use channel::{BalancedChannel, ResponseFuture};
 pub(crate) use grpc_status::status_of_head;
-pub use pick::BalancePolicy;
+pub use pick::{BalancePolicy, ParseBalancePolicyError};
 pub use pool::{EndpointState, EndpointStatus};
 pub use source::Source;

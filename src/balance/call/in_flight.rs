@@ -80,7 +80,7 @@ impl Drop for InFlight {
             self.endpoint.load.observe(waited, true, now);
         } else {
             // The caller cancelled the call. The latency is unknown, but at least this long.
-            self.endpoint.load.observe_at_least(waited, now);
+            self.endpoint.load.observe_lower_bound(waited, now);
         }
     }
 }

@@ -1,32 +1,33 @@
-//! What a pick goes by: how much is in flight on an endpoint, and how long its answers take.
+//! The load of an endpoint: the calls in flight, and the latency of its responses.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How fast an old latency is forgotten: after this time it counts 1/e.
+/// The decay of an old latency: after this time it counts 1/e.
 ///
-/// Finagle and linkerd, where peak EWMA comes from, use 10 s. One slow answer keeps an endpoint
-/// away from its share for a few times this long, which matters more among the handful of endpoints
-/// that most services have than asking a slow one again every ten seconds.
+/// Finagle and linkerd, where peak EWMA comes from, use 10 s. One slow response keeps an endpoint
+/// from its share for a few times this long. Most services have a handful of endpoints, for which
+/// that matters more than trying a slow one again every ten seconds.
 const DECAY: Duration = Duration::from_secs(3);
 
-/// What a failed call costs at least. Failing fast must not make an endpoint look fast, and a second
-/// is more than what an endpoint that works takes.
+/// The least latency that a failed call counts as. Failing fast must not make an endpoint look
+/// fast, and a healthy endpoint takes less than a second.
 const PENALTY: Duration = Duration::from_secs(1);
 
-/// How long one whose last answer was a failure is left alone while there are others. The penalty
-/// alone is less than what a stall of this process makes every other endpoint's latency look like; this
-/// is the time between two attempts to find out whether it works again.
-const AVOIDED: Duration = Duration::from_secs(1);
+/// How long an endpoint is avoided after a failure while there are others. The penalty alone is not
+/// enough, because a stall of this process makes the latency of every other endpoint look higher.
+/// After the cooldown the next call finds out whether the endpoint works again.
+const FAILURE_COOLDOWN: Duration = Duration::from_secs(1);
 
-/// The load of one endpoint. It belongs to the endpoint and survives changes of the set around it.
+/// The load of one endpoint. The endpoint owns it, so that it survives changes of the set.
 #[derive(Debug)]
 pub(crate) struct Load {
     in_flight: AtomicU32,
     latency: Ewma,
-    /// Nanoseconds since the epoch, and one more; 0 unless the last answer was a failure.
+    /// When the last call failed, in nanoseconds since the epoch plus one; 0 if the last call
+    /// succeeded.
     failed: AtomicU64,
 }
 
@@ -43,30 +44,32 @@ impl Load {
         }
     }
 
-    /// Calls that were sent and whose answers have not ended.
+    /// Attempts that were sent and whose response body has not ended.
     pub(crate) fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The moving peak of the latency, `None` before the first answer.
+    /// The moving peak of the latency; `None` before the first response.
     pub(crate) fn latency(&self, now: Instant) -> Option<Duration> {
         self.latency
             .at(now)
             .map(|nanos| Duration::from_nanos(nanos as u64))
     }
 
-    /// In nanoseconds.
+    /// [`latency`](Self::latency) in nanoseconds.
     pub(crate) fn latency_nanos(&self, now: Instant) -> Option<f64> {
         self.latency.at(now)
     }
 
-    /// Whether it has failed last, a moment ago.
+    /// Whether the last call failed, less than [`FAILURE_COOLDOWN`] ago.
     pub(crate) fn is_failing(&self, now: Instant) -> bool {
         let failed = self.failed.load(Ordering::Relaxed);
         failed != 0
-            && u128::from(self.latency.since_epoch(now).saturating_sub(failed)) < AVOIDED.as_nanos()
+            && u128::from(self.latency.since_epoch(now).saturating_sub(failed))
+                < FAILURE_COOLDOWN.as_nanos()
     }
 
+    /// Counts an attempt as in flight, until [`end`](Self::end).
     pub(crate) fn begin(&self) {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
     }
@@ -75,7 +78,7 @@ impl Load {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// An answer came, or the call failed.
+    /// Records the latency of a response or of a failed call.
     pub(crate) fn observe(&self, latency: Duration, failed: bool, now: Instant) {
         let cost = if failed {
             latency.max(PENALTY)
@@ -91,22 +94,23 @@ impl Load {
         }
     }
 
-    /// The call was given up after so long: its answer would have taken longer still.
-    pub(crate) fn observe_at_least(&self, waited: Duration, now: Instant) {
-        // Before the first answer as well: one that hangs from the beginning is not to stay unknown.
+    /// Records how long a cancelled call waited. Its response would have taken longer.
+    pub(crate) fn observe_lower_bound(&self, waited: Duration, now: Instant) {
+        // Without a sample too, so that an endpoint that hangs from the start does not stay
+        // unmeasured.
         if self.latency(now).is_none_or(|latency| latency < waited) {
             self.latency.add(waited, now);
         }
     }
 }
 
-/// Above any latency: 584 years.
+/// No latency is as high as this, 584 years.
 const UNMEASURED: u64 = u64::MAX;
 
 /// A moving average that rises to a peak at once and falls slowly.
 ///
-/// Two words that are written one after the other: a reader between them sees a value that is
-/// off by one sample for nanoseconds, which is less than what a lock would cost every pick.
+/// The two words are written one after the other. A reader in between sees a value that is off by
+/// one sample, for nanoseconds, which matters less than a lock in every pick would.
 #[derive(Debug)]
 struct Ewma {
     epoch: Instant,
@@ -124,7 +128,7 @@ impl Ewma {
         Some(nanos as f64 * self.remaining(now))
     }
 
-    /// The part of the last value that still counts.
+    /// The fraction of the last value that still counts.
     fn remaining(&self, now: Instant) -> f64 {
         let elapsed = self
             .since_epoch(now)
@@ -162,7 +166,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_latency_rises_at_once_and_falls_slowly() {
+    fn latency_rises_at_once_and_falls_slowly() {
         let start = Instant::now();
         let load = Load::new(start);
         assert_eq!(load.latency(start), None);
@@ -178,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_never_looks_fast() {
+    fn failure_counts_as_slow() {
         let start = Instant::now();
         let load = Load::new(start);
         load.observe(MS, true, start);
@@ -188,30 +192,30 @@ mod tests {
     }
 
     #[test]
-    fn what_was_waited_in_vain_is_the_least_that_an_answer_takes() {
+    fn abandoned_call_raises_latency_to_its_wait() {
         let start = Instant::now();
         let load = Load::new(start);
-        load.observe_at_least(50 * MS, start);
+        load.observe_lower_bound(50 * MS, start);
         assert_eq!(load.latency(start), Some(50 * MS));
-        load.observe_at_least(20 * MS, start);
+        load.observe_lower_bound(20 * MS, start);
         assert_eq!(load.latency(start), Some(50 * MS));
-        load.observe_at_least(70 * MS, start);
+        load.observe_lower_bound(70 * MS, start);
         assert_eq!(load.latency(start), Some(70 * MS));
         assert!(!load.is_failing(start));
     }
 
     #[test]
-    fn it_is_failing_until_it_succeeds_or_is_due_for_another_try() {
+    fn failing_ends_with_a_success_or_the_cooldown() {
         let start = Instant::now();
         let load = Load::new(start);
         assert!(!load.is_failing(start));
         load.observe(MS, true, start);
         assert!(load.is_failing(start));
-        assert!(load.is_failing(start + AVOIDED - MS));
-        assert!(!load.is_failing(start + AVOIDED + MS));
-        load.observe(MS, true, start + AVOIDED);
-        assert!(load.is_failing(start + AVOIDED + MS));
-        load.observe(MS, false, start + AVOIDED);
-        assert!(!load.is_failing(start + AVOIDED + MS));
+        assert!(load.is_failing(start + FAILURE_COOLDOWN - MS));
+        assert!(!load.is_failing(start + FAILURE_COOLDOWN + MS));
+        load.observe(MS, true, start + FAILURE_COOLDOWN);
+        assert!(load.is_failing(start + FAILURE_COOLDOWN + MS));
+        load.observe(MS, false, start + FAILURE_COOLDOWN);
+        assert!(!load.is_failing(start + FAILURE_COOLDOWN + MS));
     }
 }

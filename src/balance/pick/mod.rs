@@ -1,56 +1,33 @@
-//! Choosing the endpoint of a call.
+//! Picking the endpoint of an attempt.
 //!
-//! A [`Picker`] is an immutable list of the endpoints that are ready. The channel swaps it for
-//! another when the set or a connection changes; a call reads it without a lock. No pick depends
-//! on how many endpoints there are, and none allocates.
+//! A [`Picker`] is an immutable list of the ready endpoints. The pool swaps it for another when the
+//! set or a connection changes, and calls read it without a lock. The time of a pick does not grow
+//! with the number of endpoints, and a pick allocates nothing.
+//!
+//! To add a policy, add a variant to [`BalancePolicy`] and to [`Algorithm`], and a file beside
+//! `round_robin.rs` that chooses an index.
 
+mod candidate;
 mod load;
+mod policy;
 mod ring;
 mod round_robin;
 mod two_choices;
 
 use tokio::time::Instant;
 
+pub(crate) use candidate::Candidate;
 pub(crate) use load::Load;
+pub use policy::{BalancePolicy, ParseBalancePolicyError};
 use ring::Ring;
 pub(crate) use round_robin::Cursor;
 use round_robin::Schedule;
 
-/// How an endpoint is chosen among those that are ready.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[non_exhaustive]
-pub enum BalancePolicy {
-    /// Of two at random, drawn in proportion to their weights, the one whose latency times calls in flight is
-    /// less, per weight.
-    ///
-    /// The latency is a moving average that rises at once and falls slowly, so that an endpoint that
-    /// turns slow is left alone within a few answers. It counts where it differs by more than a factor of
-    /// two; less is noise, and calls in flight alone decide. The default: it is the best choice whenever
-    /// endpoints, or the ways to them, are not all alike.
-    #[default]
-    PeakEwma,
-    /// Of two at random, drawn in proportion to their weights, the one with fewer calls in flight, per weight
-    /// (gRFC A48).
-    LeastRequest,
-    /// One after the other, each in proportion to its weight, smoothly mixed (gRFC A58).
-    RoundRobin,
-}
-
-/// What can be picked.
-pub(crate) trait Candidate {
-    fn load(&self) -> &Load;
-    /// Above 0.
-    fn weight(&self) -> u32;
-    /// Whether a call can be sent now: a connection may have closed since the picker was made, or have as
-    /// many calls on it as its server allows.
-    fn is_usable(&self) -> bool;
-}
-
-/// The endpoints that are ready, and how to choose among them.
+/// The ready endpoints, and the algorithm that chooses among them.
 #[derive(Debug)]
 pub(crate) struct Picker<C> {
     candidates: Box<[C]>,
-    policy: Algorithm,
+    algorithm: Algorithm,
 }
 
 #[derive(Debug)]
@@ -60,21 +37,21 @@ enum Algorithm {
     RoundRobin(Schedule),
 }
 
-/// How often a choice that cannot be used is replaced by another choice, before all are looked at.
+/// How many unusable or excluded choices the policy may make before all endpoints are searched.
 const CHOICES: usize = 3;
 
 impl<C: Candidate> Picker<C> {
-    /// `cursor` carries the round robin over from the picker before.
+    /// `cursor` continues the round robin of the previous picker.
     pub(crate) fn new(policy: BalancePolicy, candidates: Vec<C>, cursor: &Cursor) -> Self {
         let ring = Ring::new(candidates.iter().map(Candidate::weight));
-        let policy = match policy {
+        let algorithm = match policy {
             BalancePolicy::PeakEwma => Algorithm::PeakEwma(ring),
             BalancePolicy::LeastRequest => Algorithm::LeastRequest(ring),
             BalancePolicy::RoundRobin => Algorithm::RoundRobin(Schedule::new(ring, cursor.clone())),
         };
         Self {
             candidates: candidates.into(),
-            policy,
+            algorithm,
         }
     }
 
@@ -86,27 +63,27 @@ impl<C: Candidate> Picker<C> {
         &self.candidates
     }
 
-    /// The endpoint for a call that begins `now`, if any can be used. One for which `avoid` holds
-    /// is chosen only if there is no other.
-    pub(crate) fn pick(&self, now: Instant, avoid: impl Fn(&C) -> bool) -> Option<&C> {
+    /// Picks a usable endpoint for an attempt that starts `now`. An endpoint that `exclude` matches
+    /// is picked only if no other is usable.
+    pub(crate) fn pick(&self, now: Instant, exclude: impl Fn(&C) -> bool) -> Option<&C> {
         if self.candidates.is_empty() {
             return None;
         }
         for _ in 0..CHOICES {
             let choice = &self.candidates[self.choose(now)];
-            if choice.is_usable() && !avoid(choice) {
+            if choice.is_usable() && !exclude(choice) {
                 return Some(choice);
             }
         }
-        // Rare: several have just closed, or nearly all are to be avoided.
+        // Rare: several connections have just closed, or nearly all endpoints are excluded.
         let start = fastrand::usize(..self.candidates.len());
         let (before, after) = self.candidates.split_at(start);
         let usable = || after.iter().chain(before).filter(|c| c.is_usable());
-        usable().find(|c| !avoid(c)).or_else(|| usable().next())
+        usable().find(|c| !exclude(c)).or_else(|| usable().next())
     }
 
     fn choose(&self, now: Instant) -> usize {
-        match &self.policy {
+        match &self.algorithm {
             Algorithm::PeakEwma(ring) => {
                 let is_faster = |a: &C, b: &C| two_choices::is_faster(a, b, now);
                 two_choices::choose(&self.candidates, ring, now, is_faster)
@@ -164,7 +141,7 @@ mod tests {
     ];
 
     #[test]
-    fn nothing_is_picked_from_nothing_nor_from_what_cannot_be_used() {
+    fn unusable_endpoints_are_never_picked() {
         for policy in POLICIES {
             let none = Picker::<Fake>::new(policy, vec![], &Cursor::default());
             assert!(none.pick(Instant::now(), |_| false).is_none());
@@ -176,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_only_usable_one_of_many_is_always_found() {
+    fn single_usable_endpoint_is_always_found() {
         for policy in POLICIES {
             let mut many = fakes(&[100; 50]);
             many.iter_mut().for_each(|fake| fake.usable = false);
@@ -191,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_to_be_avoided_is_picked_only_if_there_is_no_other() {
+    fn excluded_endpoint_is_the_last_resort() {
         for policy in POLICIES {
             let picker = Picker::new(policy, fakes(&[100, 99, 98]), &Cursor::default());
             for _ in 0..100 {
@@ -203,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn the_loaded_and_the_slow_get_less() {
+    fn loaded_and_slow_endpoints_lose() {
         let now = Instant::now();
         for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
             let three = fakes(&[100, 100, 100]);
@@ -226,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn among_equals_noise_in_the_latency_takes_nobody_their_share() {
+    fn latency_noise_does_not_shift_shares() {
         let now = Instant::now();
         let two = fakes(&[1, 1]);
         two[0]
@@ -243,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_fails_fast_is_left_alone_however_slow_the_others_are() {
+    fn failing_fast_loses_to_slow() {
         let now = Instant::now();
         for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
             let two = fakes(&[3, 2]);
@@ -254,7 +231,7 @@ mod tests {
             for _ in 0..100 {
                 assert_eq!(picker.pick(now, |_| false).unwrap().weight, 2, "{policy:?}");
             }
-            // AttemptedEndpoints again after a while.
+            // The cooldown of the failure is over.
             let later = now + Duration::from_secs(2);
             assert_eq!(
                 picker.pick(later, |_| false).unwrap().weight,
@@ -264,8 +241,8 @@ mod tests {
         }
     }
 
-    /// The part of the picks that each gets, with so many calls in flight at any time, each as long as every
-    /// other.
+    /// The share of the picks that each endpoint gets while `in_flight` calls of equal length are
+    /// in flight.
     fn shares(policy: BalancePolicy, weights: &[u32], in_flight: usize) -> Vec<f64> {
         const PICKS: usize = 100_000;
         let now = Instant::now();
@@ -286,12 +263,12 @@ mod tests {
                 flying.pop_front().unwrap().load.end();
             }
         }
-        let part = |count| f64::from(count) / PICKS as f64;
-        counts.into_iter().map(part).collect()
+        let share = |count| f64::from(count) / PICKS as f64;
+        counts.into_iter().map(share).collect()
     }
 
     #[test]
-    fn weights_are_shares_whether_idle_or_busy() {
+    fn weights_are_shares_when_idle_and_busy() {
         for policy in POLICIES {
             for weights in [
                 &[100, 50][..],
@@ -304,7 +281,8 @@ mod tests {
                     let sum: u32 = weights.iter().sum();
                     for (share, weight) in shares.iter().zip(weights) {
                         let due = f64::from(*weight) / f64::from(sum);
-                        // Few calls at a time cannot be divided exactly; then the heavier has the advantage.
+                        // A few calls cannot be divided exactly; the heavier endpoint gets more
+                        // than its share.
                         let range = match in_flight {
                             0 | 1_000 => due - 0.01..due + 0.01,
                             _ => 0.6 * due..1.2 * due,
@@ -324,7 +302,7 @@ mod tests {
         let now = Instant::now();
         for policy in [BalancePolicy::PeakEwma, BalancePolicy::LeastRequest] {
             let picker = Picker::new(policy, fakes(&[300, 100]), &Cursor::default());
-            // Nothing ever ends, so that the calls in flight are the calls that were picked.
+            // No call ends, so that the calls in flight are the picks.
             for _ in 0..400 {
                 picker.pick(now, |_| false).unwrap().load.begin();
             }

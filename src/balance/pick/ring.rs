@@ -1,25 +1,26 @@
-//! Endpoints side by side, each as long as its weight.
+//! A weighted list: each endpoint has as many slots as its weight.
 
 use std::ops::Range;
 
-/// The longest ring: positions are multiplied by strides, which must not overflow.
-const LONGEST: u64 = 1 << 31;
+/// The longest ring. Positions are multiplied by strides, which must not overflow.
+const MAX_LENGTH: u64 = 1 << 31;
 
-/// The shortest ring of unequal weights: a short one may have no stride near the golden section (one
-/// of six slots has only 1 and 5), so that it is gone over several times at once.
-const SHORTEST: u64 = 64;
+/// The shortest ring of unequal weights. A shorter ring may have no stride near the golden section
+/// (a ring of six slots has only 1 and 5), so each weight is multiplied until the ring is long
+/// enough.
+const MIN_LENGTH: u64 = 64;
 
-/// A ring with one slot for each unit of weight, an endpoint's slots side by side.
+/// A ring with one slot for each unit of weight. The slots of an endpoint are adjacent.
 #[derive(Debug)]
 pub(super) struct Ring {
     length: u64,
-    /// For each endpoint, the slot after its last. Half as long as a `u64`, it leaves more room in the
-    /// processor's caches.
+    /// For each endpoint, the slot after its last. `u32` leaves more room in the processor's caches
+    /// than `u64`.
     ends: Box<[u32]>,
-    /// For each part of the ring, of `1 << part` slots, the endpoint that holds the part's first slot: where
-    /// the search for a slot begins; and the last endpoint.
-    guide: Box<[u32]>,
-    part: u32,
+    /// For each bucket of `1 << bucket_bits` slots, the endpoint of the bucket's first slot, where
+    /// the search for a slot starts. One entry more names the last endpoint.
+    index: Box<[u32]>,
+    bucket_bits: u32,
 }
 
 impl Ring {
@@ -29,13 +30,13 @@ impl Ring {
         let divisor = weights.iter().copied().fold(0, gcd).max(1);
         weights.iter_mut().for_each(|weight| *weight /= divisor);
         let sum: u64 = weights.iter().sum();
-        if sum < SHORTEST && sum > weights.len() as u64 {
-            let times = SHORTEST.div_ceil(sum);
+        if sum < MIN_LENGTH && sum > weights.len() as u64 {
+            let times = MIN_LENGTH.div_ceil(sum);
             weights.iter_mut().for_each(|weight| *weight *= times);
         }
-        if sum > LONGEST {
+        if sum > MAX_LENGTH {
             // Rounding changes the proportions by less than one in a billion per endpoint.
-            let scale = LONGEST as f64 / sum as f64;
+            let scale = MAX_LENGTH as f64 / sum as f64;
             for weight in &mut weights {
                 *weight = ((*weight as f64 * scale) as u64).max(1);
             }
@@ -48,43 +49,46 @@ impl Ring {
             })
             .collect();
         let length = u64::from(ends.last().copied().unwrap_or(0));
-        // At most the mean of the weights, so that no more than one endpoint ends in a part on average.
+        // No bucket is longer than the mean weight, so that on average no more than one endpoint
+        // ends in a bucket.
         let mean = length / (ends.len() as u64).max(1);
-        let part = mean.max(1).ilog2();
-        let holders = (0..length).step_by(1 << part).scan(0, |holder, slot| {
-            while u64::from(ends[*holder]) <= slot {
-                *holder += 1;
+        let bucket_bits = mean.max(1).ilog2();
+        let buckets = (0..length).step_by(1 << bucket_bits);
+        let firsts = buckets.scan(0, |endpoint, slot| {
+            while u64::from(ends[*endpoint]) <= slot {
+                *endpoint += 1;
             }
-            Some(*holder as u32)
+            Some(*endpoint as u32)
         });
         let last = (ends.len() as u32).saturating_sub(1);
-        let guide = holders.chain([last]).collect();
+        let index = firsts.chain([last]).collect();
         Self {
             length,
             ends,
-            guide,
-            part,
+            index,
+            bucket_bits,
         }
     }
 
-    /// How many slots there are.
+    /// The number of slots.
     pub(super) fn length(&self) -> u64 {
         self.length
     }
 
-    /// Whether all weights are the same: then each endpoint has one slot, that of its index.
+    /// Whether all weights are equal. Each endpoint then has one slot, which has the endpoint's
+    /// index.
     pub(super) fn is_even(&self) -> bool {
         self.length == self.ends.len() as u64
     }
 
-    /// The index of the endpoint that has a slot.
-    pub(super) fn holder_of(&self, slot: u64) -> usize {
+    /// The index of the endpoint at a slot.
+    pub(super) fn endpoint_at(&self, slot: u64) -> usize {
         if self.is_even() {
             return slot as usize;
         }
-        let part = (slot >> self.part) as usize;
-        // It is none before the part's first and none after the next part's.
-        let (first, last) = (self.guide[part] as usize, self.guide[part + 1] as usize);
+        let bucket = (slot >> self.bucket_bits) as usize;
+        // The endpoint lies between the first of this bucket and the first of the next.
+        let (first, last) = (self.index[bucket] as usize, self.index[bucket + 1] as usize);
         first + self.ends[first..last].partition_point(|end| u64::from(*end) <= slot)
     }
 
@@ -96,13 +100,14 @@ impl Ring {
         u64::from(start)..u64::from(self.ends[index])
     }
 
-    /// Two endpoints at random, not the same twice, each in proportion to its weight. There must be two.
-    pub(super) fn draw_two(&self) -> (usize, usize) {
-        // From one random number, each half of which is a fraction of the ring; and neither waits for the
-        // other.
+    /// Draws two different endpoints at random, in proportion to their weights. The ring must have
+    /// two.
+    pub(super) fn sample_pair(&self) -> (usize, usize) {
+        // One random number gives two independent fractions of the ring, so that the processor
+        // looks up both at once.
         let random = fastrand::u64(..);
         let halves = [random >> 32, random & u64::from(u32::MAX)];
-        let [first, second] = halves.map(|half| self.holder_of((half * self.length) >> 32));
+        let [first, second] = halves.map(|half| self.endpoint_at((half * self.length) >> 32));
         if first != second {
             return (first, second);
         }
@@ -112,7 +117,7 @@ impl Ring {
         if slot >= of_first.start {
             slot += length;
         }
-        (first, self.holder_of(slot))
+        (first, self.endpoint_at(slot))
     }
 }
 
@@ -125,13 +130,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_are_drawn_in_proportion_to_their_weights_and_never_one_twice() {
+    fn pairs_differ_and_follow_the_weights() {
         const DRAWS: usize = 60_000;
         for weights in [&[1, 1, 1][..], &[3, 2, 1], &[99, 1], &[10, 10, 100]] {
             let ring = Ring::new(weights.iter().copied());
             let mut firsts = vec![0; weights.len()];
             for _ in 0..DRAWS {
-                let (first, second) = ring.draw_two();
+                let (first, second) = ring.sample_pair();
                 assert_ne!(first, second);
                 assert!(second < weights.len());
                 firsts[first] += 1;

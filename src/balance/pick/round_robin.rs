@@ -1,18 +1,18 @@
 //! Weighted round robin, smooth and in constant time.
 //!
-//! Think of a ring with one slot for each unit of weight, an endpoint's slots side by side. Picks
-//! walk the ring with a stride that shares no divisor with its length, so that after as many picks
-//! as there are slots each has been visited exactly once: the proportions are exact. A stride near
-//! the golden section of the ring spreads any endpoint's picks evenly over that time (the
-//! three-distance theorem), which is what makes it smooth. With equal weights the ring has one slot
-//! for each endpoint and the stride is 1: plain round robin.
+//! A ring has one slot for each unit of weight, and the slots of an endpoint are adjacent. Picks
+//! walk the ring with a stride that shares no divisor with its length, so that each slot is visited
+//! exactly once per round: the proportions are exact. A stride near the golden section of the ring
+//! spreads the picks of every endpoint evenly over the round (the three-distance theorem), which
+//! makes it smooth. With equal weights the ring has one slot per endpoint and the stride is 1:
+//! plain round robin.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ring::{Ring, gcd};
 
-/// Whose turn it is; shared by the pickers of a channel, one after another.
+/// The position in the round. The successive pickers of a channel share it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Cursor(Arc<AtomicU64>);
 
@@ -37,12 +37,12 @@ impl Schedule {
         }
     }
 
-    /// The index of the endpoint whose turn it is. There must be one.
+    /// The index of the next endpoint. The ring must have one.
     pub(super) fn choose(&self) -> usize {
         let position = self.cursor.0.fetch_add(1, Ordering::Relaxed);
         let length = self.ring.length();
         self.ring
-            .holder_of(position % length * self.stride % length)
+            .endpoint_at(position % length * self.stride % length)
     }
 }
 
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn ninety_nine_to_one_is_ninety_nine_to_one() {
+    fn every_hundred_picks_are_split_99_to_1() {
         let picks = picks(&[99, 1], 1_000);
         assert_eq!(picks.iter().filter(|pick| **pick == 1).count(), 10);
         for hundred in picks.chunks(100) {
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn picks_are_mixed_not_in_blocks() {
+    fn picks_are_mixed() {
         let picks = picks(&[3, 2, 1], 60);
         let longest_run = picks.chunk_by(|a, b| a == b).map(<[usize]>::len).max();
         assert!(longest_run <= Some(2), "{picks:?}");
@@ -93,14 +93,14 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_goes_on_from_picker_to_picker() {
+    fn cursor_continues_across_pickers() {
         let cursor = Cursor::default();
         let next = || Schedule::new(Ring::new([1, 1, 1].into_iter()), cursor.clone()).choose();
         assert_eq!([next(), next(), next(), next()], [0, 1, 2, 0]);
     }
 
     #[test]
-    fn weights_of_any_size_are_kept_in_proportion() {
+    fn huge_weights_keep_their_proportion() {
         let picks = picks(&[u32::MAX, u32::MAX / 3, 1], 4_000);
         let first = picks.iter().filter(|pick| **pick == 0).count();
         assert!((2_980..=3_020).contains(&first), "{first}");
@@ -108,7 +108,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_round_gives_each_exactly_its_weight(
+        fn round_gives_each_endpoint_its_weight(
             weights in proptest::collection::vec(1u32..40, 1..20),
         ) {
             let total: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();

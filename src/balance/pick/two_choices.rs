@@ -1,21 +1,21 @@
-//! The better of two at random.
+//! The better of two endpoints drawn at random.
 //!
-//! Nearly as even as the best of all, at a cost that does not grow, and without the herd that
-//! the best of all draws: when many clients see the same loads, they do not all choose alike
-//! (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing").
+//! Two choices balance nearly as evenly as picking the best of all endpoints, and the cost does not
+//! grow with their number. They also avoid herds: many clients that see the same loads do not all
+//! pick the same endpoint (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing").
 
 use tokio::time::Instant;
 
-use super::Candidate;
+use super::candidate::Candidate;
 use super::ring::Ring;
 
-/// The index of one of `candidates`, which must not be empty.
+/// Chooses the index of one of `candidates`, which must not be empty.
 ///
-/// The two are drawn in proportion to their weights, and the first keeps the call unless the other is
-/// better: among those that are alike the weights are the shares. One that cannot be used loses, and so does one
-/// that fails: failing fast must not look like being idle. All is asked of both before either is chosen, so
-/// that among thousands of endpoints, which no cache holds, the processor waits for all that it needs to know
-/// at once.
+/// Two are drawn in proportion to their weights, and the first wins unless the second is better, so
+/// that equal endpoints get calls in proportion to their weights. An endpoint that is unusable
+/// loses, and so does a failing one, because failing fast must not look like being idle. Both
+/// endpoints are read before either is chosen: the data of thousands of endpoints does not fit into
+/// the processor's cache, and this way the processor waits for memory once.
 pub(super) fn choose<C: Candidate>(
     candidates: &[C],
     ring: &Ring,
@@ -25,23 +25,23 @@ pub(super) fn choose<C: Candidate>(
     if candidates.len() == 1 {
         return 0;
     }
-    let (first, second) = ring.draw_two();
-    let (one, other) = (&candidates[first], &candidates[second]);
+    let (first, second) = ring.sample_pair();
+    let (a, b) = (&candidates[first], &candidates[second]);
     let rank = |candidate: &C| (candidate.is_usable(), !candidate.load().is_failing(now));
-    let (rank_of_one, rank_of_other) = (rank(one), rank(other));
-    let is_other = if rank_of_one == rank_of_other {
-        is_better(other, one)
+    let (rank_a, rank_b) = (rank(a), rank(b));
+    let is_b_better = if rank_a == rank_b {
+        is_better(b, a)
     } else {
-        rank_of_other > rank_of_one
+        rank_b > rank_a
     };
-    if is_other { second } else { first }
+    if is_b_better { second } else { first }
 }
 
-/// Fewer calls in flight, per weight.
+/// Whether `a` has fewer calls in flight than `b`, per weight.
 ///
-/// It must be so with the call to come and without it. Without it alone, an idle endpoint with a small weight
-/// would be better than one with a large weight and a single call; with it alone, of two that are idle
-/// the one with the larger weight would always be.
+/// The comparison must hold with and without the call that is about to be sent. Only without the
+/// call, an idle endpoint with a small weight would beat one with a large weight and a single call.
+/// Only with the call, the larger weight would always win between two idle endpoints.
 pub(super) fn is_less_loaded<C: Candidate>(a: &C, b: &C) -> bool {
     let calls = |candidate: &C| u64::from(candidate.load().in_flight());
     let (calls_a, calls_b) = (calls(a), calls(b));
@@ -49,30 +49,32 @@ pub(super) fn is_less_loaded<C: Candidate>(a: &C, b: &C) -> bool {
     calls_a * weight_b < calls_b * weight_a && (calls_a + 1) * weight_b < (calls_b + 1) * weight_a
 }
 
-/// Below this, latencies on one machine or in one rack are the scheduler's noise.
+/// 1 ms. Smaller differences between latencies on one machine or in one rack come from the
+/// scheduler.
 const FLOOR_NANOS: f64 = 1e6;
 
-/// Latencies that differ by less than this count as alike.
+/// Latencies that differ by less than this factor count as equal.
 ///
-/// Followed however little it is, the difference would send everything to one of several equals
-/// while there is not enough load to make up for it: with few calls, and so none in flight, the
-/// least latency always wins.
-const ALIKE: f64 = 2.0;
+/// Without a tolerance, one of several equal endpoints would get all calls under light load: with
+/// nothing in flight the lowest latency always wins, however small the difference.
+const LATENCY_TOLERANCE: f64 = 2.0;
 
-/// Less latency times calls in flight, per weight; the latency counts only where it really differs.
+/// Whether `a` has less latency times calls in flight than `b`, per weight. Latencies within
+/// [`LATENCY_TOLERANCE`] count as equal.
 ///
-/// One that has not answered yet is compared by its calls alone: assuming a latency would either
-/// flood it before its first answer or starve it of the calls that would measure it.
+/// An endpoint without a response so far is compared by its calls alone. An assumed latency would
+/// either flood it before its first response or starve it of the calls that would measure it.
 pub(super) fn is_faster<C: Candidate>(a: &C, b: &C, now: Instant) -> bool {
     let latency = |candidate: &C| candidate.load().latency_nanos(now);
     let (Some(latency_a), Some(latency_b)) = (latency(a), latency(b)) else {
         return is_less_loaded(a, b);
     };
     let (latency_a, latency_b) = (latency_a.max(FLOOR_NANOS), latency_b.max(FLOOR_NANOS));
-    if latency_a < latency_b * ALIKE && latency_b < latency_a * ALIKE {
+    if latency_a < latency_b * LATENCY_TOLERANCE && latency_b < latency_a * LATENCY_TOLERANCE {
         return is_less_loaded(a, b);
     }
-    // As in `is_less_loaded`, twice: the call to come counts per weight, and as much for either.
+    // Two comparisons, as in `is_less_loaded`: the call that is about to be sent counts once per
+    // weight, and once the same for both endpoints.
     let (weight_a, weight_b) = (f64::from(a.weight()), f64::from(b.weight()));
     let mean = (weight_a + weight_b) / 2.0;
     let cost = |candidate: &C, latency: f64, weight: f64| {
