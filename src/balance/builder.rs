@@ -14,7 +14,7 @@ use super::channel::BalancedChannel;
 use super::connection::{BoxError, Connector, CustomConnector, Settings, Tls, wrap_connector};
 use super::pick::BalancePolicy;
 use super::pool::{
-    ConnectPlan, DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, Pool, View, window,
+    ConnectPlan, DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, Pool, View, window_for_ttl,
 };
 use super::source::Source;
 use crate::config::TlsConfig;
@@ -374,7 +374,7 @@ impl BalancedChannelBuilder {
     fn window(&self) -> Duration {
         match self.mass_deletion_window {
             Some(window) => window.min(MAX_DURATION),
-            None => self.source.ttl().map_or(DEFAULT_WINDOW, window),
+            None => self.source.ttl().map_or(DEFAULT_WINDOW, window_for_ttl),
         }
     }
 }

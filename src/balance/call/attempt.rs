@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
-use crate::balance::connection::{Fate, Incoming, Reserved, SendError};
+use crate::balance::connection::{Fate, Incoming, ReservedStream, SendError};
 use crate::balance::grpc_status::{self, is_failure, status_of_head};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
@@ -67,7 +67,7 @@ impl<'a> Attempt<'a> {
     /// Dropping the future cancels the attempt and resets its stream.
     pub(super) async fn send(
         self,
-        stream: Reserved,
+        stream: ReservedStream,
         request: Request<()>,
         body: AttemptBody,
         may_retry: impl Fn(Code) -> bool,
@@ -148,7 +148,7 @@ impl<'a> Attempt<'a> {
 
 fn send_status(endpoint: &Endpoint, error: &SendError) -> Status {
     let address = &endpoint.target.address;
-    grpc_status::status_of_error(address, &error.error, error.ending.as_deref())
+    grpc_status::status_of_error(address, &error.error, error.close_reason.as_deref())
 }
 
 #[cfg(test)]
@@ -169,7 +169,7 @@ mod tests {
         SendError {
             fate,
             error: reason.into(),
-            ending: None,
+            close_reason: None,
         }
     }
 

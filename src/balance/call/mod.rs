@@ -29,7 +29,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tonic::Status;
 use tonic::body::Body;
 
-use super::connection::{Incoming, Reserved};
+use super::connection::{Incoming, ReservedStream};
 use super::pool::{Endpoint, ReadyEndpoint, View};
 use super::replay::Replay;
 use attempt::{Attempt, Outcome};
@@ -194,7 +194,7 @@ impl Dispatcher {
         &self,
         progress: &mut Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
-    ) -> Result<(Arc<Endpoint>, Reserved), Status> {
+    ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
         if let Some(picked) = self.pick(progress.excluded(), attempted) {
             return Ok(picked);
         }
@@ -208,16 +208,16 @@ impl Dispatcher {
         &self,
         progress: &Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
-    ) -> Result<(Arc<Endpoint>, Reserved), Status> {
+    ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
         loop {
-            let (ready, capacity) = (self.view.ready.notified(), self.view.freed.notified());
+            let (ready, capacity) = (self.view.ready.notified(), self.view.capacity.notified());
             tokio::pin!(ready, capacity);
             // Registered before the pick, so that no notification is lost between the two.
             ready.as_mut().enable();
             capacity.as_mut().enable();
             if let Some(picked) = self.pick(progress.excluded(), attempted) {
                 // `capacity` wakes one call at a time, and there may be room for more.
-                self.view.freed.notify_one();
+                self.view.capacity.notify_one();
                 return Ok(picked);
             }
             // A full endpoint is ready, so a call waits for a stream on it in any case.
@@ -254,7 +254,7 @@ impl Dispatcher {
         &self,
         exclude: Option<&Arc<Endpoint>>,
         attempted: Option<&AttemptedEndpoints>,
-    ) -> Option<(Arc<Endpoint>, Reserved)> {
+    ) -> Option<(Arc<Endpoint>, ReservedStream)> {
         let picker = self.view.picker.load();
         let avoid = |ready: &ReadyEndpoint| {
             exclude.is_some_and(|exclude| Arc::ptr_eq(exclude, &ready.endpoint))

@@ -84,7 +84,7 @@ impl ResponseBody {
             // The caller's own body failed, which is no failure of the endpoint.
             return (status, false);
         }
-        let close_reason = self.incoming.ending();
+        let close_reason = self.incoming.close_reason();
         let address = &call.in_flight.endpoint().target.address;
         let status = grpc_status::status_of_error(address, error, close_reason.as_deref());
         match &self.deadline {

@@ -1,8 +1,6 @@
-//! Making one connection: TCP or a Unix socket, TLS, HTTP/2.
+//! Opening a connection: TCP or a Unix socket, then TLS, then HTTP/2.
 
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,59 +12,27 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
-use super::driver::{self, KeepAlive};
+use super::connect::{Connect, Connection};
+use super::driver;
 use super::io::{BoxError, BoxIo};
-use super::monitor::Observed;
+use super::monitor::MonitoredIo;
 use super::sender::Sender;
-use super::state::Shared;
+use super::settings::Settings;
+use super::state::ConnectionState;
 use super::target::Target;
 use super::tls::Tls;
 use crate::error::chain;
 
-/// A connector of the user's.
+/// A connector that the user of the channel provides.
 pub(crate) type CustomConnector =
     Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<BoxIo, BoxError>> + Send + Sync>;
 
-/// HTTP/2 and TCP settings, under the names that tonic's `Endpoint` gives them.
-#[derive(Debug, Clone)]
-pub(crate) struct Settings {
-    pub(crate) connect_timeout: Duration,
-    pub(crate) tcp_nodelay: bool,
-    pub(crate) tcp_keepalive: Option<Duration>,
-    pub(crate) keep_alive: KeepAlive,
-    pub(crate) initial_stream_window_size: u32,
-    pub(crate) initial_connection_window_size: u32,
-    pub(crate) max_header_list_size: u32,
-    pub(crate) max_frame_size: Option<u32>,
-}
+/// How many cancelled streams h2 remembers, for one second each, so that frames which still arrive
+/// for such a stream are ignored and are no protocol error. A busy connection may have this many;
+/// each takes some hundred bytes.
+const REMEMBERED_RESETS: usize = 1_000;
 
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            // The same as an etcd client's dial time-out.
-            connect_timeout: Duration::from_secs(5),
-            tcp_nodelay: true,
-            tcp_keepalive: None,
-            // gRPC servers may take pings more often than every 5 minutes for abuse (gRFC A8), but
-            // those that are met here (tonic, etcd from 5 s on) do not, and a peer that turned silent
-            // must be found out in time.
-            keep_alive: KeepAlive {
-                interval: Some(Duration::from_secs(10)),
-                timeout: Duration::from_secs(3),
-                while_idle: true,
-            },
-            // The same as hyper's, and so as that of tonic's channel.
-            initial_stream_window_size: 2 * 1024 * 1024,
-            // HTTP/2's largest: streams that nobody reads, each bounded by its own window, must not stop the
-            // others on the connection.
-            initial_connection_window_size: (1 << 31) - 1,
-            max_header_list_size: 16 * 1024,
-            max_frame_size: None,
-        }
-    }
-}
-
-/// Makes connections; shared by the endpoints of a channel.
+/// Opens the connections of a channel's endpoints.
 pub(crate) struct Connector {
     settings: Settings,
     tls: Option<Tls>,
@@ -83,14 +49,7 @@ impl fmt::Debug for Connector {
     }
 }
 
-/// A connection on which the peer has spoken HTTP/2.
-pub(crate) struct Connection {
-    pub(crate) sender: Sender,
-    /// Resolves when no new call can be sent on it any more, with the reason. Calls in flight on it
-    /// go on, for as long as the peer lets them, when this is dropped.
-    pub(crate) ended: Pin<Box<dyn Future<Output = String> + Send>>,
-}
-
+/// Turns a tower service from `Uri` to I/O into a [`CustomConnector`].
 pub(crate) fn wrap_connector<C>(connector: C) -> CustomConnector
 where
     C: Service<Uri> + Clone + Send + Sync + 'static,
@@ -107,9 +66,36 @@ where
     })
 }
 
-/// How many calls that were given up a connection knows, for a second each, so that what still comes for one
-/// is taken for late and not for wrong. As many as a busy one may have at a time; each is some hundred bytes.
-const RESETS_KNOWN: usize = 1_000;
+impl Connect for Connector {
+    fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    fn connect_timeout(&self) -> Duration {
+        self.settings.connect_timeout
+    }
+
+    async fn connect(&self, target: &Target) -> Result<Connection, String> {
+        let limit = self.settings.connect_timeout;
+        let deadline = Instant::now() + limit;
+        let timed_out = |step: &str| format!("{step} took more than {limit:?}");
+        let io = timeout_at(deadline, self.open(target))
+            .await
+            .map_err(|_| timed_out("connecting"))?
+            .map_err(|error| format!("cannot connect: {}", chain(&*error)))?;
+        let io = match &self.tls {
+            Some(tls) => timeout_at(deadline, tls.secure(target, io))
+                .await
+                .map_err(|_| timed_out("the TLS handshake"))?
+                .map(|io| Box::new(io) as BoxIo)
+                .map_err(|error| format!("TLS failed: {error}"))?,
+            None => io,
+        };
+        timeout_at(deadline, self.handshake(io))
+            .await
+            .map_err(|_| timed_out("the HTTP/2 handshake"))?
+    }
+}
 
 impl Connector {
     pub(crate) fn new(
@@ -124,37 +110,6 @@ impl Connector {
         }
     }
 
-    /// Whether its connections are TLS.
-    pub(crate) fn tls(&self) -> bool {
-        self.tls.is_some()
-    }
-
-    pub(crate) fn connect_timeout(&self) -> Duration {
-        self.settings.connect_timeout
-    }
-
-    /// Connects, within the connect time-out. The error says what failed, without the address.
-    pub(crate) async fn connect(&self, target: &Target) -> Result<Connection, String> {
-        let limit = self.settings.connect_timeout;
-        let deadline = Instant::now() + limit;
-        let late = |stage: &str| format!("{stage} took more than {limit:?}");
-        let io = timeout_at(deadline, self.open(target))
-            .await
-            .map_err(|_| late("connecting"))?
-            .map_err(|error| format!("cannot connect: {}", chain(&*error)))?;
-        let io = match &self.tls {
-            Some(tls) => timeout_at(deadline, tls.secure(target, io))
-                .await
-                .map_err(|_| late("the TLS handshake"))?
-                .map(|io| Box::new(io) as BoxIo)
-                .map_err(|error| format!("TLS failed: {error}"))?,
-            None => io,
-        };
-        timeout_at(deadline, self.handshake(io))
-            .await
-            .map_err(|_| late("the HTTP/2 handshake"))?
-    }
-
     async fn open(&self, target: &Target) -> Result<BoxIo, BoxError> {
         if let Some(custom) = &self.custom {
             return custom(target.uri()?).await;
@@ -164,8 +119,8 @@ impl Connector {
         }
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
-        // Shared out among the addresses of a name, so that one that does not answer leaves time for
-        // the next.
+        // hyper divides this time among the addresses of a name, so that an address which does not
+        // respond leaves time for the next.
         tcp.set_connect_timeout(Some(self.settings.connect_timeout));
         tcp.set_nodelay(self.settings.tcp_nodelay);
         tcp.set_keepalive(self.settings.tcp_keepalive);
@@ -173,34 +128,40 @@ impl Connector {
         Ok(Box::new(io.into_inner()))
     }
 
+    /// Performs the HTTP/2 handshake, which is complete when the peer's SETTINGS have arrived.
     async fn handshake(&self, io: BoxIo) -> Result<Connection, String> {
-        let shared = Shared::new();
-        let (observed, observer) = Observed::new(io, Arc::clone(&shared));
-        let (sender, connection) = self
+        let state = ConnectionState::new();
+        let (io, events) = MonitoredIo::new(io, Arc::clone(&state));
+        let (h2, connection) = self
             .http2()
-            .handshake(observed)
+            .handshake(io)
             .await
             .map_err(|error| format!("HTTP/2 failed: {}", chain(&error)))?;
+        let sender = Sender::new(h2, Arc::clone(&state));
         let keep_alive = self.settings.keep_alive;
-        let broken = observer.broken;
-        let spent = Arc::clone(&shared);
-        let opened = driver::start(sender, connection, shared, keep_alive, broken);
-        let (sender, mut closed) = (opened.sender, opened.closed);
+        let mut closed = driver::spawn(
+            connection,
+            Arc::clone(&state),
+            keep_alive,
+            events.write_failed,
+        );
+        // The driver's sender is dropped without a reason only if the runtime shuts down.
+        let or_lost = |reason: Result<String, _>| reason.unwrap_or("connection lost".to_owned());
         tokio::select! {
             biased;
-            Ok(()) = observer.settings => {}
-            how = &mut closed => {
-                let how = how.unwrap_or_else(|_| "connection lost".to_owned());
-                return Err(format!("the peer did not answer as an HTTP/2 server: {how}"));
+            Ok(()) = events.settings => {}
+            reason = &mut closed => {
+                let reason = or_lost(reason);
+                return Err(format!("the peer did not answer as an HTTP/2 server: {reason}"));
             }
         }
-        let leaving = observer.leaving;
+        let going_away = events.going_away;
         let ended = Box::pin(async move {
             tokio::select! {
                 biased;
-                Ok(why) = leaving => why,
-                how = closed => how.unwrap_or_else(|_| "connection lost".to_owned()),
-                () = spent.spent() => "it can take no more calls".to_owned(),
+                Ok(reason) = going_away => reason,
+                reason = closed => or_lost(reason),
+                () = state.exhausted() => "the connection accepts no more streams".to_owned(),
             }
         });
         Ok(Connection { sender, ended })
@@ -211,12 +172,12 @@ impl Connector {
         let mut http2 = h2::client::Builder::new();
         http2
             .enable_push(false)
-            // Calls that are given up are reset from this side, however many: an answer that crosses a reset
-            // is nothing that the server does wrong.
+            // Cancelled calls are reset by this side, in any number. A response that crosses a
+            // reset is no fault of the server, which h2 would count it as.
             .max_local_error_reset_streams(None)
-            .max_concurrent_reset_streams(RESETS_KNOWN)
-            // By default h2 ends a connection on which small messages wait for a reader. The windows bound what
-            // may wait, and a slow reader is no fault of the server.
+            .max_concurrent_reset_streams(REMEMBERED_RESETS)
+            // By default h2 closes a connection on which many small messages wait for a reader. The
+            // windows already bound how much may wait, and a slow reader is no fault of the server.
             .data_frame_budget(usize::MAX)
             .initial_window_size(settings.initial_stream_window_size)
             .initial_connection_window_size(settings.initial_connection_window_size)

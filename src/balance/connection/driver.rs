@@ -1,141 +1,133 @@
-//! The task that drives a connection.
+//! The task that drives a connection, and HTTP/2 keep-alive.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::client::{Connection as H2Connection, SendRequest};
+use h2::client::Connection;
 use h2::{Ping, PingPong};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::io::BoxIo;
-use super::monitor::Observed;
-use super::sender::Sender;
-use super::state::Shared;
+use super::monitor::MonitoredIo;
+use super::state::ConnectionState;
 use crate::error::chain;
 
-/// For what has arrived already: no network takes part in it.
-const READ_OUT: Duration = Duration::from_secs(1);
+/// How long to keep reading after a write error. Only bytes that have already arrived are read, so
+/// no network round trip has to fit in.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// When a peer counts as lost: pinged after so long without a sign of it, and given so long to answer.
+/// HTTP/2 keep-alive: ping after `interval` without traffic, give up `timeout` later.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeepAlive {
+    /// `None` sends no pings.
     pub(crate) interval: Option<Duration>,
     pub(crate) timeout: Duration,
+    /// Whether to ping a connection without calls.
     pub(crate) while_idle: bool,
 }
 
-/// A connection that was just opened, and the task that drives it.
-pub(crate) struct Opened {
-    pub(crate) sender: Sender,
-    /// Why its task has ended.
-    pub(crate) closed: oneshot::Receiver<String>,
-}
-
-/// Starts the task that drives the connection. It ends with the connection: when the peer closes it, when
-/// a ping goes unanswered, or when no sender and no call is left.
-pub(crate) fn start(
-    h2: SendRequest<Bytes>,
-    connection: H2Connection<Observed<BoxIo>, Bytes>,
-    shared: Arc<Shared>,
+/// Spawns the task that drives a connection. The receiver gets the reason when the task ends: the
+/// peer closed the connection, a ping timed out, or no sender and no call is left.
+pub(crate) fn spawn(
+    connection: Connection<MonitoredIo<BoxIo>, Bytes>,
+    state: Arc<ConnectionState>,
     keep_alive: KeepAlive,
-    broken: oneshot::Receiver<String>,
-) -> Opened {
-    let (tell, closed) = oneshot::channel();
-    let task = drive(connection, Arc::clone(&shared), keep_alive, broken);
+    write_failed: oneshot::Receiver<String>,
+) -> oneshot::Receiver<String> {
+    let (closed_tx, closed) = oneshot::channel();
     tokio::spawn(async move {
-        let _ = tell.send(task.await);
+        let reason = drive(connection, &state, keep_alive, write_failed).await;
+        let _ = closed_tx.send(reason);
     });
-    let sender = Sender::new(h2, shared);
-    Opened { sender, closed }
+    closed
 }
 
 async fn drive(
-    mut connection: H2Connection<Observed<BoxIo>, Bytes>,
-    shared: Arc<Shared>,
-    keep_alive: KeepAlive,
-    broken: oneshot::Receiver<String>,
+    mut connection: Connection<MonitoredIo<BoxIo>, Bytes>,
+    state: &ConnectionState,
+    settings: KeepAlive,
+    write_failed: oneshot::Receiver<String>,
 ) -> String {
     let pings = connection.ping_pong();
     let result = tokio::select! {
         biased;
-        result = std::future::poll_fn(|cx| poll_connection(&mut connection, &shared, cx)) => result,
-        () = silence(pings, &shared, keep_alive) => {
-            shared.ending.set(|| "no answer to keep-alive".to_owned());
+        result = std::future::poll_fn(|cx| poll_connection(&mut connection, state, cx)) => result,
+        () = keep_alive(pings, state, settings) => {
+            state.close_reason.set(|| "keep-alive ping timed out".to_owned());
             Ok(())
         }
-        why = read_out(broken) => {
-            shared.ending.set(|| why);
+        error = drain_reads(write_failed) => {
+            state.close_reason.set(|| error);
             Ok(())
         }
     };
-    // Known before it is closed, so that nobody sees it closed and not why.
+    // The reason is set before the connection stops accepting calls, so that it is known to every
+    // call that finds the connection closed.
     if let Err(error) = result {
-        shared.ending.set(|| chain(&error));
+        state.close_reason.set(|| chain(&error));
     }
-    shared.shut();
-    shared.how_it_ended()
+    state.stop_accepting();
+    state.describe_close()
 }
 
-/// Polls the connection, and keeps the account of its streams.
+/// Polls the connection and updates the count of its streams.
 fn poll_connection(
-    connection: &mut H2Connection<Observed<BoxIo>, Bytes>,
-    shared: &Shared,
+    connection: &mut Connection<MonitoredIo<BoxIo>, Bytes>,
+    state: &ConnectionState,
     cx: &mut Context<'_>,
 ) -> Poll<Result<(), h2::Error>> {
-    shared.driver.register(cx.waker());
-    let given_up = shared.given_up.swap(0, Ordering::SeqCst);
+    state.register_driver(cx.waker());
+    let cancelled = state.take_cancelled();
     let polled = Pin::new(&mut *connection).poll(cx);
-    if given_up > 0 {
-        // By now they have been reset.
-        shared.leave(given_up);
+    if cancelled > 0 {
+        // The poll above has reset them.
+        state.release_streams(cancelled);
     }
-    shared.set_limit(connection.max_concurrent_send_streams());
+    state.set_stream_limit(connection.max_concurrent_send_streams());
     polled
 }
 
-/// Resolves a while after the connection could not be written to any more, with the reason. What the
-/// peer had sent is read by then, and with it how the peer itself sees the end.
-async fn read_out(broken: oneshot::Receiver<String>) -> String {
-    let Ok(why) = broken.await else {
+/// Resolves [`DRAIN_TIMEOUT`] after a write failed, with the write's error. By then the bytes that
+/// the peer had sent are read, and with them the peer's own reason for closing, if it gave one.
+async fn drain_reads(write_failed: oneshot::Receiver<String>) -> String {
+    let Ok(error) = write_failed.await else {
         return std::future::pending().await;
     };
-    tokio::time::sleep(READ_OUT).await;
-    why
+    tokio::time::sleep(DRAIN_TIMEOUT).await;
+    error
 }
 
-/// Resolves when the peer has not been heard of for the keep-alive interval and has not answered a ping
-/// within the time-out.
-async fn silence(pings: Option<PingPong>, shared: &Shared, keep_alive: KeepAlive) {
-    let (Some(mut pings), Some(interval)) = (pings, keep_alive.interval) else {
+/// Resolves when nothing arrived for the keep-alive interval and a ping then got no response within
+/// the timeout.
+async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, settings: KeepAlive) {
+    let (Some(mut pings), Some(interval)) = (pings, settings.interval) else {
         return std::future::pending().await;
     };
     loop {
-        let last = shared.last_heard();
+        let last = state.last_activity();
         tokio::time::sleep_until(last + interval).await;
-        if shared.last_heard() != last {
+        if state.last_activity() != last {
             continue;
         }
-        let idle = shared.calls.load(Ordering::Relaxed) == 0;
-        if idle && !keep_alive.while_idle {
+        if state.is_idle() && !settings.while_idle {
             tokio::time::sleep(interval).await;
             continue;
         }
-        let deadline = Instant::now() + keep_alive.timeout;
-        // It fails while one is unanswered, whose answer will do.
+        let deadline = Instant::now() + settings.timeout;
+        // Fails while an earlier ping is outstanding; its pong serves as well.
         let _ = pings.send_ping(Ping::opaque());
-        let answer = std::future::poll_fn(|cx| pings.poll_pong(cx));
-        match tokio::time::timeout_at(deadline, answer).await {
+        let pong = std::future::poll_fn(|cx| pings.poll_pong(cx));
+        match tokio::time::timeout_at(deadline, pong).await {
             Ok(Ok(_)) => {}
-            // The connection has ended, and says so itself.
+            // The connection has ended; polling it returns the reason.
             Ok(Err(_)) => return std::future::pending().await,
-            // Whatever was heard counts: a peer that sends is there.
-            Err(_) if shared.last_heard() != last => {}
+            // Any bytes count, because a peer that sends is alive.
+            Err(_) if state.last_activity() != last => {}
             Err(_) => return,
         }
     }

@@ -4,7 +4,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Bytes to and from a peer.
+/// A byte stream to and from a peer.
 pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}

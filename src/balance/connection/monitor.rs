@@ -1,11 +1,12 @@
-//! Listening in on a connection for the two frames that h2 keeps to itself.
+//! Watching a connection's bytes for the two frames that h2 does not report in time.
 //!
-//! SETTINGS is the first thing an HTTP/2 server says: until it came, nobody has shown to be there,
-//! whatever the socket's state. GOAWAY says that no new call will be taken, and h2 tells of
-//! it when the next call comes, which on an idle connection is too late.
+//! A server's first frame is SETTINGS. Until it arrives, nothing shows that a server is there, even
+//! if the socket is connected. GOAWAY announces that the server accepts no new calls. h2 reports it
+//! with the next call, which is too late on an idle connection.
 //!
-//! It also reads to its end what a peer has sent before it went: h2 writes before it reads, and gives up
-//! a connection that cannot be written to, with the last answers and a GOAWAY still unread.
+//! The monitor also keeps a broken connection readable. h2 writes before it reads and gives up a
+//! connection on the first write error, while the peer's last responses and its GOAWAY may be
+//! unread.
 
 use std::io;
 use std::pin::Pin;
@@ -15,18 +16,18 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
-use super::state::Shared;
+use super::state::ConnectionState;
 
-/// Length, type, flags and stream of a frame (RFC 9113, section 4.1).
+/// Length, type, flags and stream id of a frame (RFC 9113, section 4.1).
 const HEADER: usize = 9;
 const SETTINGS: u8 = 0x4;
 const GOAWAY: u8 = 0x7;
 
-/// Finds frames in a stream of bytes that arrives in any pieces.
+/// Finds the frames in a stream of bytes that arrives in pieces of any size.
 #[derive(Debug, Default)]
 struct Scanner {
     header: [u8; HEADER],
-    have: usize,
+    header_filled: usize,
     payload_left: usize,
 }
 
@@ -40,75 +41,76 @@ impl Scanner {
                 bytes = &bytes[skipped..];
                 continue;
             }
-            let taken = (HEADER - self.have).min(bytes.len());
-            self.header[self.have..self.have + taken].copy_from_slice(&bytes[..taken]);
-            self.have += taken;
+            let filled = self.header_filled;
+            let taken = (HEADER - filled).min(bytes.len());
+            self.header[filled..filled + taken].copy_from_slice(&bytes[..taken]);
+            self.header_filled += taken;
             bytes = &bytes[taken..];
-            if self.have == HEADER {
+            if self.header_filled == HEADER {
                 let [a, b, c, kind, ..] = self.header;
                 self.payload_left = u32::from_be_bytes([0, a, b, c]) as usize;
-                self.have = 0;
+                self.header_filled = 0;
                 found(kind);
             }
         }
     }
 }
 
-/// An I/O that tells when the peer sent its first SETTINGS, when it sent GOAWAY, and when it cannot be
-/// written to any more.
+/// An I/O that reports the peer's first SETTINGS, its GOAWAY, and the first write error.
 #[derive(Debug)]
-pub(crate) struct Observed<T> {
+pub(crate) struct MonitoredIo<T> {
     io: T,
     scanner: Scanner,
     settings: Option<oneshot::Sender<()>>,
-    leaving: Option<oneshot::Sender<String>>,
-    broken: Option<oneshot::Sender<String>>,
-    shared: Arc<Shared>,
+    going_away: Option<oneshot::Sender<String>>,
+    write_failed: Option<oneshot::Sender<String>>,
+    state: Arc<ConnectionState>,
 }
 
-/// The other end of an [`Observed`].
+/// The events of a [`MonitoredIo`].
 #[derive(Debug)]
-pub(crate) struct Observer {
+pub(crate) struct IoEvents {
+    /// The peer's first SETTINGS arrived.
     pub(crate) settings: oneshot::Receiver<()>,
-    /// Why no new call may be sent.
-    pub(crate) leaving: oneshot::Receiver<String>,
-    /// Why nothing can be written. What is written from then on is thrown away.
-    pub(crate) broken: oneshot::Receiver<String>,
+    /// The connection accepts no new calls, and why.
+    pub(crate) going_away: oneshot::Receiver<String>,
+    /// The first write error. Later writes are discarded and reported as successful.
+    pub(crate) write_failed: oneshot::Receiver<String>,
 }
 
-impl<T> Observed<T> {
-    pub(crate) fn new(io: T, shared: Arc<Shared>) -> (Self, Observer) {
-        let (settings, settings_seen) = oneshot::channel();
-        let (leaving, leaving_seen) = oneshot::channel();
-        let (broken, broken_seen) = oneshot::channel();
-        let observed = Self {
+impl<T> MonitoredIo<T> {
+    pub(crate) fn new(io: T, state: Arc<ConnectionState>) -> (Self, IoEvents) {
+        let (settings_tx, settings) = oneshot::channel();
+        let (going_away_tx, going_away) = oneshot::channel();
+        let (write_failed_tx, write_failed) = oneshot::channel();
+        let monitored = Self {
             io,
             scanner: Scanner::default(),
-            settings: Some(settings),
-            leaving: Some(leaving),
-            broken: Some(broken),
-            shared,
+            settings: Some(settings_tx),
+            going_away: Some(going_away_tx),
+            write_failed: Some(write_failed_tx),
+            state,
         };
-        let observer = Observer {
-            settings: settings_seen,
-            leaving: leaving_seen,
-            broken: broken_seen,
+        let events = IoEvents {
+            settings,
+            going_away,
+            write_failed,
         };
-        (observed, observer)
+        (monitored, events)
     }
 
-    fn saw(&mut self, bytes: &[u8]) {
-        // After GOAWAY there is nothing left to wait for.
-        if self.leaving.is_none() {
+    fn on_read(&mut self, bytes: &[u8]) {
+        // GOAWAY is the last event that the scan looks for.
+        if self.going_away.is_none() {
             return;
         }
-        let (settings, leaving) = (&mut self.settings, &mut self.leaving);
-        let shared = &self.shared;
+        let (settings, going_away) = (&mut self.settings, &mut self.going_away);
+        let state = &self.state;
         self.scanner.scan(bytes, |kind| match kind {
-            SETTINGS => tell(settings, || ()),
+            SETTINGS => notify(settings, || ()),
             GOAWAY => {
-                shared.shut();
-                tell(leaving, || {
+                state.stop_accepting();
+                notify(going_away, || {
                     "the server is shutting down (GOAWAY)".to_owned()
                 });
             }
@@ -116,35 +118,37 @@ impl<T> Observed<T> {
         });
     }
 
-    /// The result of a write; once one has failed, all of it is as good as written.
-    fn written<V>(
+    /// Runs a write. After the first write error no more are run, and `complete`, the result of a
+    /// successful write, is returned instead.
+    fn on_write<V>(
         &mut self,
         write: impl FnOnce(&mut Self) -> Poll<io::Result<V>>,
-        all: V,
+        complete: V,
     ) -> Poll<io::Result<V>> {
-        if self.broken.is_none() {
-            return Poll::Ready(Ok(all));
+        if self.write_failed.is_none() {
+            return Poll::Ready(Ok(complete));
         }
         match write(self) {
             Poll::Ready(Err(error)) => {
-                self.shared.shut();
-                tell(&mut self.leaving, || format!("connection lost: {error}"));
-                tell(&mut self.broken, || error.to_string());
-                Poll::Ready(Ok(all))
+                self.state.stop_accepting();
+                notify(&mut self.going_away, || format!("connection lost: {error}"));
+                notify(&mut self.write_failed, || error.to_string());
+                Poll::Ready(Ok(complete))
             }
             other => other,
         }
     }
 }
 
-fn tell<V>(whom: &mut Option<oneshot::Sender<V>>, what: impl FnOnce() -> V) {
-    if let Some(whom) = whom.take() {
-        // Nobody may be there to hear it any more.
-        let _ = whom.send(what());
+/// Sends an event once. The receiver may have been dropped, when nobody waits for the event any
+/// more.
+fn notify<V>(sender: &mut Option<oneshot::Sender<V>>, event: impl FnOnce() -> V) {
+    if let Some(sender) = sender.take() {
+        let _ = sender.send(event());
     }
 }
 
-impl<T: AsyncRead + Unpin> AsyncRead for Observed<T> {
+impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -155,30 +159,32 @@ impl<T: AsyncRead + Unpin> AsyncRead for Observed<T> {
         if let Poll::Ready(Ok(())) = result {
             let read = &buf.filled()[before..];
             if !read.is_empty() {
-                self.shared.heard();
+                self.state.record_activity();
             } else if buf.remaining() > 0 {
-                self.shared.ending.set(|| "closed by the peer".to_owned());
+                self.state
+                    .close_reason
+                    .set(|| "closed by the peer".to_owned());
             }
-            self.saw(read);
+            self.on_read(read);
         }
         if let Poll::Ready(Err(error)) = &result {
-            self.shared.ending.set(|| error.to_string());
+            self.state.close_reason.set(|| error.to_string());
         }
         result
     }
 }
 
-impl<T: AsyncWrite + Unpin> AsyncWrite for Observed<T> {
+impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.written(|this| Pin::new(&mut this.io).poll_write(cx, buf), buf.len())
+        self.on_write(|this| Pin::new(&mut this.io).poll_write(cx, buf), buf.len())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.written(|this| Pin::new(&mut this.io).poll_flush(cx), ())
+        self.on_write(|this| Pin::new(&mut this.io).poll_flush(cx), ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -194,10 +200,10 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Observed<T> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let all = bufs.iter().map(|buf| buf.len()).sum();
-        self.written(
+        let length = bufs.iter().map(|buf| buf.len()).sum();
+        self.on_write(
             |this| Pin::new(&mut this.io).poll_write_vectored(cx, bufs),
-            all,
+            length,
         )
     }
 }
@@ -210,7 +216,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_are_found_however_the_bytes_are_cut(
+        fn scanner_finds_frames_in_pieces_of_any_size(
             frames in proptest::collection::vec((0u8..10, 0usize..300), 0..20),
             cuts in proptest::collection::vec(1usize..40, 1..20),
         ) {
@@ -218,7 +224,7 @@ mod tests {
             for (kind, length) in &frames {
                 let [_, a, b, c] = (*length as u32).to_be_bytes();
                 bytes.extend([a, b, c, *kind, 0, 0, 0, 0, 1]);
-                // Payloads full of what looks like a type.
+                // A payload of bytes that look like a frame type.
                 bytes.extend(std::iter::repeat_n(GOAWAY, *length));
             }
             let mut scanner = Scanner::default();

@@ -1,102 +1,97 @@
-//! One HTTP/2 connection: calls go out on it, a task of its own drives it.
-//!
-//! On h2 itself rather than on hyper's client, which hands each call through a queue to a task and each
-//! answer through another task back: two more turns of the scheduler per call than the stream
-//! itself needs. And h2 says for certain whether a call was sent.
+//! Sending calls on a connection.
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
-use h2::RecvStream;
-use h2::client::SendRequest;
+use h2::client::{ResponseFuture, SendRequest};
+use h2::{RecvStream, SendStream};
 use http::{Request, Response};
 use http_body::Body as _;
 use tokio::sync::Notify;
 
-use super::state::Shared;
+use super::state::ConnectionState;
 use super::upload::{Upload, upload};
 use crate::balance::grpc_status;
 use crate::balance::replay::AttemptBody;
 
-/// Sends calls on a connection. Cheap to clone. The connection closes when no sender and no call is
-/// left.
+/// Sends calls on a connection. Cheap to clone. The connection closes when the last sender and the
+/// last call are dropped.
 #[derive(Clone)]
 pub(crate) struct Sender {
     h2: SendRequest<Bytes>,
-    shared: Arc<Shared>,
+    state: Arc<ConnectionState>,
 }
 
 impl fmt::Debug for Sender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sender")
-            .field("shared", &self.shared)
+            .field("state", &self.state)
             .finish_non_exhaustive()
     }
 }
 
-/// A call that got no response.
+/// A call that failed before its response began.
 #[derive(Debug)]
 pub(crate) struct SendError {
     pub(crate) fate: Fate,
     pub(crate) error: h2::Error,
-    /// What is known of the connection's end.
-    pub(crate) ending: Option<String>,
+    /// Why the connection closed, if it did.
+    pub(crate) close_reason: Option<String>,
 }
 
-/// How far a call got that has no response.
+/// How far a call without a response got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// No server can have acted on it, for certain.
+    /// No server can have acted on the call.
     Unsent,
-    /// It cannot be sent at all, on any connection.
+    /// The request itself is invalid; no connection can send it.
     Rejected,
-    /// A server may have acted on it.
+    /// A server may have acted on the call.
     Unknown,
 }
 
 impl Sender {
-    pub(crate) fn new(h2: SendRequest<Bytes>, shared: Arc<Shared>) -> Self {
-        Self { h2, shared }
+    pub(crate) fn new(h2: SendRequest<Bytes>, state: Arc<ConnectionState>) -> Self {
+        Self { h2, state }
     }
 
     pub(crate) fn is_open(&self) -> bool {
-        self.shared.open.load(Ordering::Acquire)
+        self.state.is_accepting()
     }
 
-    /// Why it takes no more calls; `None` while it does.
-    pub(crate) fn ended(&self) -> Option<String> {
-        (!self.is_open()).then(|| self.shared.how_it_ended())
+    /// Why the connection accepts no more calls; `None` while it does.
+    pub(crate) fn close_reason(&self) -> Option<String> {
+        (!self.is_open()).then(|| self.state.describe_close())
     }
 
     /// The server's limit on streams, if it is reached.
     pub(crate) fn limit_reached(&self) -> Option<usize> {
-        let limit = self.shared.limit.load(Ordering::SeqCst);
-        self.shared.is_full().then_some(limit)
+        let limit = self.state.stream_limit();
+        self.state.is_full().then_some(limit)
     }
 
-    /// Whether a call can be sent now.
+    /// Whether the connection is open and has a free stream.
     pub(crate) fn is_usable(&self) -> bool {
-        self.is_open() && !self.shared.is_full()
+        self.is_open() && !self.state.is_full()
     }
 
-    /// `freed` is notified whenever there is room for a call after there was none.
-    pub(crate) fn announce_room(&self, freed: &Arc<Notify>) {
-        let _ = self.shared.freed.set(Arc::clone(freed));
+    /// `capacity` is notified whenever the connection has a free stream after it had none.
+    pub(crate) fn set_capacity_notify(&self, capacity: &Arc<Notify>) {
+        self.state.set_capacity_notify(capacity);
     }
 
-    /// A stream for one call, if it can be sent now.
+    /// Reserves a stream for one call, if the connection is open and has a free one.
     ///
-    /// Beyond the server's limit none is handed to h2, which would queue it: h2 sends what it has in its
-    /// queue even if the call was given up meanwhile, so that, once there is room, the server sees
-    /// a row of streams that are opened and reset, which it takes for an attack.
-    pub(crate) fn reserve(&self) -> Option<Reserved> {
-        let entered = self.is_open() && self.shared.enter();
-        entered.then(|| Reserved {
+    /// Calls beyond the server's limit are not handed to h2, which would queue them. h2 sends its
+    /// queue even for calls that were cancelled meanwhile, so that a server with a free stream
+    /// again would see many streams opened and reset at once, which servers treat as an attack.
+    pub(crate) fn reserve(&self) -> Option<ReservedStream> {
+        let reserved = self.is_open() && self.state.acquire_stream();
+        reserved.then(|| ReservedStream {
             h2: self.h2.clone(),
-            open: OpenCall {
-                shared: Arc::clone(&self.shared),
+            permit: StreamPermit {
+                state: Arc::clone(&self.state),
                 closed: false,
             },
         })
@@ -104,115 +99,138 @@ impl Sender {
 }
 
 /// A stream that one call may open.
-pub(crate) struct Reserved {
+pub(crate) struct ReservedStream {
     h2: SendRequest<Bytes>,
-    /// Let go of last: by then h2 knows what it has to reset.
-    open: OpenCall,
+    /// Declared last, so that h2 knows of the reset before the permit is released.
+    permit: StreamPermit,
 }
 
-impl Reserved {
-    /// Makes the call. Dropping the future, or the response's body, resets the stream.
+impl ReservedStream {
+    /// Sends a request and waits for the head of its response.
+    ///
+    /// Dropping the future, or later the response's body, resets the stream.
     pub(crate) async fn send(
-        self,
+        mut self,
         request: Request<()>,
         body: AttemptBody,
     ) -> Result<Response<Incoming>, SendError> {
-        let Self { mut h2, mut open } = self;
-        let failed = |shared: &Shared, fate, error| SendError {
-            fate,
-            error,
-            ending: shared.ending.get(),
-        };
-        if let Err(error) = std::future::poll_fn(|cx| h2.poll_ready(cx)).await {
-            // It is closing, or has run out of stream ids.
-            open.shared.spend();
-            return Err(failed(&open.shared, Fate::Unsent, error));
-        }
-        let sent = h2.send_request(request, body.is_end_stream());
-        let (response, stream) = match sent {
-            Ok(sent) => sent,
-            Err(error) => {
-                // The connection's fault if it cannot take any other call either.
-                let usable = std::future::poll_fn(|cx| h2.poll_ready(cx)).await;
-                let fate = match usable {
-                    Ok(()) => Fate::Rejected,
-                    Err(_) => {
-                        open.shared.spend();
-                        Fate::Unsent
-                    }
-                };
-                return Err(failed(&open.shared, fate, error));
-            }
-        };
+        let (response, stream) = self.open_stream(request, body.is_end_stream()).await?;
         let upload = upload(stream, body);
-        // Counted as a reference to the connection; a response that takes long needs none.
+        let Self { h2, permit } = self;
+        // h2 counts the handle as a reference to the connection, which a pending response needs
+        // not.
         drop(h2);
-        match response.await {
-            Ok(response) => Ok(response.map(|stream| Incoming {
-                stream: Some(stream),
-                upload,
-                call: Some(open),
-            })),
+        await_response(permit, upload, response).await
+    }
+
+    async fn open_stream(
+        &mut self,
+        request: Request<()>,
+        end_of_stream: bool,
+    ) -> Result<(ResponseFuture, SendStream<Bytes>), SendError> {
+        let state = &self.permit.state;
+        if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
+            // The connection is closing, or has used up its stream ids.
+            state.mark_exhausted();
+            return Err(send_error(state, Fate::Unsent, error));
+        }
+        match self.h2.send_request(request, end_of_stream) {
+            Ok(opened) => Ok(opened),
             Err(error) => {
-                open.closed = true;
-                let fate = if grpc_status::is_refused(&error) {
-                    Fate::Unsent
+                // The request is to blame only if the connection still accepts others.
+                let usable = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await;
+                let fate = if usable.is_ok() {
+                    Fate::Rejected
                 } else {
-                    Fate::Unknown
+                    state.mark_exhausted();
+                    Fate::Unsent
                 };
-                Err(failed(&open.shared, fate, error))
+                Err(send_error(state, fate, error))
             }
         }
     }
 }
 
-/// A stream in use, until it is dropped.
+/// `permit` is the first parameter so that it is dropped last; see [`ReservedStream`].
+async fn await_response(
+    mut permit: StreamPermit,
+    upload: Option<Upload>,
+    response: ResponseFuture,
+) -> Result<Response<Incoming>, SendError> {
+    match response.await {
+        Ok(response) => Ok(response.map(|stream| Incoming {
+            stream: Some(stream),
+            upload,
+            permit: Some(permit),
+        })),
+        Err(error) => {
+            permit.closed = true;
+            let fate = if grpc_status::is_refused(&error) {
+                Fate::Unsent
+            } else {
+                Fate::Unknown
+            };
+            Err(send_error(&permit.state, fate, error))
+        }
+    }
+}
+
+fn send_error(state: &ConnectionState, fate: Fate, error: h2::Error) -> SendError {
+    SendError {
+        fate,
+        error,
+        close_reason: state.close_reason.get(),
+    }
+}
+
+/// A stream in use. Dropping the permit gives the stream back: at once if the stream has ended,
+/// otherwise when the driver task has reset it.
 #[derive(Debug)]
-struct OpenCall {
-    shared: Arc<Shared>,
-    /// The stream has ended. Otherwise it is in use until the connection's task has reset it.
+struct StreamPermit {
+    state: Arc<ConnectionState>,
     closed: bool,
 }
 
-impl Drop for OpenCall {
+impl Drop for StreamPermit {
     fn drop(&mut self) {
         if self.closed {
-            self.shared.leave(1);
+            self.state.release_streams(1);
         } else {
-            self.shared.given_up.fetch_add(1, Ordering::SeqCst);
-            self.shared.driver.wake();
+            self.state.cancel_stream();
         }
     }
 }
 
-/// The body of a response, as it comes from the wire.
+/// The body of a response, as it arrives from the network.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    /// `None` once it is over.
+    /// `None` after [`finish`](Self::finish).
     pub(crate) stream: Option<RecvStream>,
     upload: Option<Upload>,
-    /// Let go of last, as in [`Reserved`].
-    call: Option<OpenCall>,
+    /// Declared last, as in [`ReservedStream`].
+    permit: Option<StreamPermit>,
 }
 
 impl Incoming {
-    /// Nothing is to be read any more.
+    /// Whether nothing is left to read.
     pub(crate) fn is_at_end(&self) -> bool {
         self.stream.as_ref().is_none_or(RecvStream::is_end_stream)
     }
 
-    /// The response is over: what is still being sent is not wanted any more, and neither is what may be to
-    /// come. A reader may hold on to it for long, and takes up no stream.
+    /// Ends the call: stops the upload, discards unread data and gives the stream back. A reader
+    /// that keeps a finished body for long then uses no stream.
     pub(crate) fn finish(&mut self) {
         let received = self.is_at_end();
-        let sent = self.upload.take().is_none_or(|upload| upload.is_over());
+        let sent = self.upload.take().is_none_or(|upload| upload.is_finished());
         self.stream = None;
-        if let Some(mut call) = self.call.take() {
-            call.closed = received && sent;
+        if let Some(mut permit) = self.permit.take() {
+            permit.closed = received && sent;
         }
     }
 
-    pub(crate) fn ending(&self) -> Option<String> {
-        self.call.as_ref().and_then(|call| call.shared.ending.get())
+    /// Why the connection closed, if it did.
+    pub(crate) fn close_reason(&self) -> Option<String> {
+        let permit = self.permit.as_ref()?;
+        permit.state.close_reason.get()
     }
 }

@@ -1,8 +1,8 @@
-//! Checks of a connection's settings.
+//! The settings of a channel's connections, and their checks.
 
 use std::time::Duration;
 
-use super::connector::Settings;
+use super::driver::KeepAlive;
 use crate::error::{Error, Result};
 use crate::time::MAX_DURATION;
 
@@ -11,6 +11,45 @@ const FRAME_SIZES: std::ops::Range<u32> = 1 << 14..1 << 24;
 
 /// The sizes that HTTP/2 allows for flow-control windows (RFC 9113, section 6.9.1).
 const WINDOW_SIZES: std::ops::Range<u32> = 1..1 << 31;
+
+/// HTTP/2 and TCP settings, named as in tonic's `Endpoint`.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) connect_timeout: Duration,
+    pub(crate) tcp_nodelay: bool,
+    pub(crate) tcp_keepalive: Option<Duration>,
+    pub(crate) keep_alive: KeepAlive,
+    pub(crate) initial_stream_window_size: u32,
+    pub(crate) initial_connection_window_size: u32,
+    pub(crate) max_header_list_size: u32,
+    pub(crate) max_frame_size: Option<u32>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            // The dial timeout of an etcd client.
+            connect_timeout: Duration::from_secs(5),
+            tcp_nodelay: true,
+            tcp_keepalive: None,
+            // gRPC servers may treat pings more often than every 5 minutes as abuse (gRFC A8). The
+            // servers that this channel usually calls do not: tonic accepts any, etcd every 5 s. A
+            // peer that stops responding must be detected soon.
+            keep_alive: KeepAlive {
+                interval: Some(Duration::from_secs(10)),
+                timeout: Duration::from_secs(3),
+                while_idle: true,
+            },
+            // The default of hyper, and so of tonic's channel.
+            initial_stream_window_size: 2 * 1024 * 1024,
+            // The largest that HTTP/2 allows. Each stream has a window too, and streams that nobody
+            // reads must not stop the others on the connection.
+            initial_connection_window_size: (1 << 31) - 1,
+            max_header_list_size: 16 * 1024,
+            max_frame_size: None,
+        }
+    }
+}
 
 impl Settings {
     /// Checks the settings, and limits durations to [`MAX_DURATION`].

@@ -1,132 +1,226 @@
-//! The state that a connection's task, its I/O and its calls share.
+//! The state that a connection's driver task, its I/O and its calls share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+use std::task::Waker;
 use std::time::Duration;
 
 use futures::task::AtomicWaker;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// What ended the connection, as its I/O saw it.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Ending(Arc<Mutex<Option<String>>>);
+/// Why a connection closed. The first cause wins, because later errors only follow from it.
+#[derive(Debug, Default)]
+pub(crate) struct CloseReason(Mutex<Option<String>>);
 
-impl Ending {
-    pub(crate) fn set(&self, text: impl FnOnce() -> String) {
-        let mut ending = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        ending.get_or_insert_with(text);
+impl CloseReason {
+    pub(crate) fn set(&self, reason: impl FnOnce() -> String) {
+        self.0.lock().get_or_insert_with(reason);
     }
 
     pub(crate) fn get(&self) -> Option<String> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.0.lock().clone()
     }
 }
 
-/// What the connection's task, its I/O and its calls share.
+/// The state of one connection.
 #[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) open: AtomicBool,
-    opened: Instant,
-    /// When a read last brought something, a sign of life: nanoseconds since it was opened.
-    heard: AtomicU64,
-    /// Streams that are in use.
-    pub(crate) calls: AtomicUsize,
-    /// How many the server allows at a time.
-    pub(crate) limit: AtomicUsize,
-    /// Those in use whose calls were given up, and which may still have to be reset.
-    pub(crate) given_up: AtomicUsize,
-    /// The connection's task.
-    pub(crate) driver: AtomicWaker,
-    /// Whom to tell when there is room for a call again.
-    pub(crate) freed: OnceLock<Arc<Notify>>,
-    spent: Notify,
-    pub(crate) ending: Ending,
+pub(crate) struct ConnectionState {
+    accepting: AtomicBool,
+    opened_at: Instant,
+    /// When bytes last arrived, in nanoseconds since `opened_at`.
+    last_activity: AtomicU64,
+    /// Streams in use, cancelled ones included until h2 has reset them.
+    streams: AtomicUsize,
+    /// The server's limit on concurrent streams.
+    stream_limit: AtomicUsize,
+    /// Streams of cancelled calls that h2 may not have reset yet. They still count against the
+    /// limit.
+    cancelled: AtomicUsize,
+    driver: AtomicWaker,
+    /// Notified when the connection has a free stream again.
+    capacity: OnceLock<Arc<Notify>>,
+    exhausted: Notify,
+    pub(crate) close_reason: CloseReason,
 }
 
-impl Shared {
+impl ConnectionState {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
-            open: AtomicBool::new(true),
-            opened: Instant::now(),
-            heard: AtomicU64::new(0),
-            calls: AtomicUsize::new(0),
-            limit: AtomicUsize::new(0),
-            given_up: AtomicUsize::new(0),
+            accepting: AtomicBool::new(true),
+            opened_at: Instant::now(),
+            last_activity: AtomicU64::new(0),
+            streams: AtomicUsize::new(0),
+            stream_limit: AtomicUsize::new(0),
+            cancelled: AtomicUsize::new(0),
             driver: AtomicWaker::new(),
-            freed: OnceLock::new(),
-            spent: Notify::new(),
-            ending: Ending::default(),
+            capacity: OnceLock::new(),
+            exhausted: Notify::new(),
+            close_reason: CloseReason::default(),
         })
     }
 
-    /// No new call may be sent.
-    pub(crate) fn shut(&self) {
-        self.open.store(false, Ordering::Release);
+    /// Whether the connection accepts new calls.
+    pub(crate) fn is_accepting(&self) -> bool {
+        self.accepting.load(Ordering::Acquire)
     }
 
-    /// No new call can be sent, although the connection may live on: another is needed.
-    pub(crate) fn spend(&self) {
-        self.shut();
-        self.spent.notify_one();
+    pub(crate) fn stop_accepting(&self) {
+        self.accepting.store(false, Ordering::Release);
     }
 
-    /// Resolves when no new call can be sent.
-    pub(crate) async fn spent(&self) {
-        self.spent.notified().await;
+    /// Records that h2 accepts no more calls, although the connection may stay open. The endpoint
+    /// then needs another connection.
+    pub(crate) fn mark_exhausted(&self) {
+        self.stop_accepting();
+        self.exhausted.notify_one();
     }
 
-    pub(crate) fn heard(&self) {
-        let since = self.opened.elapsed().as_nanos() as u64;
-        self.heard.store(since, Ordering::Relaxed);
+    /// Resolves after [`mark_exhausted`](Self::mark_exhausted).
+    pub(crate) async fn exhausted(&self) {
+        self.exhausted.notified().await;
     }
 
-    pub(crate) fn how_it_ended(&self) -> String {
-        match self.ending.get() {
-            Some(how) => format!("connection lost: {how}"),
+    /// Records that bytes arrived, a sign that the peer lives.
+    pub(crate) fn record_activity(&self) {
+        let since_opened = self.opened_at.elapsed().as_nanos() as u64;
+        self.last_activity.store(since_opened, Ordering::Relaxed);
+    }
+
+    pub(crate) fn last_activity(&self) -> Instant {
+        self.opened_at + Duration::from_nanos(self.last_activity.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn describe_close(&self) -> String {
+        match self.close_reason.get() {
+            Some(reason) => format!("connection lost: {reason}"),
             None => "connection closed".to_owned(),
         }
     }
 
+    /// Whether no stream is in use.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) == 0
+    }
+
+    /// Whether as many streams are in use as the server allows.
     pub(crate) fn is_full(&self) -> bool {
-        self.calls.load(Ordering::SeqCst) >= self.limit.load(Ordering::SeqCst)
+        self.streams.load(Ordering::SeqCst) >= self.stream_limit()
     }
 
-    /// One stream more is in use, if the server allows it.
-    pub(crate) fn enter(&self) -> bool {
-        let limit = self.limit.load(Ordering::SeqCst);
-        let one_more = |calls| (calls < limit).then_some(calls + 1);
+    pub(crate) fn stream_limit(&self) -> usize {
+        self.stream_limit.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_stream_limit(&self, limit: usize) {
+        if self.stream_limit() != limit {
+            self.stream_limit.store(limit, Ordering::SeqCst);
+            self.notify_capacity();
+        }
+    }
+
+    /// Takes a stream, if the server's limit leaves one.
+    pub(crate) fn acquire_stream(&self) -> bool {
+        let limit = self.stream_limit();
+        let add_one = |streams| (streams < limit).then_some(streams + 1);
         let (set, fetch) = (Ordering::SeqCst, Ordering::SeqCst);
-        self.calls.fetch_update(set, fetch, one_more).is_ok()
+        self.streams.fetch_update(set, fetch, add_one).is_ok()
     }
 
-    /// So many streams are in use no more.
+    /// Gives streams back.
     ///
-    /// In one order with what those do who wait: they register, and then look whether there is room.
-    pub(crate) fn leave(&self, count: usize) {
-        let calls = self.calls.fetch_sub(count, Ordering::SeqCst);
-        if calls >= self.limit.load(Ordering::SeqCst) {
-            self.tell_freed();
+    /// Sequentially consistent, because a waiting call first registers for the notification and
+    /// then looks for a free stream; one of the two sides always sees the other.
+    pub(crate) fn release_streams(&self, count: usize) {
+        let streams = self.streams.fetch_sub(count, Ordering::SeqCst);
+        if streams >= self.stream_limit() {
+            self.notify_capacity();
         }
     }
 
-    pub(crate) fn set_limit(&self, limit: usize) {
-        if self.limit.load(Ordering::SeqCst) != limit {
-            self.limit.store(limit, Ordering::SeqCst);
-            self.tell_freed();
-        }
+    /// Gives a stream back once the driver has reset it, and wakes the driver.
+    pub(crate) fn cancel_stream(&self) {
+        self.cancelled.fetch_add(1, Ordering::SeqCst);
+        self.driver.wake();
     }
 
-    fn tell_freed(&self) {
-        if let Some(freed) = self.freed.get() {
-            freed.notify_one();
-        }
+    /// Streams cancelled since the last call of this function.
+    pub(crate) fn take_cancelled(&self) -> usize {
+        self.cancelled.swap(0, Ordering::SeqCst)
     }
 
-    pub(crate) fn last_heard(&self) -> Instant {
-        self.opened + Duration::from_nanos(self.heard.load(Ordering::Relaxed))
+    pub(crate) fn register_driver(&self, waker: &Waker) {
+        self.driver.register(waker);
+    }
+
+    /// `capacity` is notified whenever the connection has a free stream after it had none.
+    pub(crate) fn set_capacity_notify(&self, capacity: &Arc<Notify>) {
+        let _ = self.capacity.set(Arc::clone(capacity));
+    }
+
+    fn notify_capacity(&self) {
+        if let Some(capacity) = self.capacity.get() {
+            capacity.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    fn is_notified(notify: &Notify) -> bool {
+        notify.notified().now_or_never().is_some()
+    }
+
+    #[test]
+    fn streams_stay_within_the_limit() {
+        let state = ConnectionState::new();
+        assert!(!state.acquire_stream());
+        state.set_stream_limit(2);
+        assert!(state.acquire_stream() && state.acquire_stream());
+        assert!(state.is_full() && !state.acquire_stream());
+        state.release_streams(1);
+        assert!(!state.is_full() && state.acquire_stream());
+    }
+
+    #[test]
+    fn only_a_full_connection_notifies_of_capacity() {
+        let state = ConnectionState::new();
+        let capacity = Arc::default();
+        state.set_capacity_notify(&capacity);
+        state.set_stream_limit(2);
+        assert!(is_notified(&capacity));
+        assert!(state.acquire_stream());
+        state.release_streams(1);
+        assert!(!is_notified(&capacity));
+        assert!(state.acquire_stream() && state.acquire_stream());
+        state.release_streams(1);
+        assert!(is_notified(&capacity));
+    }
+
+    #[test]
+    fn cancelled_stream_counts_until_it_is_reset() {
+        let state = ConnectionState::new();
+        state.set_stream_limit(1);
+        assert!(state.acquire_stream());
+        state.cancel_stream();
+        assert!(state.is_full());
+        let reset = state.take_cancelled();
+        state.release_streams(reset);
+        assert_eq!(reset, 1);
+        assert!(state.is_idle() && state.acquire_stream());
+    }
+
+    #[test]
+    fn first_close_reason_wins() {
+        let state = ConnectionState::new();
+        assert_eq!(state.describe_close(), "connection closed");
+        state.close_reason.set(|| "reset by peer".to_owned());
+        state.close_reason.set(|| "broken pipe".to_owned());
+        assert_eq!(state.describe_close(), "connection lost: reset by peer");
     }
 }

@@ -1,4 +1,4 @@
-//! What a connection needs to know of an endpoint.
+//! The part of an endpoint that a connection depends on.
 
 use std::sync::Arc;
 
@@ -7,31 +7,31 @@ use http::uri::{Authority, Scheme};
 
 use crate::instance::{Instance, validate_address};
 
-/// Where an endpoint is, as far as a connection is concerned.
+/// Where and how to connect to an endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// As the instance has it: `host:port` or `unix:/path`.
+    /// The instance's address: `host:port` or `unix:/path`.
     pub(crate) address: Arc<str>,
     pub(crate) scheme: Scheme,
-    /// What calls to it name as their authority, unless an origin is set.
+    /// The `:authority` of calls, unless the channel has an origin.
     pub(crate) authority: Authority,
 }
 
 impl Target {
-    /// Where an instance is. `tls` is the channel's setting.
+    /// The target of an instance. `tls` says whether the channel uses TLS.
     pub(crate) fn new(instance: &Instance, tls: bool) -> Result<Self, String> {
         let address = instance.address.as_str();
-        // A URI would take more than can be called, an address without a port for port 80.
+        // A URI accepts more than can be called: an address without a port would mean port 80.
         validate_address(address).map_err(|error| error.to_string())?;
         if instance.tls == Some(true) && !tls {
-            // Never plaintext to one that says it speaks TLS.
+            // Plaintext to an instance that asks for TLS would send calls unencrypted.
             return Err(format!(
                 "{address} speaks TLS and the channel does not; give it `tls(..)`"
             ));
         }
         let scheme = if tls { Scheme::HTTPS } else { Scheme::HTTP };
         let authority = if address.starts_with("unix:") {
-            // gRPC's name for the authority of a Unix socket.
+            // gRPC's authority for Unix sockets.
             Authority::from_static("localhost")
         } else {
             address

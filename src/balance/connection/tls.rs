@@ -25,7 +25,7 @@ mod with_rustls {
     /// HTTP/2's name in the TLS handshake.
     const ALPN: &[u8] = b"h2";
 
-    /// A TLS configuration, ready for use.
+    /// A TLS configuration, checked and loaded.
     pub(crate) struct Tls {
         connector: TlsConnector,
         server_name: Option<ServerName<'static>>,
@@ -69,7 +69,7 @@ mod with_rustls {
                 Some(name) => name.clone(),
                 None => {
                     let host = target.authority.host();
-                    // A URI writes an IPv6 address in brackets, a certificate does not.
+                    // A URI has brackets around an IPv6 address, a certificate has not.
                     let host = host.trim_start_matches('[').trim_end_matches(']');
                     ServerName::try_from(host.to_owned())
                         .map_err(|error| format!("{host:?} is not a server name: {error}"))?
@@ -97,7 +97,8 @@ mod with_rustls {
         PrivateKeyDer::from_pem_slice(&pem.read()?).map_err(|error| pem.invalid(error.to_string()))
     }
 
-    /// The backends may be enabled together; then the one that the whole program chose, else ring.
+    /// The program's default provider if it has installed one, else ring if that backend is enabled
+    /// (both backends may be), else aws-lc.
     fn provider() -> Arc<tokio_rustls::rustls::crypto::CryptoProvider> {
         if let Some(chosen) = tokio_rustls::rustls::crypto::CryptoProvider::get_default() {
             return Arc::clone(chosen);
@@ -118,7 +119,7 @@ mod with_rustls {
                     .map_err(|error| ca.invalid(error.to_string()))?;
             }
             if roots.is_empty() {
-                return Err(ca.invalid("there is no PEM certificate in it"));
+                return Err(ca.invalid("it contains no PEM certificate"));
             }
             return Ok(roots);
         }
@@ -126,7 +127,7 @@ mod with_rustls {
         {
             let found = rustls_native_certs::load_native_certs();
             for error in &found.errors {
-                tracing::warn!(%error, "some of the system's root certificates cannot be read");
+                tracing::warn!(%error, "cannot read a root certificate of the system");
             }
             roots.add_parsable_certificates(found.certs);
         }
@@ -150,7 +151,7 @@ mod without {
     use crate::config::TlsConfig;
     use crate::error::{Error, Result};
 
-    /// Never made: this build has no TLS.
+    /// Has no values, because this build has no TLS.
     pub(crate) enum Tls {}
 
     impl Tls {

@@ -7,13 +7,13 @@ use tokio::task::AbortHandle;
 
 use crate::balance::replay::AttemptBody;
 
-/// The task that sends a streamed body; dropped, it stops, and the stream is reset if it was not sent
-/// to its end.
+/// The task that sends a streamed body. Dropping it stops the task, which resets the stream unless
+/// the body was sent to its end.
 #[derive(Debug)]
 pub(crate) struct Upload(AbortHandle);
 
 impl Upload {
-    pub(crate) fn is_over(&self) -> bool {
+    pub(crate) fn is_finished(&self) -> bool {
         self.0.is_finished()
     }
 }
@@ -24,13 +24,13 @@ impl Drop for Upload {
     }
 }
 
-/// Sends the body: at once what is at hand, in a task of its own what is still to come.
+/// Sends a body: a complete one at once, a streamed one in a task.
 pub(crate) fn upload(mut stream: SendStream<Bytes>, body: AttemptBody) -> Option<Upload> {
     match body {
         AttemptBody::Whole(None) => None,
         AttemptBody::Whole(Some(bytes)) => {
-            // It is in memory anyway; h2 sends it as the peer's window allows. Should the stream be
-            // gone already, the response says why.
+            // h2 buffers the bytes, which are in memory anyway, and sends them as the peer's window
+            // allows. If the stream is closed already, the response says why.
             let _ = stream.send_data(bytes, true);
             None
         }
@@ -41,26 +41,26 @@ pub(crate) fn upload(mut stream: SendStream<Bytes>, body: AttemptBody) -> Option
     }
 }
 
-/// The sending half of a call. Let go before its end, whatever the reason, it resets the stream: the
-/// server must not wait for the rest.
+/// The sending half of a call. If the half is dropped before the body has ended, it resets the
+/// stream, so that the server does not wait for the rest.
 struct Outgoing {
     stream: SendStream<Bytes>,
-    ended: bool,
+    finished: bool,
 }
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        if !self.ended {
+        if !self.finished {
             self.stream.send_reset(Reason::CANCEL);
         }
     }
 }
 
-/// Sends a body as the peer's window allows, until it ends or the peer wants no more.
+/// Sends a body as the peer's window allows, until the body ends or the peer resets the stream.
 async fn pump(stream: SendStream<Bytes>, mut body: AttemptBody) {
     let mut outgoing = Outgoing {
         stream,
-        ended: false,
+        finished: false,
     };
     let stream = &mut outgoing.stream;
     loop {
@@ -69,35 +69,43 @@ async fn pump(stream: SendStream<Bytes>, mut body: AttemptBody) {
             _ = std::future::poll_fn(|cx| stream.poll_reset(cx)) => break,
             frame = body.frame() => frame,
         };
-        let mut data = match frame {
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => data,
-                // gRPC requests have no trailers.
-                Err(_) => continue,
-            },
+        match frame {
+            Some(Ok(frame)) => {
+                // Trailers are skipped, because gRPC requests have none.
+                if let Ok(data) = frame.into_data()
+                    && !send_chunk(stream, data).await
+                {
+                    return;
+                }
+            }
             Some(Err(status)) => {
-                tracing::debug!(%status, "a request's body failed");
+                tracing::debug!(%status, "the request's body failed");
                 return;
             }
             None => {
                 let _ = stream.send_data(Bytes::new(), true);
                 break;
             }
-        };
-        while !data.is_empty() {
-            stream.reserve_capacity(data.len());
-            match std::future::poll_fn(|cx| stream.poll_capacity(cx)).await {
-                // The window has shrunk meanwhile.
-                Some(Ok(0)) => {}
-                Some(Ok(granted)) => {
-                    let piece = data.split_to(granted.min(data.len()));
-                    if stream.send_data(piece, false).is_err() {
-                        return;
-                    }
-                }
-                Some(Err(_)) | None => return,
-            }
         }
     }
-    outgoing.ended = true;
+    outgoing.finished = true;
+}
+
+/// Sends one chunk as the peer's window allows. Returns false if the stream was closed meanwhile.
+async fn send_chunk(stream: &mut SendStream<Bytes>, mut data: Bytes) -> bool {
+    while !data.is_empty() {
+        stream.reserve_capacity(data.len());
+        match std::future::poll_fn(|cx| stream.poll_capacity(cx)).await {
+            // The window shrank in the meantime.
+            Some(Ok(0)) => {}
+            Some(Ok(granted)) => {
+                let piece = data.split_to(granted.min(data.len()));
+                if stream.send_data(piece, false).is_err() {
+                    return false;
+                }
+            }
+            Some(Err(_)) | None => return false,
+        }
+    }
+    true
 }

@@ -1,4 +1,4 @@
-//! One endpoint's life.
+//! An endpoint: its address, load and connections.
 //!
 //! ```text
 //!   Connecting --> Ready --> (lost, or GOAWAY) --> Connecting ...
@@ -7,31 +7,33 @@
 //!       +---------------------------+
 //! ```
 //!
-//! A task for each of its connections goes round this for as long as the endpoint is in the set.
-//! Only what is Ready gets calls; nothing is connected on behalf of a call.
+//! Each connection of an endpoint has a [`SlotState`] and a task that moves it through this cycle
+//! while the endpoint is in the pool. Only Ready endpoints get calls, and no call has to wait for a
+//! connection to be made for it.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::balance::connection::{Reserved, Sender, Target};
+use crate::balance::connection::{ReservedStream, Sender, Target};
 use crate::balance::pick::{Candidate, Load};
 use crate::instance::Instance;
 
-/// What an endpoint is doing.
+/// The state of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EndpointState {
-    /// A connection is being made.
+    /// The channel is connecting to the endpoint.
     Connecting,
-    /// It is connected and gets calls.
+    /// The endpoint is connected and gets calls.
     Ready,
-    /// The last attempt to connect failed; the next one is waited for.
+    /// The last attempt to connect failed, and the channel waits before the next one.
     Backoff,
-    /// Its instance is draining or has weight 0: it gets no new calls.
+    /// The instance is draining or has weight 0. The endpoint gets no new calls.
     Draining,
 }
 
@@ -46,79 +48,89 @@ impl fmt::Display for EndpointState {
     }
 }
 
-/// What is known about an endpoint of a channel.
-#[derive(Debug, Clone)]
+/// The status of one endpoint of a channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EndpointStatus {
-    /// Where it listens.
+    /// The address, `host:port` or `unix:/path`.
     pub address: String,
-    /// What it is doing.
+    /// The state.
     pub state: EndpointState,
-    /// How many connections to it can take calls.
+    /// How many connections to the endpoint accept calls.
     pub connections: usize,
-    /// Calls that were sent to it and whose answers have not ended.
+    /// Attempts sent to the endpoint whose response body has not ended.
     pub in_flight: usize,
-    /// The moving peak of its latency, once it has answered.
+    /// The moving peak of the latency; `None` before the first response.
     pub latency: Option<Duration>,
-    /// Its share of the calls, relative to the others.
+    /// The share of calls, relative to the other endpoints' weights.
     pub weight: u32,
-    /// Why its connection could not be made, or was lost; `None` while all is well.
+    /// Why the last connection failed or was lost; `None` while all connections are well.
     pub last_error: Option<String>,
-    /// Its instance is not in the set any more: it has vanished with most of the others, and is kept while it
-    /// is connected, for the time of
+    /// Whether the instance has disappeared in a mass deletion and the endpoint is kept while it is
+    /// connected, for the time of
     /// [`mass_deletion_guard`](crate::balance::BalancedChannelBuilder::mass_deletion_guard).
     pub retained: bool,
 }
 
-/// An endpoint, shared by its tasks, the pool and the calls on it.
+/// An endpoint, shared by the pool, its connection tasks and the calls sent to it.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) target: Target,
     pub(crate) load: Load,
-    /// 0 while the instance is not to get new calls.
+    /// 0 while the endpoint gets no new calls.
     weight: AtomicU32,
     retained: AtomicBool,
-    connections: Mutex<Vec<Slot>>,
+    slots: Mutex<Vec<SlotState>>,
 }
 
-/// One of its connections.
-#[derive(Debug, Default)]
-pub(crate) struct Slot {
-    pub(crate) sender: Option<Sender>,
-    pub(crate) backing_off: bool,
-    pub(crate) last_error: Option<String>,
+/// The state of one connection of an endpoint.
+#[derive(Debug)]
+pub(crate) enum SlotState {
+    Connecting {
+        /// Why the connection before was lost or could not be made.
+        last_error: Option<String>,
+    },
+    Ready(Sender),
+    Backoff {
+        error: String,
+    },
 }
 
-impl Slot {
-    fn is_open(&self) -> bool {
-        self.sender.as_ref().is_some_and(Sender::is_open)
+impl SlotState {
+    /// The sender, if the connection accepts calls.
+    fn sender(&self) -> Option<&Sender> {
+        match self {
+            SlotState::Ready(sender) if sender.is_open() => Some(sender),
+            _ => None,
+        }
     }
 
-    /// Also of a connection that is lost and whose task is yet to notice.
+    /// The last error. A connection may be lost before its task has noticed.
     fn error(&self) -> Option<String> {
-        let ended = || self.sender.as_ref().and_then(Sender::ended);
-        self.last_error.clone().or_else(ended)
+        match self {
+            SlotState::Connecting { last_error } => last_error.clone(),
+            SlotState::Ready(sender) => sender.close_reason(),
+            SlotState::Backoff { error } => Some(error.clone()),
+        }
     }
 }
 
 impl Endpoint {
     pub(crate) fn new(target: Target, instance: &Instance, connections: usize) -> Self {
+        let connecting = || SlotState::Connecting { last_error: None };
+        let slots = std::iter::repeat_with(connecting).take(connections);
         let endpoint = Self {
             target,
             load: Load::new(Instant::now()),
             weight: AtomicU32::new(0),
             retained: AtomicBool::new(false),
-            connections: Mutex::new(
-                std::iter::repeat_with(Slot::default)
-                    .take(connections)
-                    .collect(),
-            ),
+            slots: Mutex::new(slots.collect()),
         };
         endpoint.update(instance);
         endpoint
     }
 
-    /// Takes over what may change without a new connection.
+    /// Applies the changes of an instance that need no new connection.
     pub(crate) fn update(&self, instance: &Instance) {
         let weight = if instance.is_eligible() {
             instance.weight
@@ -128,8 +140,8 @@ impl Endpoint {
         self.weight.store(weight, Ordering::Relaxed);
     }
 
-    /// It is to get no new calls, for its instance has vanished.
-    pub(crate) fn retire(&self) {
+    /// Sends the endpoint no new calls until the next [`update`](Self::update).
+    pub(crate) fn stop_new_calls(&self) {
         self.weight.store(0, Ordering::Relaxed);
     }
 
@@ -141,13 +153,18 @@ impl Endpoint {
         self.retained.load(Ordering::Relaxed)
     }
 
-    /// It as something to pick, if it can be picked now.
-    pub(crate) fn ready(self: &Arc<Self>) -> Option<ReadyEndpoint> {
+    /// The endpoint as a candidate of the picker, if it can be picked now.
+    pub(crate) fn as_ready(self: &Arc<Self>) -> Option<ReadyEndpoint> {
         let weight = self.weight.load(Ordering::Relaxed);
         if weight == 0 {
             return None;
         }
-        let senders = self.senders();
+        let slots = self.slots.lock();
+        let senders: Box<[Sender]> = slots
+            .iter()
+            .filter_map(SlotState::sender)
+            .cloned()
+            .collect();
         (!senders.is_empty()).then(|| ReadyEndpoint {
             endpoint: Arc::clone(self),
             senders,
@@ -155,34 +172,33 @@ impl Endpoint {
         })
     }
 
-    /// How many streams its connections have in use, if that is all that the server allows.
+    /// The sum of the stream limits of the connections, if all of them are reached; `None` without
+    /// a connection.
     pub(crate) fn limit_reached(&self) -> Option<usize> {
-        let slots = self.lock();
-        let open = slots.iter().filter(|slot| slot.is_open());
-        let limits = open
-            .filter_map(|slot| slot.sender.as_ref())
-            .map(Sender::limit_reached);
-        // None without a connection.
+        let slots = self.slots.lock();
+        let open = slots.iter().filter_map(SlotState::sender);
+        let limits = open.map(Sender::limit_reached);
         limits.reduce(|sum, limit| Some(sum?.saturating_add(limit?)))?
     }
 
-    /// Whether it is connected, whatever its weight.
+    /// Whether a connection is open. The weight does not matter.
     pub(crate) fn is_connected(&self) -> bool {
-        self.lock().iter().any(Slot::is_open)
+        self.slots.lock().iter().any(|slot| slot.sender().is_some())
     }
 
     pub(crate) fn status(&self) -> EndpointStatus {
         let weight = self.weight.load(Ordering::Relaxed);
-        let slots = self.lock();
-        let connections = slots.iter().filter(|slot| slot.is_open()).count();
+        let slots = self.slots.lock();
+        let connections = slots.iter().filter_map(SlotState::sender).count();
+        let is_backing_off = |slot: &SlotState| matches!(slot, SlotState::Backoff { .. });
         let state = if weight == 0 {
             EndpointState::Draining
         } else if connections > 0 {
             EndpointState::Ready
-        } else if slots.iter().any(|slot| !slot.backing_off) {
-            EndpointState::Connecting
-        } else {
+        } else if slots.iter().all(is_backing_off) {
             EndpointState::Backoff
+        } else {
+            EndpointState::Connecting
         };
         EndpointStatus {
             address: self.target.address.to_string(),
@@ -191,27 +207,27 @@ impl Endpoint {
             in_flight: self.load.in_flight() as usize,
             latency: self.load.latency(Instant::now()),
             weight,
-            last_error: slots.iter().find_map(Slot::error),
+            last_error: slots.iter().find_map(SlotState::error),
             retained: self.is_retained(),
         }
     }
 
-    fn senders(&self) -> Box<[Sender]> {
-        self.lock()
-            .iter()
-            .filter(|slot| slot.is_open())
-            .filter_map(|slot| slot.sender.clone())
-            .collect()
+    /// Sets the state of one connection. Does nothing after [`close`](Self::close).
+    pub(crate) fn set_slot(&self, index: usize, state: SlotState) {
+        if let Some(slot) = self.slots.lock().get_mut(index) {
+            *slot = state;
+        }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Vec<Slot>> {
-        self.connections
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// Drops the connections, and refuses those of tasks that have not ended yet. Calls in flight
+    /// hold their own connection open, and the endpoint too, which must not hold the other
+    /// connections.
+    pub(crate) fn close(&self) {
+        self.slots.lock().clear();
     }
 }
 
-/// An endpoint in a picker.
+/// A Ready endpoint, as the picker holds it.
 #[derive(Debug)]
 pub(crate) struct ReadyEndpoint {
     pub(crate) endpoint: Arc<Endpoint>,
@@ -220,8 +236,8 @@ pub(crate) struct ReadyEndpoint {
 }
 
 impl ReadyEndpoint {
-    /// A stream for one call, if it can be sent now.
-    pub(crate) fn reserve(&self) -> Option<Reserved> {
+    /// Reserves a stream for one call on any connection that has a free one.
+    pub(crate) fn reserve(&self) -> Option<ReservedStream> {
         if let [only] = &*self.senders {
             return only.reserve();
         }
@@ -230,7 +246,7 @@ impl ReadyEndpoint {
         after.iter().chain(before).find_map(Sender::reserve)
     }
 
-    /// Whether it is connected, and has no room for a call.
+    /// Whether the endpoint is connected and no connection has a free stream.
     pub(crate) fn is_full(&self) -> bool {
         !self.is_usable() && self.senders.iter().any(Sender::is_open)
     }

@@ -1,49 +1,59 @@
-//! The guard against mass deletion: what vanishes from the set together with most of it, and is still
-//! connected, is kept for a while.
+//! The guard against mass deletion: keeps connected endpoints for a while whose instances
+//! disappeared together with most of the set.
 //!
-//! Registrations expire when their servers cannot reach etcd, or when etcd loses them, and neither says
-//! that the servers are dead. One that vanishes alone is taken at its word.
+//! Registrations also expire when servers cannot reach etcd, or when etcd loses its data. Neither
+//! means that the servers are dead. An instance that disappears alone is removed at once.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What vanishes within this time counts as vanished together. Leases that were renewed at different
-/// moments end at different moments: each is renewed at a third of its time to live, and etcd looks for
-/// ended ones twice a second; the rest is for those that were late.
-pub(crate) fn window(ttl: Duration) -> Duration {
-    ttl / 3 + MARGIN
+/// The window for leases of a given TTL. Instances that disappear within one window count as having
+/// disappeared together.
+///
+/// Leases renewed at different moments expire at different moments. Each is renewed after a third
+/// of its TTL, so that expiries spread over that time. etcd looks for expired leases twice a
+/// second; the rest of the margin is for late renewals.
+pub(crate) fn window_for_ttl(ttl: Duration) -> Duration {
+    ttl / 3 + WINDOW_MARGIN
 }
 
-/// With which the window of the default time to live, of 10 s, is 5 s.
-const MARGIN: Duration = Duration::from_millis(1_667);
+/// Makes the window of the default TTL, 10 s, [`DEFAULT_WINDOW`].
+const WINDOW_MARGIN: Duration = Duration::from_millis(1_667);
 
-/// That of sources whose instances have no time to live.
+/// The window for sources whose instances have no TTL.
 pub(crate) const DEFAULT_WINDOW: Duration = Duration::from_secs(5);
 
-/// How long they are kept unless configured: G4.
+/// How long retained endpoints serve unless configured otherwise.
 pub(crate) const DEFAULT_KEEP_FOR: Duration = Duration::from_secs(60);
 
-/// What has vanished and is held on to: at first only in case it was one of many, out of use, and in use
-/// from when it turns out that it was.
+/// Decides which of the vanished members stay in service.
+///
+/// A vanished member first waits one window, out of service. If the guard finds a mass deletion in
+/// that time, the member serves again for `keep_for`.
 #[derive(Debug)]
 pub(crate) struct MassDeletionGuard<K, M> {
-    /// Zero: it is off.
+    /// Zero disables the guard.
     keep_for: Duration,
-    /// What vanishes within this time has vanished together.
     window: Duration,
-    held: BTreeMap<K, Held<M>>,
-    /// When each of the last ones vanished.
+    held: BTreeMap<K, Retained<M>>,
+    /// When the instances of the last window vanished, the oldest first.
     recent: VecDeque<Instant>,
 }
 
 #[derive(Debug)]
-struct Held<M> {
+struct Retained<M> {
     member: M,
-    since: Instant,
-    /// Until when it is in use; `None`: it is not.
-    until: Option<Instant>,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Stage {
+    /// Out of service, in case others vanish too.
+    Waiting { until: Instant },
+    /// Back in service.
+    Serving { until: Instant },
 }
 
 impl<K: Ord + Clone, M> MassDeletionGuard<K, M> {
@@ -56,8 +66,9 @@ impl<K: Ord + Clone, M> MassDeletionGuard<K, M> {
         }
     }
 
-    /// Takes what has vanished without saying that it would; it is given back if it is not to be held.
-    pub(crate) fn vanished(
+    /// Takes a member whose instance vanished without having been draining. Returns the member if
+    /// the guard does not hold it, because the guard is disabled or the member is not connected.
+    pub(crate) fn on_vanished(
         &mut self,
         key: K,
         member: M,
@@ -71,69 +82,69 @@ impl<K: Ord + Clone, M> MassDeletionGuard<K, M> {
         if !is_connected {
             return Some(member);
         }
-        let (since, until) = (now, None);
-        let held = Held {
-            member,
-            since,
-            until,
-        };
-        self.held.insert(key, held).map(|before| before.member)
+        let until = now + self.window;
+        let stage = Stage::Waiting { until };
+        let before = self.held.insert(key, Retained { member, stage });
+        before.map(|before| before.member)
     }
 
-    /// Gives back the first that fits: it has come back.
-    pub(crate) fn take(&mut self, fits: impl Fn(&K, &M) -> bool) -> Option<M> {
-        let fit = |(key, held): (&K, &Held<M>)| fits(key, &held.member).then(|| key.clone());
-        let key = self.held.iter().find_map(fit)?;
+    /// Returns the first member that matches, because its instance has come back.
+    pub(crate) fn reclaim(&mut self, matches: impl Fn(&K, &M) -> bool) -> Option<M> {
+        let mut held = self.held.iter();
+        let (key, _) = held.find(|(key, held)| matches(key, &held.member))?;
+        let key = key.clone();
         self.held.remove(&key).map(|held| held.member)
     }
 
-    /// Judges with how many there are in the set now. If more than that have vanished together, those that
-    /// are held are in use from now on, for the time of the guard; returns how many vanished and which are
-    /// newly in use.
-    pub(crate) fn judge(&mut self, remaining: usize, now: Instant) -> (usize, Vec<&M>) {
-        while self
-            .recent
-            .front()
-            .is_some_and(|at| now >= *at + self.window)
-        {
+    /// Decides whether the recent removals are a mass deletion: within the window more instances
+    /// have vanished than remain. If so, puts the waiting members back into service. Returns how
+    /// many instances vanished, and the members that serve again.
+    pub(crate) fn evaluate(&mut self, remaining: usize, now: Instant) -> (usize, Vec<&M>) {
+        let is_old = |vanished_at: &Instant| now >= *vanished_at + self.window;
+        while self.recent.front().is_some_and(is_old) {
             self.recent.pop_front();
         }
-        let together = self.recent.len();
-        let mut kept = Vec::new();
-        if together > remaining {
-            for held in self.held.values_mut().filter(|held| held.until.is_none()) {
-                held.until = Some(now + self.keep_for);
-                kept.push(&held.member);
+        let vanished = self.recent.len();
+        let mut serving = Vec::new();
+        if vanished > remaining {
+            for held in self.held.values_mut() {
+                if let Stage::Waiting { .. } = held.stage {
+                    let until = now + self.keep_for;
+                    held.stage = Stage::Serving { until };
+                    serving.push(&held.member);
+                }
             }
         }
-        (together, kept)
+        (vanished, serving)
     }
 
-    /// Gives up those that are not connected any more, and those whose time is over.
+    /// Releases the members that lost their connection or reached the end of their time.
     pub(crate) fn release(&mut self, is_connected: impl Fn(&M) -> bool, now: Instant) -> Vec<M> {
-        let window = self.window;
-        let is_over = |held: &Held<M>| now >= held.ends(window) || !is_connected(&held.member);
+        let is_over = |held: &Retained<M>| now >= held.until() || !is_connected(&held.member);
         let over = self.held.iter().filter(|(_, held)| is_over(held));
         let over: Vec<K> = over.map(|(key, _)| key.clone()).collect();
         let over = over.iter().filter_map(|key| self.held.remove(key));
         over.map(|held| held.member).collect()
     }
 
-    /// When the next one's time is over.
-    pub(crate) fn ends_at(&self) -> Option<Instant> {
-        self.held.values().map(|held| held.ends(self.window)).min()
+    /// When the time of the next member is over.
+    pub(crate) fn next_release_at(&self) -> Option<Instant> {
+        self.held.values().map(Retained::until).min()
     }
 
-    /// Those in use.
-    pub(crate) fn kept(&self) -> impl Iterator<Item = &M> + Clone {
-        let kept = self.held.values().filter(|held| held.until.is_some());
-        kept.map(|held| &held.member)
+    /// The members in service.
+    pub(crate) fn retained(&self) -> impl Iterator<Item = &M> + Clone {
+        let is_serving = |held: &&Retained<M>| matches!(held.stage, Stage::Serving { .. });
+        let serving = self.held.values().filter(is_serving);
+        serving.map(|held| &held.member)
     }
 }
 
-impl<M> Held<M> {
-    fn ends(&self, window: Duration) -> Instant {
-        self.until.unwrap_or(self.since + window)
+impl<M> Retained<M> {
+    fn until(&self) -> Instant {
+        match self.stage {
+            Stage::Waiting { until } | Stage::Serving { until } => until,
+        }
     }
 }
 
@@ -148,121 +159,121 @@ mod tests {
     const KEEP: Duration = Duration::from_secs(60);
 
     #[test]
-    fn one_of_many_is_taken_at_its_word_and_most_of_them_together_are_not() {
+    fn only_a_majority_that_vanishes_together_is_retained() {
         let now = Instant::now();
         let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
-        assert_eq!(guard.vanished(1, 1, true, now), None);
-        assert_eq!(guard.judge(4, now).1.len(), 0);
-        assert_eq!(guard.kept().count(), 0);
-        // One after the other within the window: with the third of five it is most of them.
+        assert_eq!(guard.on_vanished(1, 1, true, now), None);
+        assert_eq!(guard.evaluate(4, now).1.len(), 0);
+        assert_eq!(guard.retained().count(), 0);
+        // With the third of five within the window, most have vanished.
         let later = now + DEFAULT_WINDOW / 2;
-        guard.vanished(2, 2, true, later);
-        assert_eq!(guard.judge(3, later).1.len(), 0);
-        guard.vanished(3, 3, true, later);
-        assert_eq!(guard.judge(2, later), (3, vec![&1, &2, &3]));
-        assert_eq!(guard.kept().count(), 3);
-        assert_eq!(guard.ends_at(), Some(later + KEEP));
-        assert_eq!(guard.take(|key, _| *key == 2), Some(2));
+        guard.on_vanished(2, 2, true, later);
+        assert_eq!(guard.evaluate(3, later).1.len(), 0);
+        guard.on_vanished(3, 3, true, later);
+        assert_eq!(guard.evaluate(2, later), (3, vec![&1, &2, &3]));
+        assert_eq!(guard.retained().count(), 3);
+        assert_eq!(guard.next_release_at(), Some(later + KEEP));
+        assert_eq!(guard.reclaim(|key, _| *key == 2), Some(2));
         assert_eq!(guard.release(|member| *member != 1, later), [1]);
         assert_eq!(guard.release(|_| true, later + KEEP), [3]);
-        assert_eq!(guard.ends_at(), None);
+        assert_eq!(guard.next_release_at(), None);
     }
 
     #[test]
-    fn a_fleet_that_is_replaced_by_another_goes() {
+    fn replaced_fleet_is_released() {
         let now = Instant::now();
         let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
         for key in 0..3 {
-            guard.vanished(key, key, true, now);
+            guard.on_vanished(key, key, true, now);
         }
-        assert_eq!(guard.judge(3, now).1.len(), 0);
+        assert_eq!(guard.evaluate(3, now).1.len(), 0);
         assert_eq!(guard.release(|_| true, now + DEFAULT_WINDOW).len(), 3);
     }
 
-    /// As kitex has them: renewed every 20 s, they end over 20 s.
+    /// kitex's leases of 60 s are renewed every 20 s, so that they expire over 20 s.
     #[test]
-    fn leases_of_a_minute_that_end_one_after_the_other_have_ended_together() {
-        let begun = Instant::now();
-        let mut guard = MassDeletionGuard::new(KEEP, window(Duration::from_secs(60)));
+    fn window_covers_the_expiries_of_one_ttl() {
+        let start = Instant::now();
+        let mut guard = MassDeletionGuard::new(KEEP, window_for_ttl(Duration::from_secs(60)));
         for key in 0..10 {
-            let now = begun + Duration::from_secs(2) * key;
-            guard.vanished(key, key, true, now);
-            guard.judge(9 - key as usize, now);
+            let now = start + Duration::from_secs(2) * key;
+            guard.on_vanished(key, key, true, now);
+            guard.evaluate(9 - key as usize, now);
             assert_eq!(guard.release(|_| true, now).len(), 0);
         }
-        assert_eq!(guard.kept().count(), 10);
-        assert!(window(Duration::from_secs(10)) >= DEFAULT_WINDOW);
+        assert_eq!(guard.retained().count(), 10);
+        assert!(window_for_ttl(Duration::from_secs(10)) >= DEFAULT_WINDOW);
     }
 
     #[test]
-    fn switched_off_it_holds_nothing() {
+    fn disabled_guard_holds_nothing() {
         let mut guard = MassDeletionGuard::new(Duration::ZERO, DEFAULT_WINDOW);
-        assert_eq!(guard.vanished(1, 1, true, Instant::now()), Some(1));
-        assert_eq!(guard.judge(0, Instant::now()).1.len(), 0);
+        assert_eq!(guard.on_vanished(1, 1, true, Instant::now()), Some(1));
+        assert_eq!(guard.evaluate(0, Instant::now()).1.len(), 0);
     }
 
     #[derive(Debug, Clone)]
-    enum Happening {
-        Come(u8),
+    enum Op {
+        Add(u8),
         Vanish(BTreeSet<u8>),
         Disconnect(u8),
-        Time(u64),
+        Advance(u64),
     }
 
-    fn happening() -> impl Strategy<Value = Happening> {
+    fn op() -> impl Strategy<Value = Op> {
         let key = 0u8..6;
         prop_oneof![
-            4 => key.clone().prop_map(Happening::Come),
-            3 => proptest::collection::btree_set(key.clone(), 1..6).prop_map(Happening::Vanish),
-            1 => key.prop_map(Happening::Disconnect),
-            3 => (0u64..20_000).prop_map(Happening::Time),
+            4 => key.clone().prop_map(Op::Add),
+            3 => proptest::collection::btree_set(key.clone(), 1..6).prop_map(Op::Vanish),
+            1 => key.prop_map(Op::Disconnect),
+            3 => (0u64..20_000).prop_map(Op::Advance),
         ]
     }
 
     proptest! {
         #[test]
-        fn none_is_held_that_is_known_or_lost_nor_for_longer_than_its_time(
-            happenings in proptest::collection::vec(happening(), 0..60),
+        fn held_members_are_absent_connected_and_within_their_time(
+            ops in proptest::collection::vec(op(), 0..60),
         ) {
             let mut now = Instant::now();
             let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
             let (mut known, mut connected) = (BTreeSet::new(), BTreeSet::new());
             let mut vanished_at = BTreeMap::new();
-            for happening in happenings {
-                match happening {
-                    Happening::Come(key) => {
-                        guard.take(|of, _| *of == key);
+            for op in ops {
+                match op {
+                    Op::Add(key) => {
+                        guard.reclaim(|of, _| *of == key);
                         known.insert(key);
                         connected.insert(key);
                     }
-                    Happening::Vanish(keys) => {
+                    Op::Vanish(keys) => {
                         for key in keys {
                             if known.remove(&key) {
                                 let is_connected = connected.contains(&key);
-                                guard.vanished(key, key, is_connected, now);
+                                guard.on_vanished(key, key, is_connected, now);
                                 vanished_at.insert(key, now);
                             }
                         }
-                        let together = guard.judge(known.len(), now).0;
-                        if together > known.len() {
-                            // All that are connected and vanished within the window are in use.
+                        let vanished = guard.evaluate(known.len(), now).0;
+                        if vanished > known.len() {
+                            // Every connected member that vanished within the window serves.
                             for (key, at) in &vanished_at {
                                 let due = !known.contains(key) && connected.contains(key)
                                     && now < *at + DEFAULT_WINDOW;
-                                let kept = guard.kept().any(|kept| kept == key);
-                                prop_assert!(!due || kept, "{key}");
+                                let is_retained = guard.retained().any(|member| member == key);
+                                prop_assert!(!due || is_retained, "{key}");
                             }
                         }
                     }
-                    Happening::Disconnect(key) => drop(connected.remove(&key)),
-                    Happening::Time(millis) => now += Duration::from_millis(millis),
+                    Op::Disconnect(key) => drop(connected.remove(&key)),
+                    Op::Advance(millis) => now += Duration::from_millis(millis),
                 }
                 guard.release(|key| connected.contains(key), now);
                 for key in guard.held.keys() {
                     prop_assert!(!known.contains(key) && connected.contains(key));
                     prop_assert!(now < vanished_at[key] + DEFAULT_WINDOW + KEEP);
                 }
-                prop_assert!(guard.ends_at().is_none_or(|at| at > now));
+                prop_assert!(guard.next_release_at().is_none_or(|at| at > now));
             }
             guard.release(|_| true, now + DEFAULT_WINDOW + KEEP);
             prop_assert!(guard.held.is_empty());

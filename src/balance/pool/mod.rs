@@ -1,12 +1,23 @@
-//! The set of endpoints, kept as the snapshots say, and the picker that is made from it.
+//! The set of endpoints, and the picker made from the ready ones.
 //!
-//! One task applies snapshots and makes a new picker when an endpoint becomes ready or is lost. It is
-//! on no call's way: calls read the picker that is there.
+//! One task owns the [`Pool`]. The task applies the source's snapshots, and publishes a new picker
+//! through the [`View`] whenever an endpoint becomes ready or is lost. Calls do not wait for this
+//! task, because they read the picker that was published last.
+//!
+//! - A [`Member`] is an instance with its endpoint. When the instance's address changes, the new
+//!   endpoint connects while the old one still serves.
+//! - A [`Supervisor`](supervisor::Supervisor) keeps an [`Endpoint`] connected, with a task for each
+//!   connection.
+//! - The [`MassDeletionGuard`] keeps endpoints whose instances disappeared together with most
+//!   others.
 
+mod connect_plan;
 mod endpoint;
 mod mass_deletion;
 mod member;
 mod supervisor;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::BTreeMap;
@@ -16,7 +27,7 @@ use futures::StreamExt;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::connection::{Connector, Target};
+use super::connection::Connect;
 use super::pick::{BalancePolicy, Cursor, Picker};
 use super::source::Source;
 use crate::instance::Instance;
@@ -24,292 +35,295 @@ use crate::snapshot::{Change, InstanceKey, Instances, Snapshot, diff};
 use crate::telemetry;
 use crate::time::sleep_until;
 
+pub(super) use connect_plan::ConnectPlan;
 pub(super) use endpoint::{Endpoint, ReadyEndpoint};
 pub use endpoint::{EndpointState, EndpointStatus};
-pub(super) use mass_deletion::{DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, window};
-use member::{Member, Next};
-pub(super) use supervisor::ConnectPlan;
-use supervisor::Supervised;
-use view::Known;
-pub(super) use view::View;
+pub(super) use mass_deletion::{
+    DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, window_for_ttl,
+};
+use member::{Member, Vanished};
+use supervisor::{Spawner, Supervisor};
+pub(super) use view::{PoolStatus, View};
+
+/// Members whose instances a snapshot has removed, by address.
+type Removed = BTreeMap<Arc<str>, (InstanceKey, Member)>;
 
 /// Keeps a [`View`] current.
-pub(crate) struct Pool {
+pub(crate) struct Pool<C> {
     view: Arc<View>,
-    connector: Arc<Connector>,
-    plan: ConnectPlan,
+    spawner: Spawner<C>,
     policy: BalancePolicy,
     cursor: Cursor,
-    changed: Arc<Notify>,
-    shown: Instances,
-    members: BTreeMap<InstanceKey, Member>,
-    /// What has vanished with most of the others.
-    guard: MassDeletionGuard<InstanceKey, (Member, Arc<Instance>)>,
-    /// How many of those are in use, as last told.
-    kept: usize,
-    unusable: BTreeMap<InstanceKey, String>,
     snapshot: Option<Arc<Snapshot>>,
+    /// The instances of `snapshot`.
+    instances: Arc<Instances>,
+    members: BTreeMap<InstanceKey, Member>,
+    guard: MassDeletionGuard<InstanceKey, Vanished>,
+    /// How many retained members the metrics were last told of.
+    reported_retained: usize,
+    /// Why instances cannot be called.
+    unusable: BTreeMap<InstanceKey, String>,
+    /// Endpoints to close after the next publication.
+    closing: Vec<Supervisor>,
 }
 
-impl Pool {
+impl<C: Connect> Pool<C> {
     pub(crate) fn new(
         view: Arc<View>,
-        connector: Arc<Connector>,
+        connector: Arc<C>,
         plan: ConnectPlan,
         policy: BalancePolicy,
-        guard: MassDeletionGuard<InstanceKey, (Member, Arc<Instance>)>,
+        guard: MassDeletionGuard<InstanceKey, Vanished>,
     ) -> Self {
-        Self {
-            view,
+        let spawner = Spawner {
             connector,
             plan,
+            changed: Arc::new(Notify::new()),
+            capacity: Arc::clone(&view.capacity),
+        };
+        Self {
+            view,
+            spawner,
             policy,
             cursor: Cursor::default(),
-            changed: Arc::new(Notify::new()),
-            shown: Instances::new(),
+            snapshot: None,
+            instances: Arc::default(),
             members: BTreeMap::new(),
             guard,
-            kept: 0,
+            reported_retained: 0,
             unusable: BTreeMap::new(),
-            snapshot: None,
+            closing: Vec::new(),
         }
     }
 
-    /// Runs until it is dropped; with it go the connections, once the calls on them have ended.
+    /// Runs until it is dropped. The connections then close, each after its last call. If the
+    /// source's stream ends, the last set stays.
     pub(crate) async fn run(mut self, source: Source) {
         let mut snapshots = source.into_stream().fuse();
         loop {
-            let wake_at = [self.switch_at(), self.guard.ends_at()];
+            let wake_at = [self.next_replacement_at(), self.guard.next_release_at()];
             let wake_at = wake_at.into_iter().flatten().min();
-            let mut gone = Vec::new();
             tokio::select! {
-                // None after its end: the last set stays.
-                Some(snapshot) = snapshots.next() => gone = self.apply(snapshot),
-                () = self.changed.notified() => {}
+                Some(snapshot) = snapshots.next() => self.apply(snapshot),
+                () = self.spawner.changed.notified() => {}
                 () = sleep_until(wake_at) => {}
             }
-            let replaced = self.switch();
-            let is_connected = |(member, _): &_| Member::is_connected(member);
-            let released = self.guard.release(is_connected, Instant::now());
+            self.promote_replacements();
+            self.release_retained();
             self.publish();
-            self.tell_kept();
-            // Only now: nothing may be picked that is being taken down.
-            drop((gone, replaced, released));
+            self.report_retained();
+            // Dropped only after the new picker is published, so that no call can pick a closing
+            // endpoint.
+            self.closing.clear();
         }
     }
 
-    /// Returns what is to be taken down.
-    fn apply(&mut self, snapshot: Arc<Snapshot>) -> Vec<Member> {
-        let changes = diff(&self.shown, &snapshot.instances);
-        // Those that leave, by address: an instance that comes back under another id is the same
-        // endpoint, and keeps its connections.
-        let mut leaving = BTreeMap::new();
-        let mut gone = Vec::new();
-        for change in &changes {
-            if let Change::Remove(key) = change {
-                self.unusable.remove(key);
-                if let Some(member) = self.members.remove(key) {
-                    let address = Arc::clone(&member.current.endpoint.target.address);
-                    let left = leaving.insert(address, (key.clone(), member));
-                    gone.extend(left.map(|(_, member)| member));
-                }
-            }
-        }
+    /// Adds, changes and removes members until they match a snapshot.
+    fn apply(&mut self, snapshot: Arc<Snapshot>) {
+        let changes = diff(&self.instances, &snapshot.instances);
+        let mut removed = self.take_removed(&changes);
         for change in changes {
             if let Change::Upsert(key, instance) = change {
-                if !self.members.contains_key(&key) {
-                    let left = leaving.remove(instance.address.as_str());
-                    let member = left.map(|(_, member)| member).or_else(|| {
-                        let at = &*instance.address;
-                        let held = self.guard.take(|_, (member, _)| member.is_at(at));
-                        held.map(|(member, _)| member)
-                    });
-                    // Where it was before it is not any more, unless that is in use: nothing says so of those
-                    // that vanished with most of the others.
-                    let moved = self.guard.take(|of, (member, _)| {
-                        *of == key && !member.current.endpoint.is_retained()
-                    });
-                    gone.extend(moved.map(|(member, _)| member));
-                    if let Some(member) = member {
-                        member.current.endpoint.set_retained(false);
-                        self.members.insert(key.clone(), member);
-                    }
-                }
-                gone.extend(self.set(key, &instance));
+                self.readopt(&key, &instance, &mut removed);
+                self.set(key, &instance);
             }
         }
-        let vanished = leaving.into_values();
-        gone.extend(vanished.filter_map(|(key, member)| self.vanish(key, member)));
-        self.guard_fleet();
-        self.shown = Instances::clone(&snapshot.instances);
+        for (key, member) in removed.into_values() {
+            self.remove(key, member);
+        }
+        self.apply_guard();
+        self.instances = Arc::clone(&snapshot.instances);
         self.snapshot = Some(snapshot);
-        gone
     }
 
-    /// Returns a member that is to go: the guard has no use for it.
-    fn vanish(&mut self, key: InstanceKey, member: Member) -> Option<Member> {
-        // Still that of the snapshot before.
-        let Some(instance) = self.shown.get(&key).filter(|i| i.is_eligible()) else {
-            // It has said that it would leave.
-            return Some(member);
-        };
-        let instance = Arc::clone(instance);
-        member.current.endpoint.retire();
-        let is_connected = member.is_connected();
-        let refused = self
-            .guard
-            .vanished(key, (member, instance), is_connected, Instant::now());
-        refused.map(|(member, _)| member)
+    /// Takes the members out whose instances are gone. Sorted by address, because an instance that
+    /// comes back under another id is the same endpoint and keeps its connections.
+    fn take_removed(&mut self, changes: &[Change]) -> Removed {
+        let mut removed = Removed::new();
+        for change in changes {
+            let Change::Remove(key) = change else {
+                continue;
+            };
+            self.unusable.remove(key);
+            if let Some(member) = self.members.remove(key) {
+                let address = Arc::clone(&member.current().endpoint.target.address);
+                if let Some((_, other)) = removed.insert(address, (key.clone(), member)) {
+                    self.close(other);
+                }
+            }
+        }
+        removed
     }
 
-    /// Has those that vanished with most of the others serve on.
-    fn guard_fleet(&mut self) {
-        let remaining = self.members.len();
-        // Leases that end together do so in several snapshots.
-        let is_new = self.guard.kept().next().is_none();
-        let (together, kept) = self.guard.judge(remaining, Instant::now());
-        if kept.is_empty() {
+    /// If an instance is new, gives it the endpoint that already has its address, from the members
+    /// that this snapshot removed or from the guard.
+    fn readopt(&mut self, key: &InstanceKey, instance: &Instance, removed: &mut Removed) {
+        if self.members.contains_key(key) {
             return;
         }
-        for (member, instance) in &kept {
-            member.current.endpoint.update(instance);
-            member.current.endpoint.set_retained(true);
+        let address = instance.address.as_str();
+        let member = removed.remove(address).map(|(_, member)| member);
+        let member = member.or_else(|| {
+            let vanished = self
+                .guard
+                .reclaim(|_, vanished| vanished.member.has_address(address));
+            vanished.map(|vanished| vanished.member)
+        });
+        // The instance has moved, so its old endpoint goes; but not a retained one, because nobody
+        // has said that the servers of a mass deletion are gone.
+        let old = self
+            .guard
+            .reclaim(|of, vanished| of == key && !vanished.member.current().endpoint.is_retained());
+        if let Some(old) = old {
+            self.close(old.member);
         }
-        let (service, kept) = (&*self.view.known.load().range, kept.len());
-        if is_new {
+        if let Some(member) = member {
+            member.current().endpoint.set_retained(false);
+            self.members.insert(key.clone(), member);
+        }
+    }
+
+    /// Adds an instance, or applies its changes.
+    fn set(&mut self, key: InstanceKey, instance: &Instance) {
+        let target = match self.spawner.target(instance) {
+            Ok(target) => target,
+            Err(error) => {
+                tracing::warn!(%key, %error, "an instance cannot be called and is left out");
+                if let Some(member) = self.members.remove(&key) {
+                    self.close(member);
+                }
+                self.unusable.insert(key, error);
+                return;
+            }
+        };
+        self.unusable.remove(&key);
+        match self.members.get_mut(&key) {
+            Some(member) => member.update(target, instance, &self.spawner),
+            None => {
+                let supervisor = self.spawner.spawn(target, instance);
+                self.members.insert(key, Member::new(supervisor));
+            }
+        }
+    }
+
+    /// Hands the member of an instance that is gone to the guard, or closes it: the instance was
+    /// draining, or the guard does not want it.
+    fn remove(&mut self, key: InstanceKey, member: Member) {
+        // `self.instances` is still the set before.
+        let Some(instance) = self.instances.get(&key).filter(|i| i.is_eligible()) else {
+            return self.close(member);
+        };
+        let instance = Arc::clone(instance);
+        member.current().endpoint.stop_new_calls();
+        let is_connected = member.is_connected();
+        let vanished = Vanished { member, instance };
+        let refused = self
+            .guard
+            .on_vanished(key, vanished, is_connected, Instant::now());
+        if let Some(vanished) = refused {
+            self.close(vanished.member);
+        }
+    }
+
+    /// Puts the members that vanished in a mass deletion back into service.
+    fn apply_guard(&mut self) {
+        let remaining = self.members.len();
+        // Leases that expire together are deleted in several transactions, and seen in as many
+        // snapshots.
+        let is_first = self.guard.retained().next().is_none();
+        let (vanished, retained) = self.guard.evaluate(remaining, Instant::now());
+        if retained.is_empty() {
+            return;
+        }
+        for Vanished { member, instance } in &retained {
+            member.current().endpoint.update(instance);
+            member.current().endpoint.set_retained(true);
+        }
+        let service = &*self.view.status().range;
+        let kept = retained.len();
+        if is_first {
             telemetry::count_mass_deletion(service);
             tracing::warn!(
                 service,
-                vanished = together,
+                vanished,
                 remaining,
                 kept,
-                "most instances have vanished together: those that are connected still are kept for a while"
+                "more than half of the instances disappeared at once; keeping those still connected"
             );
         } else {
             tracing::debug!(
                 service,
-                vanished = together,
+                vanished,
                 remaining,
                 kept,
-                "more instances have vanished with most of the others and are kept"
+                "more instances of a mass deletion disappeared; keeping those still connected"
             );
         }
     }
 
-    fn tell_kept(&mut self) {
-        let kept = self.guard.kept().count();
-        if kept != self.kept {
-            telemetry::report_kept_endpoints(&self.view.known.load().range, self.kept, kept);
-            self.kept = kept;
-        }
+    fn next_replacement_at(&self) -> Option<Instant> {
+        let members = self.members.values();
+        members.filter_map(Member::replacement_deadline).min()
     }
 
-    /// Returns a member that cannot be used any more.
-    fn set(&mut self, key: InstanceKey, instance: &Instance) -> Option<Member> {
-        let target = match Target::new(instance, self.connector.tls()) {
-            Ok(target) => target,
-            Err(error) => {
-                tracing::warn!(%key, %error, "an instance cannot be called and is left out");
-                self.unusable.insert(key.clone(), error);
-                return self.members.remove(&key);
-            }
-        };
-        self.unusable.remove(&key);
-        let (connector, plan) = (&self.connector, self.plan);
-        let (changed, freed) = (&self.changed, &self.view.freed);
-        let start = |target| Supervised::start(target, instance, connector, plan, changed, freed);
-        match self.members.get_mut(&key) {
-            Some(member) if member.current.endpoint.target == target => {
-                member.current.endpoint.update(instance);
-                member.next = None;
-            }
-            Some(member) => {
-                // What it says of itself holds at once, whatever its address.
-                member.current.endpoint.update(instance);
-                match &member.next {
-                    Some(next) if next.supervised.endpoint.target == target => {
-                        next.supervised.endpoint.update(instance);
-                    }
-                    // Connected before the old one is given up.
-                    _ => {
-                        member.next = Some(Next {
-                            supervised: start(target),
-                            deadline: Instant::now() + self.connector.connect_timeout(),
-                        });
-                    }
-                }
-            }
-            None => {
-                let current = start(target);
-                let next = None;
-                self.members.insert(key, Member { current, next });
-            }
-        }
-        None
-    }
-
-    fn switch_at(&self) -> Option<Instant> {
-        let deadlines = self.members.values().filter_map(|m| m.next.as_ref());
-        deadlines.map(|next| next.deadline).min()
-    }
-
-    /// Lets replacements take over: those that are connected, those whose predecessor is lost anyway, and
-    /// those that could not connect in time, for the set says that the old address is not it any
-    /// more. Returns what was replaced.
-    fn switch(&mut self) -> Vec<Supervised> {
+    fn promote_replacements(&mut self) {
         let now = Instant::now();
-        let mut replaced = Vec::new();
-        for member in self.members.values_mut() {
-            let due = member.next.take_if(|next| {
-                next.supervised.endpoint.is_connected()
-                    || !member.current.endpoint.is_connected()
-                    || now >= next.deadline
-            });
-            if let Some(next) = due {
-                let old = std::mem::replace(&mut member.current, next.supervised);
-                replaced.push(old);
-            }
+        let members = self.members.values_mut();
+        self.closing
+            .extend(members.filter_map(|member| member.promote_replacement(now)));
+    }
+
+    /// Gives up retained members that lost their connection or whose time is over.
+    fn release_retained(&mut self) {
+        let is_connected = |vanished: &Vanished| vanished.member.is_connected();
+        for vanished in self.guard.release(is_connected, Instant::now()) {
+            self.close(vanished.member);
         }
-        replaced
+    }
+
+    fn close(&mut self, member: Member) {
+        self.closing.extend(member.into_supervisors());
     }
 
     fn publish(&self) {
-        let kept = self.guard.kept().map(|(member, _)| member);
-        let members = self.members.values().chain(kept);
-        let ready: Vec<ReadyEndpoint> = members
+        let retained = self.guard.retained().map(|vanished| &vanished.member);
+        let members = self.members.values().chain(retained);
+        let candidates: Vec<ReadyEndpoint> = members
             .clone()
-            .filter_map(|member| member.current.endpoint.ready())
+            .filter_map(|member| member.current().endpoint.as_ready())
             .collect();
-        let picker = Picker::new(self.policy, ready, &self.cursor);
-        let any = !picker.is_empty();
-        self.view.picker.store(Arc::new(picker));
-        if any {
-            self.view.ready.notify_waiters();
-        }
-        let endpoints = members.flat_map(|member| {
-            let next = member.next.as_ref().map(|next| &next.supervised);
-            [Some(&member.current), next]
-                .into_iter()
-                .flatten()
-                .map(|supervised| Arc::clone(&supervised.endpoint))
-        });
-        let known = self.view.known.load();
-        self.view.known.store(Arc::new(Known {
+        let endpoints = members.flat_map(Member::supervisors);
+        let status = PoolStatus {
             range: match &self.snapshot {
                 Some(snapshot) => Arc::clone(&snapshot.range),
-                None => Arc::clone(&known.range),
+                None => Arc::clone(&self.view.status().range),
             },
-            endpoints: endpoints.collect(),
+            endpoints: endpoints
+                .map(|supervisor| Arc::clone(&supervisor.endpoint))
+                .collect(),
+            ready: candidates.len(),
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
-        }));
+        };
+        let picker = Picker::new(self.policy, candidates, &self.cursor);
+        self.view.publish(picker, status);
+    }
+
+    fn report_retained(&mut self) {
+        let retained = self.guard.retained().count();
+        if retained != self.reported_retained {
+            let service = &self.view.status().range;
+            telemetry::report_kept_endpoints(service, self.reported_retained, retained);
+            self.reported_retained = retained;
+        }
     }
 }
 
-impl Drop for Pool {
+impl<C> Drop for Pool<C> {
     fn drop(&mut self) {
-        if self.kept > 0 {
-            telemetry::report_kept_endpoints(&self.view.known.load().range, self.kept, 0);
+        if self.reported_retained > 0 {
+            let service = &self.view.status().range;
+            telemetry::report_kept_endpoints(service, self.reported_retained, 0);
         }
     }
 }

@@ -1,104 +1,131 @@
-//! What the pool shows to calls.
+//! The part of a pool that calls read.
 
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, ReadyEndpoint};
 use crate::balance::pick::{BalancePolicy, Cursor, Picker};
 use crate::snapshot::Freshness;
 
-/// How many endpoints an error message names.
-const NAMED: usize = 10;
+/// How many endpoints an error message names. A set may have thousands.
+const MAX_NAMED: usize = 10;
 
-/// What the pool shows to calls.
+/// The picker and status that the pool publishes. Calls read the picker without a lock.
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) picker: ArcSwap<Picker<ReadyEndpoint>>,
-    /// Notified whenever the picker has something to pick.
+    /// Notifies all waiting calls whenever a picker with endpoints is published.
     pub(crate) ready: Notify,
-    /// Notified whenever an endpoint has room for a call after it had none: one of those that wait, which
-    /// notifies the next once it has found room.
-    pub(crate) freed: Arc<Notify>,
-    pub(crate) known: ArcSwap<Known>,
+    /// Notified whenever a connection has a free stream after it had none. A notification wakes one
+    /// waiting call, which wakes the next after it has found a stream.
+    pub(crate) capacity: Arc<Notify>,
+    status: watch::Sender<Arc<PoolStatus>>,
 }
 
-/// What is known of the set, for those who ask.
+/// The endpoints of a pool, for status reports and error messages.
 #[derive(Debug)]
-pub(crate) struct Known {
+pub(crate) struct PoolStatus {
+    /// Where the instances come from: a key prefix, or the name of the source.
     pub(crate) range: Arc<str>,
     pub(crate) endpoints: Vec<Arc<Endpoint>>,
-    /// Instances of whose address no endpoint can be made.
+    /// How many endpoints the picker has.
+    #[allow(dead_code, reason = "read by tests")]
+    pub(crate) ready: usize,
+    /// Why instances cannot be called: their addresses are invalid, or they need TLS.
     pub(crate) unusable: Vec<String>,
     pub(crate) freshness: Option<Freshness>,
 }
 
 impl View {
     pub(crate) fn new(range: Arc<str>) -> Self {
+        let picker = Picker::new(BalancePolicy::default(), vec![], &Cursor::default());
+        let status = PoolStatus {
+            range,
+            endpoints: vec![],
+            ready: 0,
+            unusable: vec![],
+            freshness: None,
+        };
         Self {
-            picker: ArcSwap::from_pointee(Picker::new(
-                BalancePolicy::default(),
-                vec![],
-                &Cursor::default(),
-            )),
+            picker: ArcSwap::from_pointee(picker),
             ready: Notify::new(),
-            freed: Arc::default(),
-            known: ArcSwap::from_pointee(Known {
-                range,
-                endpoints: vec![],
-                unusable: vec![],
-                freshness: None,
-            }),
+            capacity: Arc::default(),
+            status: watch::Sender::new(Arc::new(status)),
         }
     }
 
+    /// Publishes a picker and the status that belongs to it.
+    pub(crate) fn publish(&self, picker: Picker<ReadyEndpoint>, status: PoolStatus) {
+        let has_endpoints = !picker.is_empty();
+        self.picker.store(Arc::new(picker));
+        if has_endpoints {
+            self.ready.notify_waiters();
+        }
+        self.status.send_replace(Arc::new(status));
+    }
+
+    /// The current status.
+    pub(crate) fn status(&self) -> Arc<PoolStatus> {
+        Arc::clone(&self.status.borrow())
+    }
+
+    /// Receives each status that is published from now on, or only the latest if the receiver is
+    /// slow. Calls do not take part in it. The channel closes when the view is dropped.
+    #[allow(dead_code, reason = "used by tests")]
+    pub(crate) fn watch_status(&self) -> watch::Receiver<Arc<PoolStatus>> {
+        self.status.subscribe()
+    }
+
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
-        let known = self.known.load();
-        known.endpoints.iter().map(|e| e.status()).collect()
+        self.status().endpoints()
     }
 
-    /// Whether an endpoint is ready and has no room for a call.
+    /// Whether an endpoint is ready but has no free stream.
     pub(crate) fn is_full(&self) -> bool {
-        self.picker
-            .load()
-            .candidates()
-            .iter()
-            .any(ReadyEndpoint::is_full)
+        let picker = self.picker.load();
+        picker.candidates().iter().any(ReadyEndpoint::is_full)
     }
 
-    /// Why a call cannot be sent: no instances under the key, or each with its last error.
+    /// Why no call can be sent: there are no instances, or the state of each of the first
+    /// [`MAX_NAMED`].
     pub(crate) fn describe_unavailable(&self) -> String {
-        let known = self.known.load();
-        let how = if self.is_full() {
+        self.status().describe_unavailable(self.is_full())
+    }
+}
+
+impl PoolStatus {
+    pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
+        self.endpoints
+            .iter()
+            .map(|endpoint| endpoint.status())
+            .collect()
+    }
+
+    fn describe_unavailable(&self, is_full: bool) -> String {
+        let lacking = if is_full {
             "has room for another call"
         } else {
             "is ready"
         };
-        let mut text = match known.endpoints.len() {
-            0 if known.unusable.is_empty() => format!("no instances under {}", known.range),
-            count => format!(
-                "none of {} instances under {} {how}",
-                count + known.unusable.len(),
-                known.range
-            ),
+        let range = &self.range;
+        let mut text = match self.endpoints.len() + self.unusable.len() {
+            0 => format!("no instances under {range}"),
+            count => format!("none of {count} instances under {range} {lacking}"),
         };
-        // Each when its turn comes: of thousands, ten are named.
-        let described = known.endpoints.iter().map(|endpoint| describe(endpoint));
-        for (count, one) in described.chain(known.unusable.iter().cloned()).enumerate() {
-            if count == NAMED {
+        let endpoints = self.endpoints.iter().map(|endpoint| describe(endpoint));
+        for (index, described) in endpoints.chain(self.unusable.iter().cloned()).enumerate() {
+            if index == MAX_NAMED {
                 text.push_str(", ...");
                 break;
             }
-            text.push_str(if count == 0 { ": " } else { ", " });
-            text.push_str(&one);
+            text.push_str(if index == 0 { ": " } else { ", " });
+            text.push_str(&described);
         }
-        if let Some(Freshness::Stale { reason, .. }) = &known.freshness {
-            let age = known
-                .freshness
-                .as_ref()
-                .map_or_else(Default::default, Freshness::age);
-            text.push_str(&format!("; last heard {} s ago ({reason})", age.as_secs()));
+        if let Some(freshness @ Freshness::Stale { reason, .. }) = &self.freshness {
+            let age = freshness.age().as_secs();
+            text.push_str(&format!("; not updated for {age} s ({reason})"));
         }
         text
     }
@@ -106,16 +133,16 @@ impl View {
 
 fn describe(endpoint: &Endpoint) -> String {
     let status = endpoint.status();
-    match (&status.last_error, status.state) {
+    let (address, state) = (&status.address, status.state);
+    match (&status.last_error, state) {
         (Some(error), EndpointState::Connecting | EndpointState::Backoff) => {
-            format!("{} ({}: {error})", status.address, status.state)
+            format!("{address} ({state}: {error})")
         }
-        (_, state) => match endpoint.limit_reached() {
+        _ => match endpoint.limit_reached() {
             Some(limit) => {
-                let address = &status.address;
                 format!("{address} ({state}, its limit of {limit} streams is reached)")
             }
-            None => format!("{} ({state})", status.address),
+            None => format!("{address} ({state})"),
         },
     }
 }

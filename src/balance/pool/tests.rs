@@ -1,0 +1,487 @@
+//! The pool with a scripted connector, in paused time.
+
+use std::time::Duration;
+
+use futures::channel::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::balance::connection::{FakeConnector, ReservedStream, Script};
+
+const SECOND: Duration = Duration::from_secs(1);
+const REFUSE: Script = Script::Refuse {
+    after: Duration::ZERO,
+};
+
+/// A running pool, its source and its connector.
+struct Harness {
+    view: Arc<View>,
+    connector: Arc<FakeConnector>,
+    sets: mpsc::UnboundedSender<Vec<Instance>>,
+    /// Aborted on drop.
+    task: JoinSet<()>,
+}
+
+impl Harness {
+    /// Without a mass-deletion guard.
+    fn new() -> Self {
+        Self::guarded_for(Duration::ZERO)
+    }
+
+    fn guarded_for(keep_for: Duration) -> Self {
+        let view = Arc::new(View::new("services/echo/".into()));
+        let connector = Arc::new(FakeConnector::default());
+        let plan = ConnectPlan {
+            connections: 1,
+            max_backoff: 30 * SECOND,
+        };
+        let pool = Pool::new(
+            Arc::clone(&view),
+            Arc::clone(&connector),
+            plan,
+            BalancePolicy::RoundRobin,
+            MassDeletionGuard::new(keep_for, DEFAULT_WINDOW),
+        );
+        let (sets, received) = mpsc::unbounded();
+        let mut task = JoinSet::new();
+        task.spawn(pool.run(Source::new("services/echo/", received)));
+        Self {
+            view,
+            connector,
+            sets,
+            task,
+        }
+    }
+
+    /// Publishes a set of instances, and waits until the pool has nothing left to do at this time.
+    async fn publish(&self, instances: impl IntoIterator<Item = Instance>) {
+        let set = instances.into_iter().collect();
+        self.sets.unbounded_send(set).unwrap();
+        settle().await;
+    }
+
+    fn endpoint(&self, address: &str) -> Option<EndpointStatus> {
+        let mut endpoints = self.view.endpoints().into_iter();
+        endpoints.find(|endpoint| endpoint.address == address)
+    }
+
+    fn state(&self, address: &str) -> Option<EndpointState> {
+        self.endpoint(address).map(|endpoint| endpoint.state)
+    }
+
+    /// The addresses in the picker, sorted.
+    fn pickable(&self) -> Vec<String> {
+        let picker = self.view.picker.load();
+        let addresses = picker.candidates().iter();
+        let mut addresses: Vec<_> = addresses
+            .map(|ready| ready.endpoint.target.address.to_string())
+            .collect();
+        addresses.sort();
+        addresses
+    }
+
+    /// Picks an endpoint and reserves a stream on it, as a call does.
+    fn pick(&self) -> Option<(Arc<Endpoint>, ReservedStream)> {
+        let picker = self.view.picker.load();
+        let ready = picker.pick(Instant::now(), |_| false)?;
+        Some((Arc::clone(&ready.endpoint), ready.reserve()?))
+    }
+}
+
+/// Lets every task run until it waits for a later time: paused time moves on only then.
+async fn settle() {
+    sleep(Duration::from_millis(1)).await;
+}
+
+fn instance(id: &str, address: &str) -> Instance {
+    let mut instance = Instance::new("echo", address);
+    instance.id = id.to_owned();
+    instance
+}
+
+fn fleet(count: usize) -> Vec<Instance> {
+    let instance = |index| instance(&format!("i{index}"), &format!("host:{index}"));
+    (1..=count).map(instance).collect()
+}
+
+mod backoff {
+    use super::*;
+
+    /// The pauses between the attempts to connect to `host:1`.
+    fn pauses(harness: &Harness) -> Vec<f64> {
+        let attempts = harness.connector.attempts("host:1");
+        let pairs = attempts.windows(2);
+        pairs
+            .map(|pair| (pair[1] - pair[0]).as_secs_f64())
+            .collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pauses_grow_with_jitter_up_to_the_maximum() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", REFUSE);
+        harness.publish(fleet(1)).await;
+        assert_eq!(harness.state("host:1"), Some(EndpointState::Backoff));
+        sleep(600 * SECOND).await;
+
+        let pauses = pauses(&harness);
+        let mut expected: f64 = 1.0;
+        for pause in &pauses {
+            // Timers tick in milliseconds.
+            let range = 0.8 * expected - 0.002..=1.2 * expected + 0.002;
+            assert!(range.contains(pause), "{pause} of {pauses:?}");
+            expected = (expected * 1.6).min(30.0);
+        }
+        assert!(pauses.len() > 15, "{pauses:?}");
+        let distinct = |pair: &[f64]| (pair[0] - pair[1]).abs() > 0.01;
+        assert!(pauses[8..].windows(2).any(distinct), "{pauses:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pause_counts_from_the_start_of_the_attempt() {
+        let harness = Harness::new();
+        let slow = Script::Refuse { after: 5 * SECOND };
+        harness.connector.script("host:1", slow);
+        harness.publish(fleet(1)).await;
+        assert_eq!(harness.state("host:1"), Some(EndpointState::Connecting));
+        sleep(12 * SECOND).await;
+        // The pauses of about 1 s and 1.6 s are over when the attempts of 5 s end.
+        let pauses = pauses(&harness);
+        assert_eq!(pauses.len(), 2);
+        assert!(pauses.iter().all(|pause| (5.0..5.01).contains(pause)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn stable_connection_resets_the_pause() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", REFUSE);
+        harness.publish(fleet(1)).await;
+        sleep(60 * SECOND).await;
+        harness.connector.script("host:1", Script::Accept);
+        sleep(40 * SECOND).await;
+        assert_eq!(harness.state("host:1"), Some(EndpointState::Ready));
+
+        // The first attempt after the loss is made at once, and the next pause is short again.
+        harness.connector.script("host:1", REFUSE);
+        let before = harness.connector.attempts("host:1").len();
+        let lost_at = Instant::now();
+        harness.connector.disconnect("host:1", "reset");
+        sleep(5 * SECOND).await;
+        let attempts = harness.connector.attempts("host:1");
+        assert_eq!(attempts[before], lost_at);
+        let pause = attempts[before + 1] - lost_at;
+        assert!(pause <= SECOND.mul_f64(1.21), "{pause:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connection_lost_at_once_backs_off() {
+        let harness = Harness::new();
+        harness.publish(fleet(1)).await;
+        for _ in 0..4 {
+            harness.connector.disconnect("host:1", "reset");
+            settle().await;
+            assert_eq!(harness.state("host:1"), Some(EndpointState::Backoff));
+            let error = harness.endpoint("host:1").unwrap().last_error;
+            assert_eq!(error.as_deref(), Some("connection lost: reset"));
+            while harness.state("host:1") != Some(EndpointState::Ready) {
+                settle().await;
+            }
+            assert_eq!(harness.endpoint("host:1").unwrap().last_error, None);
+        }
+        let pauses = pauses(&harness);
+        assert!(pauses[3] > 1.6 * pauses[0], "{pauses:?}");
+    }
+}
+
+mod replacement {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn old_endpoint_serves_until_the_new_one_is_ready() {
+        let harness = Harness::new();
+        harness.connector.script("host:2", REFUSE);
+        harness.publish([instance("a", "host:1")]).await;
+        harness.publish([instance("a", "host:2")]).await;
+        assert_eq!(harness.pickable(), ["host:1"]);
+        assert_eq!(harness.state("host:2"), Some(EndpointState::Backoff));
+
+        harness.connector.script("host:2", Script::Accept);
+        sleep(2 * SECOND).await;
+        assert_eq!(harness.pickable(), ["host:2"]);
+        assert_eq!(harness.state("host:1"), None);
+        assert_eq!(harness.connector.open_connections("host:1"), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_endpoint_takes_over_after_the_connect_timeout() {
+        let harness = Harness::new();
+        harness.connector.script("host:2", Script::Hang);
+        harness.publish([instance("a", "host:1")]).await;
+        harness.publish([instance("a", "host:2")]).await;
+        sleep(FakeConnector::CONNECT_TIMEOUT - 10 * Duration::from_millis(1)).await;
+        assert_eq!(harness.pickable(), ["host:1"]);
+        sleep(20 * Duration::from_millis(1)).await;
+        assert!(harness.pickable().is_empty());
+        assert_eq!(harness.state("host:1"), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_endpoint_takes_over_from_a_lost_one() {
+        let harness = Harness::new();
+        harness.connector.script("host:2", Script::Hang);
+        harness.publish([instance("a", "host:1")]).await;
+        harness.publish([instance("a", "host:2")]).await;
+        harness.connector.disconnect("host:1", "reset");
+        settle().await;
+        assert_eq!(harness.state("host:1"), None);
+        assert_eq!(harness.state("host:2"), Some(EndpointState::Connecting));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn address_that_changes_back_keeps_its_connection() {
+        let harness = Harness::new();
+        harness.connector.script("host:2", Script::Hang);
+        harness.publish([instance("a", "host:1")]).await;
+        harness.publish([instance("a", "host:2")]).await;
+        harness.publish([instance("a", "host:1")]).await;
+        assert_eq!(harness.pickable(), ["host:1"]);
+        assert_eq!(harness.state("host:2"), None);
+        assert_eq!(harness.connector.attempts("host:1").len(), 1);
+    }
+}
+
+mod removal {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn removed_endpoint_is_not_picked_and_closes_after_its_calls() {
+        let harness = Harness::new();
+        harness.publish([instance("a", "host:1")]).await;
+        let (endpoint, stream) = harness.pick().unwrap();
+        harness.publish([instance("b", "host:2")]).await;
+        assert_eq!(harness.pickable(), ["host:2"]);
+        assert_eq!(harness.state("host:1"), None);
+        assert!(!endpoint.is_connected());
+        assert_eq!(harness.connector.open_connections("host:1"), 1);
+
+        drop(stream);
+        assert_eq!(harness.connector.open_connections("host:1"), 0);
+        harness.connector.disconnect("host:1", "closed");
+        sleep(60 * SECOND).await;
+        assert_eq!(harness.connector.attempts("host:1").len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn removed_endpoint_is_not_connected_any_more() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", REFUSE);
+        harness.publish(fleet(2)).await;
+        sleep(10 * SECOND).await;
+        harness.publish(fleet(2).split_off(1)).await;
+        let attempts = harness.connector.attempts("host:1").len();
+        sleep(600 * SECOND).await;
+        assert_eq!(harness.connector.attempts("host:1").len(), attempts);
+        assert_eq!(harness.pickable(), ["host:2"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn instance_under_another_id_keeps_its_connection() {
+        let harness = Harness::new();
+        harness.publish([instance("a", "host:1")]).await;
+        harness.publish([instance("b", "host:1")]).await;
+        assert_eq!(harness.pickable(), ["host:1"]);
+        assert_eq!(harness.connector.attempts("host:1").len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dropped_pool_closes_its_connections() {
+        let mut harness = Harness::new();
+        harness.publish(fleet(3)).await;
+        harness.task.shutdown().await;
+        // The view keeps the last picker, with its senders, until it is dropped too.
+        let empty = Picker::new(BalancePolicy::RoundRobin, vec![], &Cursor::default());
+        harness.view.picker.store(Arc::new(empty));
+        for index in 1..=3 {
+            let address = format!("host:{index}");
+            assert_eq!(harness.connector.open_connections(&address), 0);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn draining_instance_stays_connected_and_unpicked() {
+        let harness = Harness::new();
+        harness.publish(fleet(2)).await;
+        let mut set = fleet(2);
+        set[0].weight = 0;
+        harness.publish(set).await;
+        assert_eq!(harness.pickable(), ["host:2"]);
+        let drained = harness.endpoint("host:1").unwrap();
+        assert_eq!(drained.state, EndpointState::Draining);
+        assert_eq!(drained.connections, 1);
+    }
+}
+
+mod mass_deletion {
+    use super::*;
+
+    const KEEP_FOR: Duration = Duration::from_secs(60);
+
+    #[tokio::test(start_paused = true)]
+    async fn connected_endpoints_serve_until_the_time_is_over() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        harness.connector.script("host:5", REFUSE);
+        harness.publish(fleet(5)).await;
+        harness.publish(fleet(1)).await;
+        let connected = ["host:1", "host:2", "host:3", "host:4"];
+        assert_eq!(harness.pickable(), connected);
+        assert!(harness.endpoint("host:2").unwrap().retained);
+        assert!(!harness.endpoint("host:1").unwrap().retained);
+        assert_eq!(harness.state("host:5"), None);
+
+        // A retained endpoint that loses its connection is given up.
+        harness.connector.disconnect("host:4", "reset");
+        settle().await;
+        assert_eq!(harness.pickable(), ["host:1", "host:2", "host:3"]);
+        assert_eq!(harness.state("host:4"), None);
+
+        sleep(KEEP_FOR).await;
+        assert_eq!(harness.pickable(), ["host:1"]);
+        assert_eq!(harness.connector.open_connections("host:2"), 0);
+        assert_eq!(harness.connector.attempts("host:2").len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn single_removal_takes_the_endpoint_out_at_once() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        harness.publish(fleet(5)).await;
+        harness.publish(fleet(4)).await;
+        assert_eq!(harness.pickable().len(), 4);
+        assert_eq!(harness.state("host:5"), None);
+        // The connection is held for the window, in case most of the others vanish too.
+        assert_eq!(harness.connector.open_connections("host:5"), 1);
+        sleep(DEFAULT_WINDOW).await;
+        assert_eq!(harness.connector.open_connections("host:5"), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn removals_within_the_window_add_up() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        harness.publish(fleet(5)).await;
+        for left in [4, 3] {
+            harness.publish(fleet(left)).await;
+            assert_eq!(harness.pickable().len(), left);
+            sleep(SECOND).await;
+        }
+        harness.publish(fleet(2)).await;
+        assert_eq!(harness.pickable().len(), 5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn returning_instances_reclaim_their_connections() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        harness.publish(fleet(3)).await;
+        harness.publish([]).await;
+        assert_eq!(harness.pickable().len(), 3);
+        harness.publish(fleet(3)).await;
+        let endpoints = harness.view.endpoints();
+        assert_eq!(endpoints.len(), 3);
+        for endpoint in endpoints {
+            assert!(!endpoint.retained);
+            assert_eq!(harness.connector.attempts(&endpoint.address).len(), 1);
+        }
+        sleep(2 * KEEP_FOR).await;
+        assert_eq!(harness.pickable().len(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn draining_instances_are_not_retained() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        let mut set = fleet(3);
+        harness.publish(set.clone()).await;
+        set.iter_mut().for_each(|instance| instance.draining = true);
+        harness.publish(set).await;
+        harness.publish([]).await;
+        assert!(harness.view.endpoints().is_empty());
+    }
+}
+
+mod view {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_call_wakes_when_an_endpoint_becomes_ready() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", REFUSE);
+        harness.publish(fleet(1)).await;
+        let ready = harness.view.ready.notified();
+        assert!(harness.pick().is_none());
+        harness.connector.script("host:1", Script::Accept);
+        timeout(3 * SECOND, ready).await.unwrap();
+        assert!(harness.pick().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_call_wakes_when_a_stream_is_free() {
+        let harness = Harness::new();
+        harness.publish(fleet(1)).await;
+        harness.connector.set_stream_limit("host:1", 1);
+        let (_, stream) = harness.pick().unwrap();
+        assert!(harness.pick().is_none());
+        assert!(harness.view.is_full());
+        let limit = "host:1 (ready, its limit of 1 streams is reached)";
+        let message = harness.view.describe_unavailable();
+        assert!(message.contains(limit), "{message}");
+
+        // A reserved stream that is dropped is freed by the driver, which a fake has not, so the
+        // server raises its limit.
+        let capacity = Arc::clone(&harness.view.capacity);
+        settle().await;
+        harness.connector.set_stream_limit("host:1", 2);
+        timeout(SECOND, capacity.notified()).await.unwrap();
+        assert!(harness.pick().is_some());
+        drop(stream);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn unavailable_names_each_endpoint_and_its_error() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", REFUSE);
+        harness.connector.script("host:2", Script::Hang);
+        let mut tls = instance("c", "host:3");
+        tls.tls = Some(true);
+        let empty = harness.view.describe_unavailable();
+        assert_eq!(empty, "no instances under services/echo/");
+        harness
+            .publish([instance("a", "host:1"), instance("b", "host:2"), tls])
+            .await;
+        assert_eq!(
+            harness.view.describe_unavailable(),
+            "none of 3 instances under services/echo/ is ready: host:1 (backing off: connection \
+             refused), host:2 (connecting), host:3 speaks TLS and the channel does not; give it \
+             `tls(..)`"
+        );
+        harness.publish(fleet(20)).await;
+        assert!(harness.view.describe_unavailable().ends_with(", ..."));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn status_is_published_with_each_change() {
+        let harness = Harness::new();
+        let mut statuses = harness.view.watch_status();
+        let mut wait_for_ready = async |ready| {
+            let published = statuses.wait_for(|status| status.ready == ready);
+            let published = timeout(10 * SECOND, published).await.unwrap();
+            Arc::clone(&published.unwrap())
+        };
+        harness.connector.script("host:2", REFUSE);
+        harness.publish(fleet(2)).await;
+        assert_eq!(wait_for_ready(1).await.endpoints().len(), 2);
+        harness.connector.script("host:2", Script::Accept);
+        let both = wait_for_ready(2).await;
+        assert_eq!(both.endpoints(), harness.view.endpoints());
+        harness.connector.script("host:1", REFUSE);
+        harness.connector.disconnect("host:1", "reset");
+        wait_for_ready(1).await;
+    }
+}
