@@ -194,7 +194,7 @@ async fn invalid_certificates_are_named() {
     };
     let mut no_certificate = TlsConfig::new();
     no_certificate.ca_pem = Some("nonsense".to_owned());
-    assert!(build(no_certificate).contains("ca_file"));
+    assert!(build(no_certificate).contains("invalid tls_config.ca_pem"));
     let error = build(TlsConfig::new().ca_file("/missing/ca.pem"));
     assert!(error.contains("/missing/ca.pem"), "{error}");
 
@@ -211,6 +211,6 @@ async fn invalid_certificates_are_named() {
     wrong_key.cert_pem = Some(authority.0.pem());
     wrong_key.key_pem = Some(key.clone());
     let error = build(wrong_key);
-    assert!(error.contains("cert_file"), "{error}");
+    assert!(error.contains("invalid tls_config.cert_pem"), "{error}");
     assert!(!error.contains(key.lines().nth(1).unwrap()), "{error}");
 }
