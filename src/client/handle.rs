@@ -112,7 +112,7 @@ impl Client {
     ///
     /// # Panics
     ///
-    /// Outside of a Tokio runtime, because the connections are background tasks.
+    /// Panics outside of a Tokio runtime, because the connections are background tasks.
     pub fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
         let (name, closed) = validate(name, &config)?;
         let transport = Transport::lazy(&config, &closed)?;

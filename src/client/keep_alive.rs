@@ -22,7 +22,7 @@ use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::error::{Error, Result};
 
-/// Renewals. The calls fail as those on [leases](Client::grant) do.
+/// Renewals of leases. The calls fail like [`Client::revoke`].
 impl Client {
     /// Renews a lease once. The response has its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {

@@ -13,7 +13,8 @@ use crate::error::Result;
 /// - [`Error::Timeout`](crate::Error::Timeout): no response within
 ///   [`Config::request_timeout`](crate::Config::request_timeout) (5 s by default).
 /// - [`Error::Closed`](crate::Error::Closed): the client was closed.
-/// - [`Error::Rpc`](crate::Error::Rpc): etcd refuses the call or cannot be reached.
+/// - [`Error::NotConnected`](crate::Error::NotConnected): no member was connected.
+/// - [`Error::Rpc`](crate::Error::Rpc): etcd refuses the call, or the connection failed.
 impl Client {
     /// Stores a value under a key. The options can attach a lease and ask for the previous value.
     ///

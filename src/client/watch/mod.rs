@@ -56,7 +56,8 @@ impl Client {
     ///
     /// - [`Error::Timeout`]: etcd did not create the watch within
     ///   [`Config::request_timeout`](crate::Config::request_timeout).
-    /// - [`Error::Rpc`]: etcd refuses the watch or cannot be reached.
+    /// - [`Error::NotConnected`]: no member was connected.
+    /// - [`Error::Rpc`]: etcd refuses the watch, or the connection failed.
     /// - [`Error::Closed`]: the client was closed.
     ///
     /// A compacted start revision is an item of the stream.

@@ -485,6 +485,33 @@ async fn invalid_lease_ids_are_refused() -> TestResult {
 }
 
 #[tokio::test]
+async fn lock_ttl_is_rounded_up_and_validated() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let lock = client.lock("l", Duration::from_millis(2_001)).await?;
+    let lease = leases(&etcd).await?[0];
+    let granted = client.lease_time_to_live(lease, None).await?;
+    assert_eq!(granted.granted_ttl(), 3);
+    lock.unlock().await?;
+
+    for ttl in [Duration::ZERO, Duration::MAX] {
+        let given = format!("{ttl:?}");
+        for error in [
+            client.lock("l", ttl).await.unwrap_err(),
+            client.try_lock("l", ttl).await.unwrap_err(),
+            client.campaign("e", "me", ttl).await.unwrap_err(),
+        ] {
+            assert!(
+                matches!(&error, Error::Invalid { field: "ttl", value, .. } if *value == given),
+                "{error}"
+            );
+        }
+    }
+    assert!(leases(&etcd).await?.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
 async fn election_is_observed() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
