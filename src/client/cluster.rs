@@ -6,7 +6,7 @@ use etcd_client::{
 };
 
 use super::handle::Client;
-use super::transport::{Route, members};
+use super::transport::{self, CallOptions};
 use crate::error::Result;
 
 /// The cluster's members. The calls fail like [`Client::put`].
@@ -25,13 +25,14 @@ impl Client {
     pub async fn status(&self, endpoint: impl AsRef<str>) -> Result<StatusResponse> {
         let endpoint = endpoint.as_ref();
         let operation = || format!("status of {endpoint}");
-        let route = Route {
+        let options = CallOptions {
             // The connection is closed after the call.
-            only: Some(members::only(&self.inner.config, endpoint)?),
-            tried: None,
+            pinned: Some(transport::single_member(&self.inner.config, endpoint)?),
+            attempted: None,
         };
         let mut maintenance = self.inner.transport.maintenance.clone();
-        self.call(operation, route.of(maintenance.status())).await
+        self.call(operation, options.scope(maintenance.status()))
+            .await
     }
 
     /// Lists the members of the cluster.

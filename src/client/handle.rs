@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::transport::{self, Route, Transport};
+use super::transport::{self, CallOptions, Transport};
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::config::Config;
@@ -115,7 +115,7 @@ impl Client {
     /// Panics outside of a Tokio runtime, because the connections are background tasks.
     pub fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
         let (name, closed) = validate(name, &config)?;
-        let transport = Transport::lazy(&config, &closed)?;
+        let transport = Transport::connect_lazy(&config, &closed)?;
         Ok(Self::from_parts(name, config, transport, closed))
     }
 
@@ -173,7 +173,7 @@ impl Client {
     /// None today. The signature allows for a farewell that takes a round trip.
     pub async fn close(&self) -> Result<()> {
         self.inner.closed.cancel();
-        self.inner.transport.wire.close();
+        self.inner.transport.rpc.close();
         Ok(())
     }
 
@@ -193,7 +193,7 @@ impl Client {
     pub async fn ping(&self) -> Result<()> {
         let mut maintenance = self.inner.transport.maintenance.clone();
         self.with_timeout(|| "ping".to_owned(), async {
-            transport::answered(maintenance.status().await, "ping")
+            transport::check_reachable(maintenance.status().await, "ping")
         })
         .await
     }
@@ -224,7 +224,10 @@ impl Client {
         let work = pin!(work);
         self.or_closed(async {
             let work = async {
-                self.inner.transport.sign_in(&self.inner.config).await?;
+                self.inner
+                    .transport
+                    .authenticate_once(&self.inner.config)
+                    .await?;
                 work.await
             };
             match timeout(limit, work).await {
@@ -237,7 +240,7 @@ impl Client {
 
     /// The error of a call without a response: the reason why no member is connected, if none is.
     fn timeout_error(&self, operation: String, after: Duration) -> Error {
-        match self.inner.transport.wire.unready() {
+        match self.inner.transport.rpc.disconnected_reason() {
             Some(reason) => Error::NotConnected {
                 operation,
                 after,
@@ -265,11 +268,11 @@ impl Client {
         operation: impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
-        let route = Route {
-            only: None,
-            tried: Some(AttemptedEndpoints::default()),
+        let options = CallOptions {
+            pinned: None,
+            attempted: Some(AttemptedEndpoints::default()),
         };
-        let opened = pin!(route.of(self.open_on_any_member(per_member, &operation, open)));
+        let opened = pin!(options.scope(self.open_on_any_member(per_member, &operation, open)));
         self.with_timeout(&operation, opened).await
     }
 
@@ -289,7 +292,7 @@ impl Client {
         loop {
             // Boxed, because the future is large and opening a stream is rare.
             let failure = match timeout(per_member, Box::pin(open())).await {
-                Ok(Err(error)) if error.code().is_some_and(transport::is_passing) => {
+                Ok(Err(error)) if error.code().is_some_and(transport::is_transient) => {
                     tracing::debug!(%error, "cannot open a stream, trying another member");
                     Some(error)
                 }
@@ -308,7 +311,7 @@ impl Client {
                     Some(error) if error.code() != Some(tonic::Code::Unavailable) => {
                         return Err(error);
                     }
-                    _ if self.inner.transport.wire.unready().is_some() => {
+                    _ if self.inner.transport.rpc.disconnected_reason().is_some() => {
                         return Err(self.timeout_error(operation(), started.elapsed()));
                     }
                     _ => {}

@@ -17,7 +17,7 @@ use tonic::Code;
 use super::etcd_error::EtcdError;
 use super::handle::{Client, STREAM_OPEN_TIMEOUT};
 use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
-use super::transport::Route;
+use super::transport::CallOptions;
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::error::{Error, Result};
@@ -287,15 +287,15 @@ impl Renewer {
     ) -> Result<LeaseKeepAliveResponse> {
         // A hung member must leave time for others within the TTL.
         let limit = (self.ttl / 3).min(self.client.request_timeout());
-        let route = Route {
-            only: None,
-            tried: Some(AttemptedEndpoints::default()),
+        let options = CallOptions {
+            pinned: None,
+            attempted: Some(AttemptedEndpoints::default()),
         };
         let mut backoff = Backoff::for_etcd();
         loop {
             let sent_at = Instant::now();
             let renewal = self.client.renew_confirmed(self.id, self.stream.take());
-            let error = match timeout(limit, route.clone().of(renewal)).await {
+            let error = match timeout(limit, options.clone().scope(renewal)).await {
                 Ok(Ok((response, stream))) => {
                     self.stream = Some(stream);
                     self.ttl = granted_ttl(&response);

@@ -3,20 +3,21 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use futures::stream::unfold;
+use futures::StreamExt as _;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::WatchStream;
 
-use crate::balance::BalancedChannel;
-use crate::balance::Source;
-use crate::config::endpoint_uri;
-use crate::config::{Config, TlsConfig};
+use crate::balance::{BalancedChannel, EndpointState, Source};
+use crate::client::etcd_error::EtcdError;
+use crate::config::{Config, TlsConfig, endpoint_uri};
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 
-/// The longest wait between attempts to connect to a member: what was lost is to be back within two
-/// seconds of etcd's return (G8), for all that wait for it. The fewer there are, the sooner: about 20
-/// attempts a second in all, on loopback or in a rack, are nothing to either side.
+/// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
+/// 1 s. All that depends on etcd has to recover within two seconds of etcd's return. Fewer
+/// members are tried more often, because about 20 attempts a second in all, on loopback or in a
+/// rack, cost neither side anything.
 fn max_backoff(members: usize) -> Duration {
     let members = u32::try_from(members).unwrap_or(u32::MAX);
     Duration::from_millis(50)
@@ -27,7 +28,7 @@ fn max_backoff(members: usize) -> Duration {
 /// The addresses of members, `host:port`.
 pub(super) type Addresses = BTreeSet<String>;
 
-/// The configured endpoints.
+/// The addresses of the configured endpoints.
 pub(super) fn configured(config: &Config) -> Result<Addresses> {
     config
         .endpoints
@@ -43,23 +44,17 @@ fn address(config: &Config, endpoint: &str) -> Result<String> {
         .map_or_else(String::new, ToString::to_string))
 }
 
-/// A channel to these members, and to others when they are sent.
+/// A channel to these members, which follows their changes.
 pub(super) fn channel(
     config: &Config,
     members: watch::Receiver<Addresses>,
 ) -> Result<BalancedChannel> {
-    let sets = unfold((members, true), |(mut members, first)| async move {
-        if !first {
-            members.changed().await.ok()?;
-        }
-        let set = members.borrow_and_update().iter().map(instance).collect();
-        Some((set, (members, false)))
-    });
+    let sets = WatchStream::new(members).map(|members| members.iter().map(instance).collect());
     build(config, Source::new("the etcd endpoints", sets))
 }
 
-/// A channel to this one member.
-pub(in crate::client) fn only(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
+/// A channel to a single member.
+pub(in crate::client) fn single_member(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
     let member = instance(&address(config, endpoint)?);
     build(
         config,
@@ -75,8 +70,8 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
     let mut builder = BalancedChannel::builder(source)
         .connect_timeout(config.dial_timeout)
         .max_connect_backoff(max_backoff(config.endpoints.len()))
-        // Long enough for a member to restart; and whoever waits for the call has time left to be told
-        // why it failed.
+        // Enough for a member to restart, and early enough for the caller to get the reason instead
+        // of its own timeout.
         .ready_timeout(config.request_timeout / 2)
         .http2_keep_alive_interval(Some(config.keep_alive_interval))
         .keep_alive_timeout(config.keep_alive_timeout);
@@ -86,11 +81,24 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
     }
     builder
         .build()
-        .map_err(|error| in_config(error, config.tls_config.as_ref()))
+        .map_err(|error| to_config_error(error, config.tls_config.as_ref()))
 }
 
-/// The channel's error with the names that the fields have in [`Config`].
-fn in_config(error: Error, tls: Option<&TlsConfig>) -> Error {
+/// Why no endpoint of the channel is connected. `None` while one is.
+pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
+    let members = channel.endpoints();
+    if members.iter().any(|m| m.state == EndpointState::Ready) {
+        return None;
+    }
+    let reasons = members.iter().map(|member| {
+        let reason = member.last_error.as_deref().unwrap_or("not connected yet");
+        format!("{}: {reason}", member.address)
+    });
+    Some(reasons.collect::<Vec<_>>().join("; "))
+}
+
+/// Converts the channel's error to the names that the fields have in [`Config`].
+fn to_config_error(error: Error, tls: Option<&TlsConfig>) -> Error {
     let Error::Invalid {
         field,
         value,
@@ -144,8 +152,9 @@ fn known(field: &str) -> &'static str {
         .unwrap_or("endpoints")
 }
 
-/// Asks the cluster for its members, over and over, and sends them on. Runs until it is dropped.
-pub(super) async fn keep_up_to_date(
+/// Keeps `members` up to date: lists the cluster's members every `auto_sync_interval`, until the
+/// future is dropped.
+pub(super) async fn auto_sync(
     config: Config,
     configured: Addresses,
     mut cluster: etcd_client::ClusterClient,
@@ -153,62 +162,63 @@ pub(super) async fn keep_up_to_date(
 ) {
     let mut ticks = interval(config.auto_sync_interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut refused = false;
+    let mut has_warned = false;
     loop {
         ticks.tick().await;
-        let listed = match timeout(config.request_timeout, cluster.member_list()).await {
-            Ok(Ok(listed)) => listed,
-            Ok(Err(error)) if is_refusal(&error) => {
-                // Said once: it stays so until somebody grants it.
-                if !std::mem::replace(&mut refused, true) {
-                    tracing::warn!(
-                        user = config.username,
-                        "may not list etcd's members, so auto_sync does nothing; etcd allows it only \
-                         to root, from 3.5.28 and 3.6.9 on"
-                    );
-                }
-                also(&members, &configured);
-                continue;
-            }
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "cannot list etcd's members");
-                also(&members, &configured);
-                continue;
-            }
-            Err(_) => {
-                tracing::warn!(after = ?config.request_timeout, "etcd does not list its members");
-                also(&members, &configured);
-                continue;
-            }
+        let Some(listed) = list(&config, &mut cluster, &mut has_warned).await else {
+            add_configured(&members, &configured);
+            continue;
         };
-        let listed = listed.members().iter().map(|member| Listed {
-            name: member.name(),
-            is_learner: member.is_learner(),
-            client_urls: member.client_urls(),
-        });
-        let usable = usable(&config, listed);
-        if usable.is_empty() {
-            tracing::debug!("etcd lists no member with a client URL; its members stay as they are");
+        if listed.is_empty() {
+            tracing::debug!("etcd lists no member with a client URL; keeping the known members");
             continue;
         }
         members.send_if_modified(|members| {
-            let changed = *members != usable;
-            if changed {
-                tracing::info!(members = ?usable, "etcd's members have changed");
-                *members = usable;
+            let has_changed = *members != listed;
+            if has_changed {
+                tracing::info!(members = ?listed, "etcd's members have changed");
+                *members = listed;
             }
-            changed
+            has_changed
         });
     }
 }
 
-fn is_refusal(error: &etcd_client::Error) -> bool {
-    matches!(error, etcd_client::Error::GRpcStatus(status)
-        if status.code() == tonic::Code::PermissionDenied)
+/// The addresses of the members that etcd lists. `None` after a failure, which is logged.
+async fn list(
+    config: &Config,
+    cluster: &mut etcd_client::ClusterClient,
+    has_warned: &mut bool,
+) -> Option<Addresses> {
+    match timeout(config.request_timeout, cluster.member_list()).await {
+        Ok(Ok(listed)) => {
+            let members = listed.members().iter().map(|member| MemberInfo {
+                name: member.name(),
+                is_learner: member.is_learner(),
+                client_urls: member.client_urls(),
+            });
+            return Some(usable(config, members));
+        }
+        Ok(Err(error)) if EtcdError::of_client(&error) == EtcdError::PermissionDenied => {
+            // Logged once, because the refusal lasts until an operator grants the permission.
+            if !std::mem::replace(has_warned, true) {
+                tracing::warn!(
+                    user = config.username,
+                    "may not list etcd's members, so auto_sync does nothing; etcd allows it only \
+                     to root, from 3.5.28 and 3.6.9 on"
+                );
+            }
+        }
+        Ok(Err(error)) => tracing::warn!(%error, "cannot list etcd's members"),
+        Err(_) => {
+            tracing::warn!(after = ?config.request_timeout, "listing etcd's members timed out");
+        }
+    }
+    None
 }
 
-/// What was listed may all be gone; the configured endpoints are where to begin anew.
-fn also(members: &watch::Sender<Addresses>, configured: &Addresses) {
+/// Adds the configured endpoints to the members, in case every listed member is gone.
+fn add_configured(members: &watch::Sender<Addresses>, configured: &Addresses) {
     members.send_if_modified(|members| {
         let before = members.len();
         members.extend(configured.iter().cloned());
@@ -216,19 +226,20 @@ fn also(members: &watch::Sender<Addresses>, configured: &Addresses) {
     });
 }
 
-/// A member as the cluster lists it.
-struct Listed<'a> {
+/// The part of a listed member that decides whether the member can be called.
+struct MemberInfo<'a> {
     name: &'a str,
     is_learner: bool,
     client_urls: &'a [String],
 }
 
-/// The members that take calls. A learner does not; one without a name has not started yet.
-fn usable<'a>(config: &Config, listed: impl Iterator<Item = Listed<'a>>) -> Addresses {
-    listed
+/// The addresses of the members that take calls. A learner takes none, and a member without a name
+/// has not started yet.
+fn usable<'a>(config: &Config, members: impl Iterator<Item = MemberInfo<'a>>) -> Addresses {
+    members
         .filter(|member| !member.is_learner && !member.name.is_empty())
         .flat_map(|member| member.client_urls)
-        // One whose scheme is not the configured one is never connected to the other way.
+        // A URL of the other scheme is left out, so that TLS is neither dropped nor added.
         .filter_map(|url| match address(config, url) {
             Ok(address) => Some(address),
             Err(error) => {
@@ -248,7 +259,7 @@ mod tests {
             .iter()
             .map(|(_, _, urls)| urls.iter().map(|url| (*url).to_owned()).collect())
             .collect();
-        let listed = listed.iter().zip(&urls).map(|(member, urls)| Listed {
+        let listed = listed.iter().zip(&urls).map(|(member, urls)| MemberInfo {
             name: member.0,
             is_learner: member.1,
             client_urls: urls,
@@ -257,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn learners_members_without_a_name_and_foreign_schemes_are_left_out() {
+    fn usable_members_are_voting_named_and_of_the_scheme() {
         let listed: &[(&str, bool, &[&str])] = &[
             ("a", false, &["http://a:2379", "http://a2:2379/"]),
             ("learner", true, &["http://b:2379"]),
@@ -276,10 +287,10 @@ mod tests {
     }
 
     #[test]
-    fn when_the_list_cannot_be_had_the_configured_endpoints_are_tried_as_well() {
+    fn failed_list_adds_the_configured_endpoints() {
         let set = |all: &[&str]| all.iter().map(|a| (*a).to_owned()).collect::<Addresses>();
         let (members, seen) = watch::channel(set(&["listed:1"]));
-        also(&members, &set(&["configured:1"]));
+        add_configured(&members, &set(&["configured:1"]));
         assert_eq!(*seen.borrow(), set(&["configured:1", "listed:1"]));
     }
 }

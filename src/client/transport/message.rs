@@ -1,7 +1,7 @@
-//! gRPC's messages on the wire: their limits, and gzip.
+//! gRPC's messages: their size limits and their compression with gzip.
 //!
-//! Both are done here, for every call alike: etcd-client takes limits for keys and watches only, and
-//! has no way to compress.
+//! Both are applied here, to every call alike, because etcd-client takes limits for keys and watches
+//! only and cannot compress.
 
 use std::io::{Read as _, Write as _};
 use std::pin::Pin;
@@ -17,43 +17,54 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 use tonic::body::Body;
 
-/// A message's prefix: whether it is compressed, and its length ("gRPC over HTTP2").
+/// The length of a message's prefix: one byte that says whether the message is compressed, and four
+/// with its length ("gRPC over HTTP2").
 const PREFIX: usize = 5;
 
-/// Below this gzip makes a message longer: its own header and trailer are 18 bytes.
-const WORTH_COMPRESSING: usize = 128;
+/// Smaller messages are not compressed. gzip would make them longer, because its header and trailer
+/// take 18 bytes.
+const MIN_COMPRESSED: usize = 128;
 
-/// Answers that are larger etcd-client does not read, except on keys and watches: it has no way to lift
-/// tonic's own limit for the others.
-const READ_AT_MOST: usize = 4 * 1024 * 1024;
+/// tonic's default limit of a response. etcd-client can lift the limit for keys and watches only.
+const TONIC_LIMIT: usize = 4 * 1024 * 1024;
 
 const ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 const ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 const GZIP: HeaderValue = HeaderValue::from_static("gzip");
 
-/// What messages may be, and how they are written.
+/// Encodes and decodes messages within their limits.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Codec {
+    /// The largest request, in bytes.
     pub(super) max_send: usize,
+    /// The largest response, in bytes.
     pub(super) max_recv: usize,
     pub(super) gzip: bool,
-    /// Whether answers are read by what keeps to tonic's own limit.
-    pub(super) lesser: bool,
+    /// Whether tonic's limit of 4 MiB applies to responses as well.
+    pub(super) capped_at_4_mib: bool,
 }
 
 impl Codec {
-    /// Announces to the server how messages are written.
-    pub(super) fn announce(&self, headers: &mut HeaderMap) {
+    /// The codec for calls to this path.
+    pub(super) fn for_path(mut self, path: &str) -> Self {
+        let has_own_limit =
+            path.starts_with("/etcdserverpb.KV/") || path.starts_with("/etcdserverpb.Watch/");
+        self.capped_at_4_mib = !has_own_limit;
+        self
+    }
+
+    /// Adds the headers that announce gzip to the server.
+    pub(super) fn add_headers(&self, headers: &mut HeaderMap) {
         if self.gzip {
             headers.insert(ENCODING, GZIP);
             headers.insert(ACCEPT_ENCODING, GZIP);
         }
     }
 
-    /// Checks the messages that begin in these bytes, none of them compressed yet.
+    /// Checks the sizes of the uncompressed messages that start in these bytes.
     fn check_request(&self, bytes: &[u8]) -> Result<(), Status> {
         let mut rest = bytes;
-        while let Some(length) = length_of(rest) {
+        while let Some(length) = message_length(rest) {
             if length > self.max_send {
                 return Err(Status::out_of_range(format!(
                     "the request of {length} bytes is over max_call_send_msg_size, {} bytes",
@@ -65,10 +76,10 @@ impl Codec {
         Ok(())
     }
 
-    /// The request's one message as it is to be sent.
-    pub(super) fn request(&self, message: Bytes) -> Result<Bytes, Status> {
+    /// Checks the request's only message, and compresses it if that helps.
+    pub(super) fn encode(&self, message: Bytes) -> Result<Bytes, Status> {
         self.check_request(&message)?;
-        if !self.gzip || message.len() < WORTH_COMPRESSING {
+        if !self.gzip || message.len() < MIN_COMPRESSED {
             return Ok(message);
         }
         let failed = |error| Status::internal(format!("the request cannot be compressed: {error}"));
@@ -78,115 +89,108 @@ impl Codec {
         gzip.write_all(&message[PREFIX..]).map_err(failed)?;
         let mut compressed = gzip.finish().map_err(failed)?;
         let length = u32::try_from(compressed.len() - PREFIX)
-            .map_err(|_| Status::out_of_range("the request is over what gRPC allows, 4 GiB"))?;
+            .map_err(|_| Status::out_of_range("the request is over gRPC's limit of 4 GiB"))?;
         compressed[0] = 1;
         compressed[1..PREFIX].copy_from_slice(&length.to_be_bytes());
         Ok(compressed.into())
     }
 
-    /// Takes note of how the answer is written; what reads it next finds it written plainly.
-    pub(super) fn answer(&self, headers: &mut HeaderMap) -> Result<(), Status> {
+    /// Checks that the response's encoding is one that this client decodes, and removes the header,
+    /// because etcd-client gets plain messages.
+    pub(super) fn take_encoding(&self, headers: &mut HeaderMap) -> Result<(), Status> {
         match headers.remove(ENCODING) {
             None => Ok(()),
             Some(encoding) if encoding == GZIP || encoding == "identity" => Ok(()),
             Some(encoding) => Err(Status::unimplemented(format!(
-                "the answer is compressed with {encoding:?}, which was not asked for"
+                "the response is compressed with {encoding:?}, which the client does not accept"
             ))),
         }
     }
 
-    /// The same for calls to this path.
-    pub(super) fn to(mut self, path: &str) -> Self {
-        let any = path.starts_with("/etcdserverpb.KV/") || path.starts_with("/etcdserverpb.Watch/");
-        self.lesser = !any;
-        self
-    }
-
-    /// How large an answer may be.
-    fn limit(&self) -> usize {
-        match self.lesser {
-            true => self.max_recv.min(READ_AT_MOST),
+    /// The largest response, in bytes.
+    fn max_response(&self) -> usize {
+        match self.capped_at_4_mib {
+            true => self.max_recv.min(TONIC_LIMIT),
             false => self.max_recv,
         }
     }
 
-    fn check_answer(&self, length: usize) -> Result<(), Status> {
-        let limit = self.limit();
+    fn check_response(&self, length: usize) -> Result<(), Status> {
+        let limit = self.max_response();
         if length <= limit {
             return Ok(());
         }
-        let over = match limit == self.max_recv {
+        let limit = match limit == self.max_recv {
             true => format!("max_call_recv_msg_size, {limit} bytes"),
             false => format!(
-                "{limit} bytes: whatever max_call_recv_msg_size is, answers other than those on keys and \
-                 watches are at most 4 MiB"
+                "{limit} bytes: only responses about keys and watches may exceed 4 MiB, whatever \
+                 max_call_recv_msg_size is"
             ),
         };
         Err(Status::out_of_range(format!(
-            "the answer of {length} bytes or more is over {over}"
+            "the response of at least {length} bytes is over {limit}"
         )))
     }
 
-    /// The message without its compression.
-    fn plain(&self, message: Bytes) -> Result<Bytes, Status> {
+    /// Checks the size of the response message that starts in these bytes, if its prefix is there.
+    pub(super) fn check_prefix(&self, received: &[u8]) -> Result<(), Status> {
+        message_length(received).map_or(Ok(()), |length| self.check_response(length))
+    }
+
+    fn decompress(&self, message: Bytes) -> Result<Bytes, Status> {
         if message.first() != Some(&1) {
             return Ok(message);
         }
         let mut plain = vec![0; PREFIX];
-        // One byte more than allowed shows that there are too many, however many there are.
-        let limit = u64::try_from(self.limit()).unwrap_or(u64::MAX);
+        // One byte over the limit is enough to see that the message is too large, and bounds the
+        // memory that a message can take.
+        let limit = u64::try_from(self.max_response()).unwrap_or(u64::MAX);
         GzDecoder::new(&message[PREFIX..])
             .take(limit.saturating_add(1))
             .read_to_end(&mut plain)
-            .map_err(|error| Status::internal(format!("the answer's gzip is broken: {error}")))?;
+            .map_err(|error| Status::internal(format!("the response's gzip is broken: {error}")))?;
         let length = plain.len() - PREFIX;
-        self.check_answer(length)?;
+        self.check_response(length)?;
         let length = u32::try_from(length).unwrap_or(u32::MAX);
         plain[1..PREFIX].copy_from_slice(&length.to_be_bytes());
         Ok(plain.into())
     }
 
-    /// Takes the first message off what has arrived, if it is there to its end.
-    fn next(&self, arrived: &mut BytesMut) -> Result<Option<Bytes>, Status> {
-        let Some(length) = length_of(arrived) else {
+    /// Removes the first message from the received bytes and decodes it. `None` while it is
+    /// incomplete.
+    fn decode_next(&self, received: &mut BytesMut) -> Result<Option<Bytes>, Status> {
+        let Some(length) = message_length(received) else {
             return Ok(None);
         };
-        self.check_answer(length)?;
-        if arrived.len() < PREFIX + length {
+        self.check_response(length)?;
+        if received.len() < PREFIX + length {
             return Ok(None);
         }
-        self.plain(arrived.split_to(PREFIX + length).freeze())
+        self.decompress(received.split_to(PREFIX + length).freeze())
             .map(Some)
     }
 
-    /// The messages of an answer that has arrived in one piece, as it most often does.
-    pub(super) fn whole(&self, arrived: Bytes) -> Result<Bytes, Status> {
-        if let Some(length) = length_of(&arrived) {
-            self.check_answer(length)?;
-        }
-        self.plain(arrived)
-    }
-
-    /// Whether the message that has begun to arrive is too long.
-    pub(super) fn check_begun(&self, arrived: &[u8]) -> Result<(), Status> {
-        length_of(arrived).map_or(Ok(()), |length| self.check_answer(length))
+    /// Decodes the message of a unary response.
+    pub(super) fn decode(&self, received: Bytes) -> Result<Bytes, Status> {
+        self.check_prefix(&received)?;
+        self.decompress(received)
     }
 }
 
-/// The length of the message that begins here; `None` without its prefix.
-fn length_of(bytes: &[u8]) -> Option<usize> {
+/// The length of the message that starts here. `None` while its prefix is incomplete.
+fn message_length(bytes: &[u8]) -> Option<usize> {
     let [_, a, b, c, d] = *bytes.first_chunk::<PREFIX>()?;
     Some(u32::from_be_bytes([a, b, c, d]) as usize)
 }
 
-/// A request's stream, each message within the limit. They are not compressed: what etcd takes as
-/// streams are a few bytes each.
-pub(super) struct Requests {
+/// The body of a streaming request, whose messages are checked against the limit. They are not
+/// compressed, because the messages that etcd takes as a stream have a few bytes each.
+pub(super) struct RequestStream {
     pub(super) codec: Codec,
     pub(super) body: Body,
 }
 
-impl http_body::Body for Requests {
+impl http_body::Body for RequestStream {
     type Data = Bytes;
     type Error = Status;
 
@@ -209,45 +213,46 @@ impl http_body::Body for Requests {
     }
 }
 
-/// Told how a stream ended: its trailers, or what it failed of.
-type Ended = Box<dyn FnMut(&HeaderMap, Option<&Status>) + Send>;
+/// Called when a stream ends, with its trailers or with the status that it failed with.
+type OnEnd = Box<dyn FnMut(&HeaderMap, Option<&Status>) + Send>;
 
-/// An answer's stream: plain messages within the limit, until the client is closed.
-pub(super) struct Answers {
+/// The body of a streaming response: decoded messages within the limit. Fails with `CANCELLED` when
+/// the client is closed.
+pub(super) struct ResponseStream {
     codec: Codec,
     body: Body,
-    arrived: BytesMut,
+    received: BytesMut,
     closed: Pin<Box<WaitForCancellationFutureOwned>>,
-    over: bool,
-    ended: Ended,
+    has_ended: bool,
+    on_end: OnEnd,
 }
 
-impl Answers {
+impl ResponseStream {
     pub(super) fn new(
         codec: Codec,
         body: Body,
         closed: WaitForCancellationFutureOwned,
-        ended: impl FnMut(&HeaderMap, Option<&Status>) + Send + 'static,
+        on_end: impl FnMut(&HeaderMap, Option<&Status>) + Send + 'static,
     ) -> Self {
         Self {
             codec,
             body,
-            arrived: BytesMut::new(),
+            received: BytesMut::new(),
             closed: Box::pin(closed),
-            over: false,
-            ended: Box::new(ended),
+            has_ended: false,
+            on_end: Box::new(on_end),
         }
     }
 
-    fn failed(&mut self, status: Status) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        self.over = true;
+    fn fail(&mut self, status: Status) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        self.has_ended = true;
         self.body = Body::empty();
-        (self.ended)(&HeaderMap::new(), Some(&status));
+        (self.on_end)(&HeaderMap::new(), Some(&status));
         Poll::Ready(Some(Err(status)))
     }
 }
 
-impl http_body::Body for Answers {
+impl http_body::Body for ResponseStream {
     type Data = Bytes;
     type Error = Status;
 
@@ -256,36 +261,38 @@ impl http_body::Body for Answers {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        if this.over {
+        if this.has_ended {
             return Poll::Ready(None);
         }
         if this.closed.as_mut().poll(cx).is_ready() {
-            return this.failed(Status::cancelled("the client is closed"));
+            return this.fail(Status::cancelled("the client is closed"));
         }
         loop {
-            match this.codec.next(&mut this.arrived) {
+            match this.codec.decode_next(&mut this.received) {
                 Ok(Some(message)) => return Poll::Ready(Some(Ok(Frame::data(message)))),
                 Ok(None) => {}
-                Err(status) => return this.failed(status),
+                Err(status) => return this.fail(status),
             }
             let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
-                Some(Err(status)) => return this.failed(status),
-                None if this.arrived.has_remaining() => {
-                    return this.failed(Status::unavailable("the answer broke off"));
+                Some(Err(status)) => return this.fail(status),
+                None if this.received.has_remaining() => {
+                    return this.fail(Status::unavailable(
+                        "the response stream ended in the middle of a message",
+                    ));
                 }
                 None => {
-                    this.over = true;
-                    (this.ended)(&HeaderMap::new(), None);
+                    this.has_ended = true;
+                    (this.on_end)(&HeaderMap::new(), None);
                     return Poll::Ready(None);
                 }
             };
             match frame.into_data() {
-                Ok(data) => this.arrived.extend_from_slice(&data),
+                Ok(data) => this.received.extend_from_slice(&data),
                 Err(frame) => {
-                    this.over = true;
+                    this.has_ended = true;
                     if let Some(trailers) = frame.trailers_ref() {
-                        (this.ended)(trailers, None);
+                        (this.on_end)(trailers, None);
                     }
                     return Poll::Ready(Some(Ok(frame)));
                 }
@@ -294,7 +301,7 @@ impl http_body::Body for Answers {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.over
+        self.has_ended
     }
 }
 
@@ -309,7 +316,7 @@ mod tests {
             max_send: limit,
             max_recv: limit,
             gzip,
-            lesser: false,
+            capped_at_4_mib: false,
         }
     }
 
@@ -323,7 +330,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn messages_come_out_as_they_went_in_however_the_bytes_are_cut(
+        fn messages_survive_any_cut_of_the_bytes(
             payloads in proptest::collection::vec(proptest::collection::vec(0u8..4, 0..600), 0..8),
             cut in 1usize..200,
             gzip: bool,
@@ -331,41 +338,45 @@ mod tests {
             let codec = codec(600, gzip);
             let mut wire = BytesMut::new();
             for payload in &payloads {
-                wire.extend_from_slice(&codec.request(message(payload)).unwrap());
+                wire.extend_from_slice(&codec.encode(message(payload)).unwrap());
             }
-            let mut arrived = BytesMut::new();
+            let mut received = BytesMut::new();
             let mut found = Vec::new();
             for piece in wire.chunks(cut) {
-                arrived.extend_from_slice(piece);
-                while let Some(message) = codec.next(&mut arrived).unwrap() {
+                received.extend_from_slice(piece);
+                while let Some(message) = codec.decode_next(&mut received).unwrap() {
                     found.push(message[PREFIX..].to_vec());
                 }
             }
             prop_assert_eq!(found, payloads);
-            prop_assert!(arrived.is_empty());
+            prop_assert!(received.is_empty());
         }
     }
 
     #[test]
-    fn a_message_over_the_limit_is_an_error_that_names_limit_and_field() {
+    fn error_over_the_limit_names_limit_and_field() {
         let codec = codec(10, false);
-        assert!(codec.request(message(&[7; 10])).is_ok());
-        let sent = codec.request(message(&[7; 11])).unwrap_err();
+        assert!(codec.encode(message(&[7; 10])).is_ok());
+        let sent = codec.encode(message(&[7; 11])).unwrap_err();
         assert!(
             sent.message()
                 .contains("11 bytes is over max_call_send_msg_size, 10")
         );
-        let begun = codec.check_begun(&message(&[7; 11])[..PREFIX]).unwrap_err();
-        assert!(begun.message().contains("over max_call_recv_msg_size, 10"));
+        let received = codec
+            .check_prefix(&message(&[7; 11])[..PREFIX])
+            .unwrap_err();
+        assert!(
+            received
+                .message()
+                .contains("over max_call_recv_msg_size, 10")
+        );
     }
 
     #[test]
-    fn what_is_small_only_while_it_is_compressed_is_over_the_limit_too() {
-        let packed = codec(1 << 20, true)
-            .request(message(&[7; 1 << 20]))
-            .unwrap();
+    fn limit_applies_to_the_decompressed_message() {
+        let packed = codec(1 << 20, true).encode(message(&[7; 1 << 20])).unwrap();
         assert!(packed.len() < 10_000);
-        let error = codec(100_000, true).whole(packed).unwrap_err();
+        let error = codec(100_000, true).decode(packed).unwrap_err();
         assert!(
             error.message().contains("max_call_recv_msg_size"),
             "{error}"
@@ -373,28 +384,28 @@ mod tests {
     }
 
     #[test]
-    fn what_etcd_client_reads_up_to_4_mib_is_refused_with_the_field_s_name_above_that() {
-        let larger = codec(2 * READ_AT_MOST, false);
-        let begins = |length: usize| {
-            let mut begun = vec![0];
-            begun.put_u32(length as u32);
-            begun
+    fn only_keys_and_watches_exceed_4_mib() {
+        let larger = codec(2 * TONIC_LIMIT, false);
+        let prefix = |length: usize| {
+            let mut prefix = vec![0];
+            prefix.put_u32(length as u32);
+            prefix
         };
         for (path, most) in [
-            ("/etcdserverpb.KV/Range", 2 * READ_AT_MOST),
-            ("/etcdserverpb.Watch/Watch", 2 * READ_AT_MOST),
-            ("/etcdserverpb.Lease/LeaseLeases", READ_AT_MOST),
-            ("/v3lockpb.Lock/Lock", READ_AT_MOST),
+            ("/etcdserverpb.KV/Range", 2 * TONIC_LIMIT),
+            ("/etcdserverpb.Watch/Watch", 2 * TONIC_LIMIT),
+            ("/etcdserverpb.Lease/LeaseLeases", TONIC_LIMIT),
+            ("/v3lockpb.Lock/Lock", TONIC_LIMIT),
         ] {
-            let codec = larger.to(path);
-            assert!(codec.check_begun(&begins(most)).is_ok(), "{path}");
-            let over = codec.check_begun(&begins(most + 1)).unwrap_err();
+            let codec = larger.for_path(path);
+            assert!(codec.check_prefix(&prefix(most)).is_ok(), "{path}");
+            let over = codec.check_prefix(&prefix(most + 1)).unwrap_err();
             for part in ["max_call_recv_msg_size", &most.to_string()] {
                 assert!(over.message().contains(part), "{over}");
             }
         }
-        let smaller = codec(1000, false).to("/etcdserverpb.Lease/LeaseLeases");
-        let over = smaller.check_begun(&begins(1001)).unwrap_err();
+        let smaller = codec(1000, false).for_path("/etcdserverpb.Lease/LeaseLeases");
+        let over = smaller.check_prefix(&prefix(1001)).unwrap_err();
         assert!(over.message().ends_with("1000 bytes"), "{over}");
     }
 
@@ -402,7 +413,7 @@ mod tests {
     fn broken_gzip_is_an_error() {
         let mut broken = message(&[7; 100]).to_vec();
         broken[0] = 1;
-        let error = codec(1 << 20, true).whole(broken.into()).unwrap_err();
+        let error = codec(1 << 20, true).decode(broken.into()).unwrap_err();
         assert!(error.message().contains("gzip"), "{error}");
     }
 }

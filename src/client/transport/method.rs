@@ -1,25 +1,26 @@
-//! What a method of etcd's is: whether it may be repeated, and whether it streams.
+//! How each method of etcd's API may be called: whether it may be repeated, and whether it streams.
 
-/// How a call may be treated, by its path.
+/// How a call may be treated, decided by its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Method {
-    /// It changes nothing: sent again when it failed, and sent to a second member beside the
-    /// first when that one is slow to answer.
+pub(super) enum CallKind {
+    /// Changes nothing. Sent again after a failure, and to a second member beside the first when
+    /// the first is slow.
     Read,
-    /// It may be done twice, but costs etcd much: sent again only when it failed.
-    Repeatable,
-    /// How a user's token is had: everything waits for it, and a password costs etcd tens of milliseconds of
-    /// processor time.
+    /// May be executed twice, but costs etcd much. Sent again only after a failure.
+    Idempotent,
+    /// Fetches a user's token. All other calls wait for the token, and checking a password costs
+    /// etcd tens of milliseconds of processor time.
     Authenticate,
-    /// It may change something: sent again only when it provably did not happen.
+    /// May change something. Sent again only when no member can have executed it.
     Write,
-    /// The answer is a stream.
-    AnswerStream,
-    /// Request and answer are streams.
-    Streams,
+    /// The response is a stream.
+    ServerStream,
+    /// Request and response are streams.
+    Bidi,
 }
 
-impl Method {
+impl CallKind {
+    /// The kind of a call to this path. An unknown method is a write.
     pub(super) fn of(path: &str) -> Self {
         let path = path.strip_prefix('/').unwrap_or(path);
         match path.split_once('/') {
@@ -31,43 +32,49 @@ impl Method {
                 "etcdserverpb.Auth",
                 "AuthStatus" | "UserGet" | "UserList" | "RoleGet" | "RoleList",
             ))
-            | Some(("v3electionpb.Election", "Leader")) => Method::Read,
-            Some(("etcdserverpb.Auth", "Authenticate")) => Method::Authenticate,
-            // It reads all there is.
-            Some(("etcdserverpb.Maintenance", "Hash")) => Method::Repeatable,
+            | Some(("v3electionpb.Election", "Leader")) => Self::Read,
+            Some(("etcdserverpb.Auth", "Authenticate")) => Self::Authenticate,
+            // The member reads its whole database.
+            Some(("etcdserverpb.Maintenance", "Hash")) => Self::Idempotent,
             Some(("etcdserverpb.KV", "RangeStream"))
             | Some(("etcdserverpb.Maintenance", "Snapshot"))
-            | Some(("v3electionpb.Election", "Observe")) => Method::AnswerStream,
+            | Some(("v3electionpb.Election", "Observe")) => Self::ServerStream,
             Some(("etcdserverpb.Watch", "Watch"))
-            | Some(("etcdserverpb.Lease", "LeaseKeepAlive")) => Method::Streams,
-            _ => Method::Write,
+            | Some(("etcdserverpb.Lease", "LeaseKeepAlive")) => Self::Bidi,
+            _ => Self::Write,
         }
     }
-}
 
-/// How a user's token is had.
-pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
+    /// Whether a unary call needs a leader, so that a member without one should refuse the call
+    /// instead of letting it wait. Reads are sent to other members anyway, and maintenance is meant
+    /// for one member whatever its state.
+    pub(super) fn needs_leader(self, path: &str) -> bool {
+        matches!(self, Self::Write | Self::Authenticate)
+            && path.starts_with("/etcdserverpb.")
+            && !path.starts_with("/etcdserverpb.Maintenance/")
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_known_to_be_harmless_is_a_write() {
-        for (path, method) in [
-            ("/etcdserverpb.KV/Range", Method::Read),
-            ("/etcdserverpb.KV/Put", Method::Write),
-            ("/etcdserverpb.KV/Txn", Method::Write),
-            ("/etcdserverpb.Auth/Authenticate", Method::Authenticate),
-            ("/etcdserverpb.Lease/LeaseGrant", Method::Write),
-            ("/etcdserverpb.Lease/LeaseKeepAlive", Method::Streams),
-            ("/etcdserverpb.Watch/Watch", Method::Streams),
-            ("/v3lockpb.Lock/Lock", Method::Write),
-            ("/etcdserverpb.KV/New", Method::Write),
-            ("Range", Method::Write),
-            ("", Method::Write),
+    fn unknown_methods_are_writes() {
+        for (path, kind) in [
+            ("/etcdserverpb.KV/Range", CallKind::Read),
+            ("/etcdserverpb.KV/Put", CallKind::Write),
+            ("/etcdserverpb.KV/Txn", CallKind::Write),
+            ("/etcdserverpb.Auth/Authenticate", CallKind::Authenticate),
+            ("/etcdserverpb.Lease/LeaseGrant", CallKind::Write),
+            ("/etcdserverpb.Lease/LeaseKeepAlive", CallKind::Bidi),
+            ("/etcdserverpb.Watch/Watch", CallKind::Bidi),
+            ("/v3lockpb.Lock/Lock", CallKind::Write),
+            ("/etcdserverpb.KV/New", CallKind::Write),
+            ("Range", CallKind::Write),
+            ("", CallKind::Write),
         ] {
-            assert_eq!(Method::of(path), method, "{path}");
+            assert_eq!(CallKind::of(path), kind, "{path}");
         }
     }
 }

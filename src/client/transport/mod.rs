@@ -1,127 +1,147 @@
-//! What a client talks through, and the first answer.
+//! How a client's calls reach etcd: connecting, authenticating, and the clients of etcd-client.
+//!
+//! - `rpc`: the gRPC service beneath etcd-client, and the options of its calls. Streams are opened
+//!   there.
+//! - `unary`: the attempts of a unary call. `method` says which calls may be repeated.
+//! - `message` and `response`: messages, their limits and gzip.
+//! - `members`: the members of the cluster as the endpoints of a channel, kept up to date.
+//! - `token`: the age of the user's token.
+//! - `call_log`: the debug log.
 
 mod call_log;
-pub(super) mod members;
+mod members;
 mod message;
 mod method;
 mod response;
 mod rpc;
+mod token;
+mod unary;
 
 use std::fmt;
+use std::time::Duration;
 
-use futures::FutureExt;
+use futures::FutureExt as _;
 use tokio::sync::{OnceCell, watch};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use members::Addresses;
-use rpc::Wire;
-pub(super) use rpc::{Route, is_passing};
+use rpc::RpcService;
 
 use crate::backoff::Backoff;
+use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::{Error, Result};
 
-/// What one client talks through.
+pub(super) use members::single_member;
+pub(super) use rpc::CallOptions;
+pub(super) use unary::is_transient;
+
+/// The connections of one client, and the clients of etcd-client that use them.
 pub(super) struct Transport {
     pub(super) raw: etcd_client::Client,
-    // Cloned by themselves: one of them costs an eighth of the whole client.
+    // Kept apart, because a clone of one of them costs an eighth of a clone of `raw`.
     pub(super) kv: etcd_client::KvClient,
     pub(super) watch: etcd_client::WatchClient,
     pub(super) lease: etcd_client::LeaseClient,
     pub(super) cluster: etcd_client::ClusterClient,
     pub(super) maintenance: etcd_client::MaintenanceClient,
-    pub(super) wire: Wire,
-    /// Set once the user, if there is one, has a token.
-    signed_in: OnceCell<()>,
+    pub(super) rpc: RpcService,
+    /// Set once the user has a token, or at once without a user.
+    authenticated: OnceCell<()>,
     _auto_sync: Option<AbortOnDropHandle<()>>,
 }
 
 impl Transport {
-    /// Connects, authenticates if there is a user, and waits for a first answer, all within
+    /// Connects, authenticates if there is a user, and waits until a member responds, all within
     /// `dial_timeout`.
     pub(super) async fn connect(config: &Config, closed: &CancellationToken) -> Result<Self> {
-        let (members, wire) = wire(config, closed)?;
-        let raw = first_answer(config, &wire).await?;
-        let signed_in = OnceCell::new_with(Some(()));
-        Self::begin(config, closed, members, wire, raw, signed_in)
+        let (members, rpc) = rpc_service(config, closed)?;
+        let raw = wait_until_reachable(config, &rpc).await?;
+        let authenticated = OnceCell::new_with(Some(()));
+        Self::new(config, closed, members, rpc, raw, authenticated)
     }
 
-    /// The same without waiting for anybody: the first call authenticates.
-    pub(super) fn lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
-        let (members, wire) = wire(config, closed)?;
-        // Without a user `from_channel` sends nothing, and is ready at once.
-        let raw = etcd_client::Client::from_channel(wire.channel(), Some(options()))
+    /// Like [`connect`](Self::connect), but without waiting for a member: the first call
+    /// authenticates.
+    pub(super) fn connect_lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
+        let (members, rpc) = rpc_service(config, closed)?;
+        // Without a user in its options etcd-client sends nothing, so this future is ready at once.
+        let raw = etcd_client::Client::from_channel(rpc.to_etcd_channel(), Some(options()))
             .now_or_never()
-            .unwrap_or_else(|| {
-                let reason = "etcd-client waits for a member before the first call".to_owned();
-                Err(etcd_client::Error::InvalidArgs(reason))
-            })
+            .ok_or_else(|| Error::NotConnected {
+                operation: "connect".to_owned(),
+                after: Duration::ZERO,
+                reason: "etcd-client waits for a response".to_owned(),
+            })?
             .map_err(|error| Error::from_etcd("connect", error))?;
-        let signed_in = OnceCell::new_with(config.username.is_none().then_some(()));
-        Self::begin(config, closed, members, wire, raw, signed_in)
+        let authenticated = OnceCell::new_with(config.username.is_none().then_some(()));
+        Self::new(config, closed, members, rpc, raw, authenticated)
     }
 
-    fn begin(
+    fn new(
         config: &Config,
         closed: &CancellationToken,
         members: watch::Sender<Addresses>,
-        wire: Wire,
+        rpc: RpcService,
         raw: etcd_client::Client,
-        signed_in: OnceCell<()>,
+        authenticated: OnceCell<()>,
     ) -> Result<Self> {
         let configured = members::configured(config)?;
         let auto_sync = config.auto_sync.then(|| {
             let cluster = raw.cluster_client();
-            let sync = members::keep_up_to_date(config.clone(), configured, cluster, members);
+            let sync = members::auto_sync(config.clone(), configured, cluster, members);
             let closed = closed.clone();
             AbortOnDropHandle::new(tokio::spawn(async move {
                 closed.run_until_cancelled(sync).await;
             }))
         });
         Ok(Transport {
-            // The limits are seen to on the wire, for every call; tonic's own of 4 MiB would come
-            // before a larger one.
+            // `message` applies the limits to every call. tonic's default of 4 MiB would apply
+            // before a larger limit.
             kv: raw.kv_client().max_decoding_message_size(usize::MAX),
             watch: raw.watch_client().max_decoding_message_size(usize::MAX),
             lease: raw.lease_client(),
             cluster: raw.cluster_client(),
             maintenance: raw.maintenance_client(),
             raw,
-            wire,
-            signed_in,
+            rpc,
+            authenticated,
             _auto_sync: auto_sync,
         })
     }
 
-    /// Sees to it that the user has a token, before a call of a client that did not wait for one. One
-    /// call does it for all; each that finds that it failed tries it once.
-    pub(super) async fn sign_in(&self, config: &Config) -> Result<()> {
-        if self.signed_in.initialized() {
+    /// Authenticates before the first call of a lazily connected client. Concurrent calls share one
+    /// attempt; after a failure each caller tries once more.
+    pub(super) async fn authenticate_once(&self, config: &Config) -> Result<()> {
+        if self.authenticated.initialized() {
             return Ok(());
         }
-        // Boxed: rare, and large.
-        Box::pin(self.signed_in.get_or_try_init(|| async {
+        // Boxed, because the future is rarely needed, and large.
+        Box::pin(self.authenticated.get_or_try_init(|| async {
             let Some((name, password)) = user(config) else {
                 return Ok(());
             };
-            // Its token and its user are those of all that was made from it.
+            // The clients made from `raw` share its user and token.
             let mut raw = self.raw.clone();
             raw.update_user(Some((name.clone(), password.clone())))
                 .await
-                .map_err(|error| Error::from_etcd(authenticating(name), error))
+                .map_err(|error| Error::from_etcd(authenticate(name), error))
         }))
         .await
         .map(drop)
     }
 }
 
-/// The way to the configured members, and where others are sent to it.
-fn wire(config: &Config, closed: &CancellationToken) -> Result<(watch::Sender<Addresses>, Wire)> {
+/// The service that reaches the configured members, and the sender of later changes of them.
+fn rpc_service(
+    config: &Config,
+    closed: &CancellationToken,
+) -> Result<(watch::Sender<Addresses>, RpcService)> {
     let (members, current) = watch::channel(members::configured(config)?);
-    let wire = Wire::new(members::channel(config, current)?, config, closed);
-    Ok((members, wire))
+    let rpc = RpcService::new(members::channel(config, current)?, config, closed);
+    Ok((members, rpc))
 }
 
 fn options() -> etcd_client::ConnectOptions {
@@ -132,67 +152,65 @@ fn user(config: &Config) -> Option<(&String, &String)> {
     config.username.as_ref().zip(config.password.as_ref())
 }
 
-fn authenticating(name: &str) -> String {
+/// The operation that errors name.
+fn authenticate(name: &str) -> String {
     format!("authenticate as {name:?}")
 }
 
-/// Tries until a member answers or `dial_timeout` is over. What no repetition can mend, such as a
-/// wrong password, ends it at once.
-async fn first_answer(config: &Config, wire: &Wire) -> Result<etcd_client::Client> {
+/// Connects, again and again, until a member responds or `dial_timeout` has passed. An error that
+/// no repetition can cure, such as a wrong password, is returned at once.
+async fn wait_until_reachable(config: &Config, rpc: &RpcService) -> Result<etcd_client::Client> {
     let deadline = Instant::now() + config.dial_timeout;
     let mut reason = None;
-    let mut pauses = Backoff::for_etcd();
-    let tries = async {
+    let mut backoff = Backoff::for_etcd();
+    let attempts = async {
         loop {
-            match authenticated(config, wire).await {
+            match connect_once(config, rpc).await {
                 Ok(client) => return Ok(client),
                 Err(error) if error.is_permanent() => return Err(error),
                 Err(Error::Rpc { status, .. }) => reason = Some(status.message().to_owned()),
                 Err(error) => reason = Some(error.to_string()),
             }
-            sleep(pauses.next()).await;
+            sleep(backoff.next()).await;
         }
     };
-    match timeout_at(deadline, tries).await {
+    match timeout_at(deadline, attempts).await {
         Ok(result) => result,
         Err(_) => Err(Error::Unreachable {
             endpoints: config.endpoints.clone(),
             after: config.dial_timeout,
-            reason: wire
-                .unready()
+            reason: rpc
+                .disconnected_reason()
                 .or(reason)
-                .or_else(|| wire.said())
-                .unwrap_or_else(|| "connected, and not answered".to_owned()),
+                .or_else(|| rpc.last_transient_error())
+                .unwrap_or_else(|| "connected, but no member responded".to_owned()),
         }),
     }
 }
 
-async fn authenticated(config: &Config, wire: &Wire) -> Result<etcd_client::Client> {
+/// Connects, and authenticates if there is a user.
+async fn connect_once(config: &Config, rpc: &RpcService) -> Result<etcd_client::Client> {
     let (mut options, mut operation) = (options(), "connect".to_owned());
     if let Some((name, password)) = user(config) {
         options = options.with_user(name, password);
-        operation = authenticating(name);
+        operation = authenticate(name);
     }
-    let client = etcd_client::Client::from_channel(wire.channel(), Some(options))
+    let client = etcd_client::Client::from_channel(rpc.to_etcd_channel(), Some(options))
         .await
         .map_err(|error| Error::from_etcd(operation, error))?;
-    answered(client.maintenance_client().status().await, "connect")?;
+    check_reachable(client.maintenance_client().status().await, "connect")?;
     Ok(client)
 }
 
-/// Any answer to a status call shows that the member is there, even the refusal to answer it to
-/// this user.
-pub(super) fn answered(
-    answer: Result<etcd_client::StatusResponse, etcd_client::Error>,
+/// Succeeds if a member responded to a status call. A member that refuses the call to this user is
+/// reachable as well.
+pub(super) fn check_reachable(
+    response: Result<etcd_client::StatusResponse, etcd_client::Error>,
     operation: &str,
 ) -> Result<()> {
-    match answer {
+    match response {
         Ok(_) => Ok(()),
-        Err(etcd_client::Error::GRpcStatus(status))
-            if status.code() == tonic::Code::PermissionDenied =>
-        {
-            Ok(())
-        }
+        Err(error) if EtcdError::of_client(&error) == EtcdError::PermissionDenied => Ok(()),
         Err(error) => Err(Error::from_etcd(operation, error)),
     }
 }

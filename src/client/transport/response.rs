@@ -1,4 +1,4 @@
-//! Messages at hand from beginning to end: a request's, and an answer's.
+//! Unary messages held in memory from their first to their last byte: a request's and a response's.
 
 use std::task::{Context, Poll};
 
@@ -10,51 +10,69 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::message::Codec;
-use crate::balance::status_of_head;
-use crate::client::etcd_error::OLD_TOKEN;
+use crate::balance::{ServedBy, status_of_head};
+use crate::client::etcd_error::EtcdError;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
-/// The whole of an answer: a connection that breaks in the middle of one is like one that broke
-/// before.
-pub(super) struct Answer {
+/// A complete unary response. A connection that breaks in the middle of the response therefore has
+/// the same effect as one that breaks before it.
+pub(super) struct UnaryResponse {
     head: response::Parts,
     data: Bytes,
     trailers: Option<HeaderMap>,
 }
 
-impl Answer {
+impl UnaryResponse {
+    /// Reads the response to its end.
     pub(super) async fn read(response: Response<Body>, codec: &Codec) -> Result<Self, Status> {
-        not_from_etcd(&response)?;
+        ensure_grpc(&response)?;
         let (mut head, mut body) = response.into_parts();
-        codec.answer(&mut head.headers)?;
+        codec.take_encoding(&mut head.headers)?;
+        // The first frame is kept as it is, because most responses have only one.
         let mut data = Bytes::new();
-        let mut more = BytesMut::new();
+        let mut joined = BytesMut::new();
         let mut trailers = None;
         while let Some(frame) = body.frame().await {
             match frame?.into_data() {
-                Ok(piece) if data.is_empty() && more.is_empty() => {
-                    codec.check_begun(&piece)?;
+                Ok(piece) if data.is_empty() && joined.is_empty() => {
+                    codec.check_prefix(&piece)?;
                     data = piece;
                 }
                 Ok(piece) => {
-                    if more.is_empty() {
-                        more.extend_from_slice(&std::mem::take(&mut data));
+                    if joined.is_empty() {
+                        joined.extend_from_slice(&std::mem::take(&mut data));
                     }
-                    more.extend_from_slice(&piece);
-                    codec.check_begun(&more)?;
+                    joined.extend_from_slice(&piece);
+                    codec.check_prefix(&joined)?;
                 }
                 Err(frame) => trailers = frame.into_trailers().ok(),
             }
         }
-        if !more.is_empty() {
-            data = more.freeze();
+        if !joined.is_empty() {
+            data = joined.freeze();
         }
         Ok(Self {
             head,
-            data: codec.whole(data)?,
+            data: codec.decode(data)?,
             trailers,
         })
+    }
+
+    /// The response to `Authenticate` that stands in for the refusal of an etcd that has
+    /// authentication disabled. It carries an empty token. etcd ignores the token, and once
+    /// authentication is enabled rejects it as expired, after which etcd-client renews it.
+    pub(super) fn empty_token() -> Self {
+        let (mut head, _) = Response::new(()).into_parts();
+        let grpc = HeaderValue::from_static("application/grpc");
+        head.headers.insert(http::header::CONTENT_TYPE, grpc);
+        let ok = HeaderValue::from(Code::Ok as i32);
+        Self {
+            head,
+            // A message without fields: not compressed, and of length 0.
+            data: Bytes::from_static(&[0; 5]),
+            trailers: Some(HeaderMap::from_iter([(GRPC_STATUS, ok)])),
+        }
     }
 
     pub(super) fn code(&self) -> Code {
@@ -68,43 +86,26 @@ impl Answer {
         message_in(self.trailers.as_ref().unwrap_or(&self.head.headers))
     }
 
-    /// Whether a user was refused because etcd asks for none.
-    pub(super) fn is_auth_not_enabled(&self) -> bool {
-        // Told apart by its text, as in etcd's own client.
-        self.code() == Code::FailedPrecondition
-            && self.message().contains("authentication is not enabled")
+    /// Whether the response is this error.
+    pub(super) fn is_error(&self, error: EtcdError) -> bool {
+        // The message is decoded for failures only.
+        let code = self.code();
+        code != Code::Ok && EtcdError::decode(code, &self.message()) == error
     }
 
-    /// A token that is none, as the answer to a user whom etcd does not ask for: etcd does not look at it, and
-    /// once it asks for users it refuses it as an expired one, which is then renewed.
-    pub(super) fn no_token() -> Self {
-        let (mut head, _) = Response::new(()).into_parts();
-        let grpc = HeaderValue::from_static("application/grpc");
-        head.headers.insert(http::header::CONTENT_TYPE, grpc);
-        let ok = HeaderValue::from(Code::Ok as i32);
-        Self {
-            head,
-            // A message without a field: not compressed, and of no length.
-            data: Bytes::from_static(&[0; 5]),
-            trailers: Some(HeaderMap::from_iter([(GRPC_STATUS, ok)])),
-        }
+    /// The member that sent the response.
+    pub(super) fn served_by(&self) -> Option<&ServedBy> {
+        self.head.extensions.get()
     }
 
-    /// Whether a member has refused a call before it looked at it, since it has no leader. Of etcd's own
-    /// services only; those that call it from within (`v3lock`, `v3election`) may have done something before.
-    pub(super) fn is_without_leader(&self) -> bool {
-        self.code() == Code::Unavailable && self.message() == "etcdserver: no leader"
-    }
-
-    /// The same with an old token named as etcd-client knows it.
-    pub(super) fn renewable(mut self) -> Self {
-        let headers = self.trailers.as_mut().unwrap_or(&mut self.head.headers);
-        name_old_token(headers);
+    /// Applies [`map_stale_token`] to the response.
+    pub(super) fn with_stale_token_mapped(mut self) -> Self {
+        map_stale_token(self.trailers.as_mut().unwrap_or(&mut self.head.headers));
         self
     }
 
     pub(super) fn into_response(self) -> Response<Body> {
-        let body = Whole {
+        let body = BufferedBody {
             data: (!self.data.is_empty()).then_some(self.data),
             trailers: self.trailers,
         };
@@ -112,20 +113,21 @@ impl Answer {
     }
 }
 
-/// That what answers is something between here and etcd, which knows nothing of gRPC.
-pub(super) fn not_from_etcd<B>(response: &Response<B>) -> Result<(), Status> {
+/// Fails if the response comes from something between this client and etcd that does not speak
+/// gRPC, such as the error page of a proxy.
+pub(super) fn ensure_grpc<B>(response: &Response<B>) -> Result<(), Status> {
     if response.headers().contains_key(GRPC_STATUS) {
         return Ok(());
     }
     if let Some(status) = status_of_head(response) {
         return Err(status);
     }
-    let said = response.headers().get(http::header::CONTENT_TYPE);
-    if said.is_some_and(|said| said.as_bytes().starts_with(b"application/grpc")) {
+    let content_type = response.headers().get(http::header::CONTENT_TYPE);
+    if content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")) {
         return Ok(());
     }
     Err(Status::unavailable(format!(
-        "the answer is not gRPC's: its content type is {said:?}"
+        "not a gRPC response (content-type: {content_type:?})"
     )))
 }
 
@@ -138,23 +140,30 @@ pub(super) fn message_in(headers: &HeaderMap) -> String {
     Status::from_header_map(headers).map_or_else(String::new, |status| status.message().to_owned())
 }
 
-/// etcd calls a token that is older than its users and roles (a JWT after any change of them) an invalid
-/// argument, and its own client renews it even so. etcd-client does for the code that expired ones are
-/// refused with. Either refusal comes before anything is done, so this holds for writes too.
-pub(super) fn name_old_token(headers: &mut HeaderMap) {
-    if code_in(headers) == Some(Code::InvalidArgument) && message_in(headers).contains(OLD_TOKEN) {
+/// Gives the error of an old token the code of an expired token.
+///
+/// etcd refuses a token that is older than its users and roles (a JWT after any change of them) as
+/// an invalid argument. etcd's own client renews such a token; etcd-client renews a token only for
+/// the code of an expired one. etcd refuses either token before it executes anything, so writes may
+/// be repeated as well.
+pub(super) fn map_stale_token(headers: &mut HeaderMap) {
+    // The message is decoded for failures only.
+    let is_stale = code_in(headers).is_some_and(|code| {
+        code != Code::Ok && EtcdError::decode(code, &message_in(headers)) == EtcdError::OldToken
+    });
+    if is_stale {
         let code = HeaderValue::from(Code::Unauthenticated as i32);
         headers.insert(GRPC_STATUS, code);
     }
 }
 
-/// A body that is at hand.
-struct Whole {
+/// A body that is held in memory.
+struct BufferedBody {
     data: Option<Bytes>,
     trailers: Option<HeaderMap>,
 }
 
-impl http_body::Body for Whole {
+impl http_body::Body for BufferedBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -172,19 +181,19 @@ impl http_body::Body for Whole {
     }
 }
 
-/// A request's message: tonic has it at hand, most often in one piece.
-pub(super) async fn whole(mut body: Body) -> Result<Bytes, Status> {
-    let mut whole = Bytes::new();
+/// The data of a request's body. tonic holds the message in memory, most often as one frame.
+pub(super) async fn collect(mut body: Body) -> Result<Bytes, Status> {
+    let mut data = Bytes::new();
     while let Some(frame) = body.frame().await {
         if let Ok(piece) = frame?.into_data() {
-            whole = if whole.is_empty() {
+            data = if data.is_empty() {
                 piece
             } else {
-                [whole, piece].concat().into()
+                [data, piece].concat().into()
             };
         }
     }
-    Ok(whole)
+    Ok(data)
 }
 
 #[cfg(test)]
@@ -192,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_old_token_is_named_as_an_expired_one_and_nothing_else_is() {
+    fn only_an_old_token_gets_the_code_of_an_expired_one() {
         for (code, message, named) in [
             (
                 "3",
@@ -223,13 +232,13 @@ mod tests {
                     false => head.headers = headers.clone(),
                 }
                 let data = Bytes::new();
-                let answer = Answer {
+                let response = UnaryResponse {
                     head,
                     data,
                     trailers,
                 }
-                .renewable();
-                assert_eq!(answer.code(), named, "{message}");
+                .with_stale_token_mapped();
+                assert_eq!(response.code(), named, "{message}");
             }
         }
     }

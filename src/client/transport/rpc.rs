@@ -1,172 +1,147 @@
-//! The calls as they go over the wire: what etcd-client asks for, on a member that can answer.
+//! The gRPC service beneath etcd-client, which sends each call to a member that can execute it.
 //!
-//! Between etcd-client, which writes and reads the messages and knows the user, and the
-//! [`BalancedChannel`], which keeps the members connected and picks one. Here a call gets what only
-//! someone who knows etcd can give it:
+//! etcd-client builds its requests inside its own methods and takes no options for them. The only
+//! way to tell this service how to route a call is therefore a task-local variable, which is set
+//! while etcd-client's method runs: see [`CallOptions`].
 //!
-//! - a read that failed is sent to another member, and one that is slow to answer is sent to another
-//!   beside the first: a member that hangs costs a read a fifth of its time, and not its life. A write is
-//!   sent again only by the channel, where it provably reached no member;
-//! - the limits of messages, gzip, and the debug log.
+//! The service stands between etcd-client, which encodes the messages and adds the user's token, and
+//! the [`BalancedChannel`], which keeps the members connected and picks one. It adds what depends on
+//! etcd:
+//!
+//! - A failed read is sent to another member, and a slow read to another member beside the first. A
+//!   member that hangs therefore costs a read a fifth of its timeout. The channel alone repeats
+//!   writes, and only those that no member can have received.
+//! - The limits of messages, gzip, and the debug log.
 
 use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::{FuturesUnordered, StreamExt};
-use http::{HeaderName, HeaderValue, Request, Response, request};
-use tokio::time::{Instant, sleep};
+use http::{HeaderName, HeaderValue, Request, Response};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
 use super::call_log::CallLog;
-use super::message::{Answers, Codec, Requests};
-use super::method::{AUTHENTICATE, Method};
-use super::response::{Answer, code_in, message_in, name_old_token, not_from_etcd, whole};
-use crate::backoff::Backoff;
-use crate::balance::BalancedChannel;
-use crate::balance::{AttemptedEndpoints, EndpointState};
+use super::members::disconnected_reason;
+use super::message::{Codec, RequestStream, ResponseStream};
+use super::method::CallKind;
+use super::response::{code_in, collect, ensure_grpc, map_stale_token, message_in};
+use super::token::Token;
+use super::unary::{Budget, UnaryCall};
+use crate::balance::{AttemptedEndpoints, BalancedChannel, ServedBy};
+use crate::config::Config;
 
-/// How often a read is sent within its time, once after each such part of it, as long as none was
-/// answered: beyond the members that hang, there are those that wait for a leader that does.
-const ATTEMPTS_IN_TIME: u32 = 5;
-
-/// How long a new token may be unknown to some member: it reaches them in the order of the log, and
-/// one may lag behind.
-const TOKEN_SPREADS_WITHIN: Duration = Duration::from_secs(2);
-
-/// With this header a member that is cut off from its cluster ends a stream instead of leaving it
-/// silent, and refuses a call before it looks at it. etcd's own client asks for it on leases as well.
+/// With this header a member without a leader refuses a call before it looks at the request, and
+/// ends a stream instead of leaving the stream silent. etcd's own client sends it for leases too.
 const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
 
 tokio::task_local! {
-    /// How the calls within are to be made.
-    static ROUTE: Route;
+    /// The options of the calls that the current task makes.
+    static CALL_OPTIONS: CallOptions;
 }
 
-/// Where calls go, other than to any member.
+/// Routing of the calls made within a scope. By default a call goes to any member.
 #[derive(Debug, Clone, Default)]
-pub(in crate::client) struct Route {
-    /// Only here.
-    pub(in crate::client) only: Option<BalancedChannel>,
-    /// Not here, if possible.
-    pub(in crate::client) tried: Option<AttemptedEndpoints>,
+pub(in crate::client) struct CallOptions {
+    /// Use this channel only.
+    pub(in crate::client) pinned: Option<BalancedChannel>,
+    /// Members to avoid if others are available. The calls add the members that they are sent to.
+    pub(in crate::client) attempted: Option<AttemptedEndpoints>,
 }
 
-impl Route {
-    /// The calls that `work` makes, made so.
-    pub(in crate::client) async fn of<T>(self, work: impl Future<Output = T>) -> T {
-        ROUTE.scope(self, work).await
+impl CallOptions {
+    /// Applies the options to the calls that `work` makes.
+    pub(in crate::client) async fn scope<T>(self, work: impl Future<Output = T>) -> T {
+        CALL_OPTIONS.scope(self, work).await
     }
 }
 
-/// What etcd-client calls. Clones are the same.
+/// The gRPC service that etcd-client calls. Clones share their state.
 #[derive(Debug, Clone)]
-pub(in crate::client) struct Wire {
-    shared: Arc<Shared>,
+pub(in crate::client) struct RpcService {
+    state: Arc<RpcState>,
 }
 
 #[derive(Debug)]
-struct Shared {
-    /// Taken away by `close`, while a raw client may still be held.
+struct RpcState {
+    /// `None` once the client is closed, although a raw client may still hold the service.
     channel: ArcSwapOption<BalancedChannel>,
     codec: Codec,
-    log: bool,
-    /// How long a read is tried.
-    patience: Duration,
+    is_logging: bool,
     closed: CancellationToken,
-    /// What a member said last that may pass.
-    said: ArcSwapOption<String>,
-    /// When a token was last given out.
-    token: std::sync::Mutex<Option<Instant>>,
-    /// Held by whoever asks for one for all.
-    renewal: tokio::sync::Mutex<()>,
+    budget: Budget,
+    token: Token,
 }
 
-impl Wire {
+impl RpcService {
     pub(super) fn new(
         channel: BalancedChannel,
-        config: &crate::config::Config,
+        config: &Config,
         closed: &CancellationToken,
     ) -> Self {
         Self {
-            shared: Arc::new(Shared {
+            state: Arc::new(RpcState {
                 channel: ArcSwapOption::from_pointee(channel),
                 codec: Codec {
                     max_send: config.max_call_send_msg_size,
                     max_recv: config.max_call_recv_msg_size,
                     gzip: config.enable_compression,
-                    lesser: false,
+                    capped_at_4_mib: false,
                 },
-                log: config.enable_grpc_debug_log,
-                patience: config.request_timeout,
+                is_logging: config.enable_grpc_debug_log,
                 closed: closed.clone(),
-                said: ArcSwapOption::empty(),
-                token: std::sync::Mutex::new(None),
-                renewal: tokio::sync::Mutex::new(()),
+                budget: Budget {
+                    timeout: config.request_timeout,
+                    last_transient_error: ArcSwapOption::empty(),
+                },
+                token: Token::default(),
             }),
         }
     }
 
-    /// For etcd-client.
-    pub(super) fn channel(&self) -> etcd_client::Channel {
+    /// The service as etcd-client takes it.
+    pub(super) fn to_etcd_channel(&self) -> etcd_client::Channel {
         etcd_client::Channel::Custom(tower::util::BoxCloneSyncService::new(self.clone()))
     }
 
-    /// Closes the connections; those that carry calls follow with the last of them.
+    /// Closes the connections. Connections that carry calls close after the last of their calls.
     pub(in crate::client) fn close(&self) {
-        self.shared.channel.store(None);
+        self.state.channel.store(None);
     }
 
-    /// Has the user's token renewed by `renew`, for whoever was refused with the one from before `since`.
-    /// Of those that wait for it at the same time one does it for all.
-    pub(in crate::client) async fn renewed_since<E>(
+    /// Renews the user's token by `renew`, for a caller whose call from after `since` was refused.
+    /// Callers that wait at the same time share one renewal.
+    pub(in crate::client) async fn renew_token<E>(
         &self,
         since: Instant,
         renew: impl Future<Output = Result<(), E>>,
     ) -> Result<(), E> {
-        // The one lock that is held while something is awaited, and that is what it is for.
-        let _one_at_a_time = self.shared.renewal.lock().await;
-        let given = *self.shared.token();
-        if given.is_some_and(|given| given >= since) {
-            return Ok(());
-        }
-        renew.await
+        self.state
+            .token
+            .renew_unless_issued_since(since, renew)
+            .await
     }
 
-    /// What a member said last to a read, of what may pass: `Unavailable`, and why.
-    pub(super) fn said(&self) -> Option<String> {
-        self.shared.said.load_full().map(Arc::unwrap_or_clone)
+    /// The message of the last transient error with which a member responded to a read.
+    pub(super) fn last_transient_error(&self) -> Option<String> {
+        let message = self.state.budget.last_transient_error.load_full();
+        message.map(Arc::unwrap_or_clone)
     }
 
-    /// Why no member can be asked now; `None` while one is connected.
-    pub(in crate::client) fn unready(&self) -> Option<String> {
-        let channel = self.shared.channel.load_full()?;
-        unready(&channel)
+    /// Why no member is connected. `None` while one is.
+    pub(in crate::client) fn disconnected_reason(&self) -> Option<String> {
+        let channel = self.state.channel.load_full()?;
+        disconnected_reason(&channel)
     }
 }
 
-/// Why no endpoint can be called now; `None` while one is connected.
-fn unready(channel: &BalancedChannel) -> Option<String> {
-    let members = channel.endpoints();
-    if members.iter().any(|m| m.state == EndpointState::Ready) {
-        return None;
-    }
-    let each = members.iter().map(|member| {
-        let why = member.last_error.as_deref().unwrap_or("not connected yet");
-        format!("{}: {why}", member.address)
-    });
-    Some(each.collect::<Vec<_>>().join("; "))
-}
-
-impl Service<Request<Body>> for Wire {
+impl Service<Request<Body>> for RpcService {
     type Response = Response<Body>;
     type Error = BoxError;
     type Future = BoxFuture<'static, Result<Response<Body>, BoxError>>;
@@ -176,307 +151,147 @@ impl Service<Request<Body>> for Wire {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let shared = Arc::clone(&self.shared);
-        let route = ROUTE.try_with(Route::clone).unwrap_or_default();
+        let state = Arc::clone(&self.state);
+        let options = CALL_OPTIONS
+            .try_with(CallOptions::clone)
+            .unwrap_or_default();
         Box::pin(async move {
-            let answer = match route.only {
-                Some(only) => shared.call(&only, request, route.tried).await,
-                None => match shared.channel.load_full() {
-                    Some(channel) => shared.call(&channel, request, route.tried).await,
+            let response = match options.pinned {
+                Some(pinned) => state.call(&pinned, request, options.attempted).await,
+                None => match state.channel.load_full() {
+                    Some(channel) => state.call(&channel, request, options.attempted).await,
                     None => Err(Status::cancelled("the client is closed")),
                 },
             };
-            Ok(answer?)
+            Ok(response?)
         })
     }
 }
 
-impl Shared {
+impl RpcState {
     async fn call(
-        self: &Arc<Self>,
+        &self,
         channel: &BalancedChannel,
         request: Request<Body>,
-        tried: Option<AttemptedEndpoints>,
+        attempted: Option<AttemptedEndpoints>,
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
-        let method = Method::of(head.uri.path());
-        if method == Method::Streams || needs_leader(method, head.uri.path()) {
+        let path = head.uri.path();
+        let (kind, codec) = (CallKind::of(path), self.codec.for_path(path));
+        if kind == CallKind::Bidi || kind.needs_leader(path) {
             let yes = HeaderValue::from_static("true");
             head.headers.insert(HAS_LEADER, yes);
         }
-        let codec = self.codec.to(head.uri.path());
-        codec.announce(&mut head.headers);
-        // Reads and the log need to know where calls went; a write has no use for it.
-        let tried = tried
-            .or_else(|| (self.log || method != Method::Write).then(AttemptedEndpoints::default));
+        codec.add_headers(&mut head.headers);
+        // Reads avoid the members of their failed attempts, and the log names the last member. A
+        // write needs neither.
+        let is_tracked = self.is_logging || kind != CallKind::Write;
+        let attempted = attempted.or_else(|| is_tracked.then(AttemptedEndpoints::default));
         let mut log = self
-            .log
-            .then(|| CallLog::begin(&head.uri, tried.clone().unwrap_or_default()));
-        if matches!(method, Method::Streams | Method::AnswerStream) {
-            return self.stream(channel, head, body, tried, method, log).await;
+            .is_logging
+            .then(|| CallLog::new(&head.uri, attempted.clone().unwrap_or_default()));
+        if kind == CallKind::Bidi {
+            let body = Body::new(RequestStream { codec, body });
+            let request = Request::from_parts(head, body);
+            return self.stream(channel, request, codec, attempted, log).await;
         }
-        let message = whole(body).await.and_then(|plain| codec.request(plain));
-        let message = or_refused(message, &mut log)?;
-        let mut call = Call {
-            shared: self,
+        let message = collect(body).await.and_then(|plain| codec.encode(plain));
+        let message = log_refusal(message, &mut log)?;
+        if kind == CallKind::ServerStream {
+            let body = Body::new(http_body_util::Full::new(message));
+            let request = Request::from_parts(head, body);
+            return self.stream(channel, request, codec, attempted, log).await;
+        }
+        let mut call = UnaryCall {
+            budget: &self.budget,
+            token: &self.token,
             channel,
+            kind,
             head,
             message,
             codec,
-            tried,
-            log,
-            begun: Instant::now(),
+            attempted,
+            started: Instant::now(),
         };
-        let part = self.patience / ATTEMPTS_IN_TIME;
-        let answer = match method {
-            Method::Read => call.hedged(&[part; ATTEMPTS_IN_TIME as usize - 1]).await,
-            // A password costs etcd much, the more so when it has much to do, and there is no hurry: it is
-            // sent at 0, 2 and 4 of 5 parts of the time, and whoever waits for it has the rest.
-            Method::Authenticate => call.hedged(&[part * 2, part * 2]).await.map(or_no_token),
-            Method::Repeatable => call.persistent().await,
-            _ => call.led().await,
-        };
-        if let Some(log) = call.log {
-            log.end(answer.as_ref().map_or_else(Status::code, Answer::code));
-        }
-        let answer = self.understood(answer?)?;
-        Ok(answer.into_response())
+        self.unary(&mut call, log).await
     }
 
-    /// A server without gzip says so in words that do not lead back to the configuration; and an old
-    /// token is not called one.
-    fn understood(&self, answer: Answer) -> Result<Answer, Status> {
-        if self.codec.gzip && answer.code() == Code::Unimplemented {
-            return Err(no_gzip(&answer.message()));
+    async fn unary(
+        &self,
+        call: &mut UnaryCall<'_>,
+        log: Option<CallLog>,
+    ) -> Result<Response<Body>, Status> {
+        let result = call.send().await;
+        if let Some(log) = log {
+            match &result {
+                Ok(response) => log.end(response.code(), response.served_by()),
+                Err(status) => log.end(status.code(), None),
+            }
         }
-        Ok(answer.renewable())
+        let response = result?;
+        if self.codec.gzip && response.code() == Code::Unimplemented {
+            return Err(gzip_error(&response.message()));
+        }
+        Ok(response.with_stale_token_mapped().into_response())
     }
 
     async fn stream(
-        self: &Arc<Self>,
+        &self,
         channel: &BalancedChannel,
-        head: request::Parts,
-        body: Body,
-        tried: Option<AttemptedEndpoints>,
-        method: Method,
-        log: Option<CallLog>,
+        request: Request<Body>,
+        codec: Codec,
+        attempted: Option<AttemptedEndpoints>,
+        mut log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
-        let codec = self.codec.to(head.uri.path());
-        let mut log = log;
-        let body = match method {
-            Method::Streams => Body::new(Requests { codec, body }),
-            _ => {
-                let message = whole(body).await.and_then(|plain| codec.request(plain));
-                Body::new(http_body_util::Full::new(or_refused(message, &mut log)?))
-            }
-        };
-        let request = Request::from_parts(head, body);
-        let opened = channel.call_avoiding(request, tried.as_ref());
-        let opened = match &mut log {
-            Some(log) => {
-                let opened = log.attempt(opened).await;
-                log.opened();
-                opened
-            }
-            None => opened.await,
-        };
-        let mut end = move |code| {
+        let response = channel.call_avoiding(request, attempted.as_ref()).await;
+        if let (Some(log), Ok(response)) = (&mut log, &response) {
+            log.set_stream_server(response.extensions().get::<ServedBy>().cloned());
+        }
+        let mut end_log = move |code| {
             if let Some(log) = log.take() {
-                log.end(code);
+                log.end(code, None);
             }
         };
-        let opened = opened.and_then(|response| not_from_etcd(&response).map(|()| response));
-        let (mut head, body) = match opened {
+        let response = response.and_then(|response| check_stream_head(response, &codec));
+        let (head, body) = match response {
             Ok(response) => response.into_parts(),
             Err(status) => {
-                end(status.code());
+                end_log(status.code());
                 return Err(status);
             }
         };
-        name_old_token(&mut head.headers);
+        // A response without a body has its status in the head.
         if let Some(code) = code_in(&head.headers) {
-            end(code);
-            if codec.gzip && code == Code::Unimplemented {
-                return Err(no_gzip(&message_in(&head.headers)));
-            }
+            end_log(code);
         }
-        codec.answer(&mut head.headers)?;
         let closed = self.closed.clone().cancelled_owned();
-        let answers = Answers::new(codec, body, closed, move |trailers, status| {
-            end(match status {
+        let body = ResponseStream::new(codec, body, closed, move |trailers, status| {
+            end_log(match status {
                 Some(status) => status.code(),
                 None => code_in(trailers).unwrap_or(Code::Ok),
             });
         });
-        Ok(Response::from_parts(head, Body::new(answers)))
-    }
-
-    fn token_was_given(&self) {
-        *self.token() = Some(Instant::now());
-    }
-
-    fn token_is_new(&self) -> bool {
-        self.token()
-            .is_some_and(|given| given.elapsed() < TOKEN_SPREADS_WITHIN)
-    }
-
-    fn token(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.token
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        Ok(Response::from_parts(head, Body::new(body)))
     }
 }
 
-/// A call with one message each way, as often as it takes.
-struct Call<'a> {
-    shared: &'a Shared,
-    channel: &'a BalancedChannel,
-    head: request::Parts,
-    message: Bytes,
-    codec: Codec,
-    tried: Option<AttemptedEndpoints>,
-    log: Option<CallLog>,
-    begun: Instant,
+/// Checks and translates the head of a streaming response.
+fn check_stream_head(
+    mut response: Response<Body>,
+    codec: &Codec,
+) -> Result<Response<Body>, Status> {
+    ensure_grpc(&response)?;
+    let headers = response.headers_mut();
+    map_stale_token(headers);
+    if codec.gzip && code_in(headers) == Some(Code::Unimplemented) {
+        return Err(gzip_error(&message_in(headers)));
+    }
+    codec.take_encoding(headers)?;
+    Ok(response)
 }
 
-impl Call<'_> {
-    /// The first answer of several members, each asked when those before it have been slow: after one
-    /// pause the next.
-    async fn hedged(&self, pauses: &[Duration]) -> Result<Answer, Status> {
-        let mut pauses = pauses.iter();
-        let mut pause = move || pauses.next().map_or(Duration::MAX, |pause| *pause);
-        let mut first = pin!(self.persistent());
-        tokio::select! {
-            biased;
-            answer = &mut first => return answer,
-            () = sleep(pause()) => {}
-        }
-        let mut failed = false;
-        let mut others = FuturesUnordered::new();
-        loop {
-            others.push(Box::pin(self.persistent()));
-            let mut next = pin!(sleep(pause()));
-            loop {
-                let answer = tokio::select! {
-                    biased;
-                    answer = &mut first, if !failed => {
-                        failed = true;
-                        answer
-                    }
-                    Some(answer) = others.next() => answer,
-                    () = &mut next => break,
-                };
-                if answer.is_ok() || (others.is_empty() && failed) {
-                    return answer;
-                }
-            }
-        }
-    }
-
-    /// By a member that has a leader, if there is one. Without it a write would hang on a member that is cut
-    /// off from the others, and may be done after all.
-    async fn led(&mut self) -> Result<Answer, Status> {
-        let mut pauses = None;
-        loop {
-            let answer = self.known_user().await?;
-            let path = self.head.uri.path();
-            let is_refused = answer.is_without_leader() && needs_leader(Method::Write, path);
-            if !is_refused || self.is_hopeless() {
-                return Ok(answer);
-            }
-            self.tried.get_or_insert_with(AttemptedEndpoints::default);
-            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
-        }
-    }
-
-    /// Until it is answered, one member after the other, unless the answer is that it cannot be done.
-    async fn persistent(&self) -> Result<Answer, Status> {
-        let mut pauses = None;
-        loop {
-            let answer = self.known_user().await;
-            let code = answer.as_ref().map_or_else(Status::code, Answer::code);
-            if !is_passing(code) || self.is_hopeless() {
-                return answer;
-            }
-            let said = answer.map_or_else(
-                |status| status.message().to_owned(),
-                |answer| answer.message(),
-            );
-            self.shared.said.store(Some(Arc::new(said)));
-            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
-        }
-    }
-
-    /// Whether it was tried for all of its time, or for half of it without a member to try it on.
-    fn is_hopeless(&self) -> bool {
-        let (tried, patience) = (self.begun.elapsed(), self.shared.patience);
-        tried >= patience || (tried >= patience / 2 && unready(self.channel).is_some())
-    }
-
-    /// One that no member refuses only because the user's new token has not reached it yet. Such a
-    /// refusal comes before anything is done, so this holds for writes too.
-    async fn known_user(&self) -> Result<Answer, Status> {
-        let mut pauses = None;
-        loop {
-            let answer = self.once().await?;
-            if answer.code() != Code::Unauthenticated || !self.shared.token_is_new() {
-                if answer.code() == Code::Ok && self.head.uri.path() == AUTHENTICATE {
-                    self.shared.token_was_given();
-                }
-                return Ok(answer);
-            }
-            sleep(pauses.get_or_insert_with(Backoff::for_etcd).next()).await;
-        }
-    }
-
-    async fn once(&self) -> Result<Answer, Status> {
-        let mut request = Request::new(Body::new(http_body_util::Full::new(self.message.clone())));
-        *request.method_mut() = self.head.method.clone();
-        *request.uri_mut() = self.head.uri.clone();
-        *request.version_mut() = self.head.version;
-        *request.headers_mut() = self.head.headers.clone();
-        let attempt = pin!(async {
-            let response = self
-                .channel
-                .call_avoiding(request, self.tried.as_ref())
-                .await?;
-            Answer::read(response, &self.codec).await
-        });
-        match &self.log {
-            Some(log) => log.attempt(attempt).await,
-            None => attempt.await,
-        }
-    }
-}
-
-/// Whether it can do nothing without a leader, and must not wait for one on a member that is cut off. A read
-/// is asked for elsewhere anyway, and what is for one member alone is for that one in any state.
-fn needs_leader(method: Method, path: &str) -> bool {
-    matches!(method, Method::Write | Method::Authenticate)
-        && path.starts_with("/etcdserverpb.")
-        && !path.starts_with("/etcdserverpb.Maintenance/")
-}
-
-/// Without users in etcd there is no token to be had, and none is needed: it goes on without, as etcd's own
-/// client does.
-fn or_no_token(answer: Answer) -> Answer {
-    if !answer.is_auth_not_enabled() {
-        return answer;
-    }
-    tracing::warn!(
-        "a username is configured, but authentication is not enabled in etcd; going on without"
-    );
-    Answer::no_token()
-}
-
-/// What another member may not say, or the same a moment later: it is going down, or the cluster is
-/// choosing a leader.
-pub(in crate::client) fn is_passing(code: Code) -> bool {
-    matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
-}
-
-/// The message, or why it is not sent, which is logged as well.
-fn or_refused(message: Result<Bytes, Status>, log: &mut Option<CallLog>) -> Result<Bytes, Status> {
+/// Logs a request that is not sent, because the request itself is at fault.
+fn log_refusal(message: Result<Bytes, Status>, log: &mut Option<CallLog>) -> Result<Bytes, Status> {
     message.inspect_err(|status| {
         if let Some(log) = log.take() {
             log.refuse(status.code());
@@ -484,9 +299,9 @@ fn or_refused(message: Result<Bytes, Status>, log: &mut Option<CallLog>) -> Resu
     })
 }
 
-fn no_gzip(said: &str) -> Status {
+/// The error of a server without gzip, whose own message does not mention the configuration.
+fn gzip_error(message: &str) -> Status {
     Status::unimplemented(format!(
-        "this etcd server has no gzip, which enable_compression asks for; leave it out \
-         (the server: {said})"
+        "this etcd server does not support gzip; disable enable_compression (server: {message})"
     ))
 }

@@ -94,8 +94,8 @@ impl Client {
         // renewal: checking a password is expensive for etcd.
         let transport = &self.inner.transport;
         let renewed = transport
-            .wire
-            .renewed_since(started_at, transport.raw.refresh_token());
+            .rpc
+            .renew_token(started_at, transport.raw.refresh_token());
         renewed
             .await
             .map_err(|error| Error::from_etcd(operation(key), error))?;

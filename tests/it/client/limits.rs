@@ -186,7 +186,10 @@ fn assert_no_gzip(result: Result<Client>) {
     let error = result.unwrap_err();
     assert_eq!(error.code(), Some(tonic::Code::Unimplemented), "{error}");
     let text = error.to_string();
-    for part in ["this etcd server has no gzip", "enable_compression"] {
+    for part in [
+        "this etcd server does not support gzip",
+        "enable_compression",
+    ] {
         assert!(text.contains(part), "{part} in {text}");
     }
 }

@@ -1,0 +1,203 @@
+//! Unary calls: which member a call is sent to, how often, and when it is given up.
+//!
+//! Each function handles one kind of failure, and calls the next of the indented ones:
+//!
+//! ```text
+//!   hedged                 sends a slow read to another member beside the first
+//!     retry_transient        sends a failed read to another member
+//!   send_via_leader        sends a write to another member if the first has no leader
+//!       retry_unknown_token    sends a call again that a member refused because of a new token
+//!         send_once              sends the call to one member
+//! ```
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bytes::Bytes;
+use futures::stream::{FuturesUnordered, StreamExt};
+use http::{Request, request};
+use tokio::time::{Instant, sleep};
+use tonic::body::Body;
+use tonic::{Code, Status};
+
+use super::members::disconnected_reason;
+use super::message::Codec;
+use super::method::CallKind;
+use super::response::UnaryResponse;
+use super::token::Token;
+use crate::backoff::Backoff;
+use crate::balance::{AttemptedEndpoints, BalancedChannel};
+use crate::client::etcd_error::EtcdError;
+
+/// The number of attempts of a read within its timeout. A new attempt starts after each fifth of
+/// the timeout until one succeeds. More attempts than members may hang, because healthy followers
+/// may wait for a leader that hangs.
+const READ_ATTEMPTS: u32 = 5;
+
+/// How long calls are repeated, and why they are.
+#[derive(Debug)]
+pub(super) struct Budget {
+    /// How long a call is repeated.
+    pub(super) timeout: Duration,
+    /// The message of the last transient error, for the errors of calls that time out.
+    pub(super) last_transient_error: ArcSwapOption<String>,
+}
+
+/// One unary call, with all its attempts.
+pub(super) struct UnaryCall<'a> {
+    pub(super) budget: &'a Budget,
+    pub(super) token: &'a Token,
+    pub(super) channel: &'a BalancedChannel,
+    pub(super) kind: CallKind,
+    pub(super) head: request::Parts,
+    /// The encoded request.
+    pub(super) message: Bytes,
+    pub(super) codec: Codec,
+    /// The members that the attempts avoid. `None` for a write that no member has refused.
+    pub(super) attempted: Option<AttemptedEndpoints>,
+    pub(super) started: Instant,
+}
+
+impl UnaryCall<'_> {
+    /// Sends the call as its kind allows.
+    pub(super) async fn send(&mut self) -> Result<UnaryResponse, Status> {
+        let part = self.budget.timeout / READ_ATTEMPTS;
+        match self.kind {
+            CallKind::Read => self.hedged(&[part; READ_ATTEMPTS as usize - 1]).await,
+            // Checking a password costs etcd much, and the more so under load. Attempts therefore
+            // start at 0, 2 and 4 fifths of the timeout, and the waiting calls have the rest.
+            CallKind::Authenticate => {
+                let response = self.hedged(&[part * 2, part * 2]).await;
+                response.map(ignore_auth_disabled)
+            }
+            CallKind::Idempotent => self.retry_transient().await,
+            _ => self.send_via_leader().await,
+        }
+    }
+
+    /// Sends the call to a member, and after each pause to another one beside those before. Returns
+    /// the first success, or the last failure once all attempts have failed.
+    async fn hedged(&self, pauses: &[Duration]) -> Result<UnaryResponse, Status> {
+        let mut pauses = pauses.iter();
+        let mut next_pause = move || pauses.next().map_or(Duration::MAX, |pause| *pause);
+        // On the stack, because most reads need one attempt only.
+        let mut first = pin!(self.retry_transient());
+        tokio::select! {
+            biased;
+            response = &mut first => return response,
+            () = sleep(next_pause()) => {}
+        }
+        let mut first_failed = false;
+        let mut others = FuturesUnordered::new();
+        loop {
+            others.push(Box::pin(self.retry_transient()));
+            let mut pause = pin!(sleep(next_pause()));
+            loop {
+                let response = tokio::select! {
+                    biased;
+                    response = &mut first, if !first_failed => {
+                        first_failed = true;
+                        response
+                    }
+                    Some(response) = others.next() => response,
+                    () = &mut pause => break,
+                };
+                if response.is_ok() || (others.is_empty() && first_failed) {
+                    return response;
+                }
+            }
+        }
+    }
+
+    /// Sends the call until a member with a leader takes it. A write to a member that is cut off
+    /// from the others would hang, and might be executed later all the same.
+    async fn send_via_leader(&mut self) -> Result<UnaryResponse, Status> {
+        let mut backoff = None;
+        loop {
+            let response = self.retry_unknown_token().await?;
+            let is_refused = self.kind.needs_leader(self.head.uri.path())
+                && response.is_error(EtcdError::NoLeader);
+            if !is_refused || self.out_of_budget() {
+                return Ok(response);
+            }
+            self.attempted.get_or_insert_default();
+            sleep(backoff.get_or_insert_with(Backoff::for_etcd).next()).await;
+        }
+    }
+
+    /// Sends the call to one member after the other until the result is not a transient error.
+    async fn retry_transient(&self) -> Result<UnaryResponse, Status> {
+        let mut backoff = None;
+        loop {
+            let result = self.retry_unknown_token().await;
+            let code = result
+                .as_ref()
+                .map_or_else(Status::code, UnaryResponse::code);
+            if !is_transient(code) || self.out_of_budget() {
+                return result;
+            }
+            let message = result.map_or_else(
+                |status| status.message().to_owned(),
+                |response| response.message(),
+            );
+            let last_error = &self.budget.last_transient_error;
+            last_error.store(Some(Arc::new(message)));
+            sleep(backoff.get_or_insert_with(Backoff::for_etcd).next()).await;
+        }
+    }
+
+    /// Whether the call was repeated for its whole timeout, or for half of it while no member is
+    /// connected.
+    fn out_of_budget(&self) -> bool {
+        let (elapsed, timeout) = (self.started.elapsed(), self.budget.timeout);
+        elapsed >= timeout
+            || (elapsed >= timeout / 2 && disconnected_reason(self.channel).is_some())
+    }
+
+    /// Sends the call until no member refuses it only because a new token has not reached that
+    /// member yet. A member refuses before it executes anything, so writes are repeated as well.
+    async fn retry_unknown_token(&self) -> Result<UnaryResponse, Status> {
+        let mut backoff = None;
+        loop {
+            let response = self.send_once().await?;
+            if response.code() != Code::Unauthenticated || !self.token.is_new() {
+                if self.kind == CallKind::Authenticate && response.code() == Code::Ok {
+                    self.token.record_issued();
+                }
+                return Ok(response);
+            }
+            sleep(backoff.get_or_insert_with(Backoff::for_etcd).next()).await;
+        }
+    }
+
+    async fn send_once(&self) -> Result<UnaryResponse, Status> {
+        let mut request = Request::new(Body::new(http_body_util::Full::new(self.message.clone())));
+        *request.method_mut() = self.head.method.clone();
+        *request.uri_mut() = self.head.uri.clone();
+        *request.version_mut() = self.head.version;
+        *request.headers_mut() = self.head.headers.clone();
+        let attempted = self.attempted.as_ref();
+        let response = self.channel.call_avoiding(request, attempted).await?;
+        UnaryResponse::read(response, &self.codec).await
+    }
+}
+
+/// Continues without a token if etcd has authentication disabled, because then etcd issues no
+/// tokens and needs none. etcd's own client does the same.
+fn ignore_auth_disabled(response: UnaryResponse) -> UnaryResponse {
+    if !response.is_error(EtcdError::AuthNotEnabled) {
+        return response;
+    }
+    tracing::warn!(
+        "a username is configured, but authentication is not enabled in etcd; continuing without it"
+    );
+    UnaryResponse::empty_token()
+}
+
+/// Whether another member, or the same one a moment later, may respond otherwise: the member is
+/// shutting down, or the cluster is electing a leader.
+pub(in crate::client) fn is_transient(code: Code) -> bool {
+    matches!(code, Code::Unavailable | Code::Cancelled | Code::Internal)
+}
