@@ -10,8 +10,8 @@ use tokio_stream::wrappers::WatchStream;
 
 use crate::balance::{BalancedChannel, EndpointState, Source};
 use crate::client::etcd_error::EtcdError;
-use crate::config::{Config, TlsConfig, endpoint_uri};
-use crate::error::{Error, Result};
+use crate::config::{Config, endpoint_uri};
+use crate::error::Result;
 use crate::instance::Instance;
 
 /// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
@@ -79,9 +79,7 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
         let tls = config.tls_config.clone().unwrap_or_default();
         builder = builder.tls(tls);
     }
-    builder
-        .build()
-        .map_err(|error| to_config_error(error, config.tls_config.as_ref()))
+    builder.build()
 }
 
 /// Why no endpoint of the channel is connected. `None` while one is.
@@ -95,61 +93,6 @@ pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
         format!("{}: {reason}", member.address)
     });
     Some(reasons.collect::<Vec<_>>().join("; "))
-}
-
-/// Converts the channel's error to the names that the fields have in [`Config`].
-fn to_config_error(error: Error, tls: Option<&TlsConfig>) -> Error {
-    let Error::Invalid {
-        field,
-        value,
-        reason,
-    } = error
-    else {
-        return error;
-    };
-    let file = |file: Option<&std::path::PathBuf>, inline, otherwise: &str| match file {
-        Some(file) => (file.display().to_string(), otherwise.to_owned()),
-        None => ("[redacted]".to_owned(), String::from(inline)),
-    };
-    let tls = tls.cloned().unwrap_or_default();
-    let (value, field) = match field {
-        "tls.ca_file" => file(
-            tls.ca_file.as_ref(),
-            "tls_config.ca_pem",
-            "tls_config.ca_file",
-        ),
-        "tls.cert_file" => file(
-            tls.cert_file.as_ref(),
-            "tls_config.cert_pem",
-            "tls_config.cert_file",
-        ),
-        "tls.key_file" => file(
-            tls.key_file.as_ref(),
-            "tls_config.key_pem",
-            "tls_config.key_file",
-        ),
-        "server_name" => (value, "tls_config.server_name".to_owned()),
-        "tls" => (value, "enable_tls".to_owned()),
-        other => (value, other.to_owned()),
-    };
-    Error::invalid(known(&field), value, reason)
-}
-
-fn known(field: &str) -> &'static str {
-    const FIELDS: [&str; 8] = [
-        "tls_config.ca_file",
-        "tls_config.ca_pem",
-        "tls_config.cert_file",
-        "tls_config.cert_pem",
-        "tls_config.key_file",
-        "tls_config.key_pem",
-        "tls_config.server_name",
-        "enable_tls",
-    ];
-    FIELDS
-        .into_iter()
-        .find(|known| *known == field)
-        .unwrap_or("endpoints")
 }
 
 /// Keeps `members` up to date: lists the cluster's members every `auto_sync_interval`, until the
