@@ -23,6 +23,9 @@ use crate::snapshot::{self, InstanceKey, Instances};
 /// afterwards.
 const TONIC_BUFFER: usize = 16;
 
+/// The caller's changes to the endpoint of an instance.
+type Configure = Box<dyn Fn(&Instance, Endpoint) -> Endpoint + Send>;
+
 impl Directory {
     /// The instances as a stream of changes, for tower's balancer or a custom one. The present
     /// instances come first.
@@ -161,7 +164,7 @@ impl fmt::Debug for Discovery {
 #[must_use = "streams do nothing unless polled"]
 pub struct EndpointChanges {
     discovery: Discovery,
-    configure: Box<dyn Fn(&Instance, Endpoint) -> Endpoint + Send>,
+    configure: Configure,
 }
 
 impl EndpointChanges {

@@ -147,3 +147,112 @@ impl Registry {
         opened
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use tokio::sync::{oneshot, watch};
+
+    use super::*;
+    use crate::error::Error;
+    use crate::format::{EtcdNaming, Kratos};
+    use crate::snapshot::Snapshot;
+
+    fn key(format: impl Into<Layout>) -> Key {
+        Key::new("greeter", &[format.into()], None)
+    }
+
+    /// A watch without layouts, which counts as followed once it has tasks.
+    fn service_watch() -> Arc<ServiceWatch> {
+        let snapshot = Snapshot::of("greeter".into(), []);
+        let (_, snapshots) = watch::channel(Arc::new(snapshot));
+        let watch = ServiceWatch::new("greeter".into(), Duration::ZERO, snapshots, Vec::new());
+        Arc::new(watch)
+    }
+
+    /// Counts how often a watch is opened.
+    #[derive(Default)]
+    struct Openings(Arc<AtomicUsize>);
+
+    impl Openings {
+        fn count(&self) -> usize {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn open(&self) -> impl Future<Output = Result<Arc<ServiceWatch>>> + Send + 'static {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            async {
+                tokio::task::yield_now().await;
+                Ok(service_watch())
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn callers_with_one_key_share_the_watch() {
+        let (registry, openings) = (Registry::default(), Openings::default());
+        let (first, second) = tokio::try_join!(
+            registry.get_or_open(key(EtcdNaming), || openings.open()),
+            registry.get_or_open(key(EtcdNaming), || openings.open()),
+        )
+        .unwrap();
+        let later = registry.get_or_open(key(EtcdNaming), || openings.open());
+        assert!(Arc::ptr_eq(&first, &second));
+        assert!(Arc::ptr_eq(&first, &later.await.unwrap()));
+        assert_eq!(openings.count(), 1);
+
+        let other = registry.get_or_open(key(Kratos), || openings.open());
+        assert!(!Arc::ptr_eq(&first, &other.await.unwrap()));
+        assert_eq!(openings.count(), 2);
+    }
+
+    #[tokio::test]
+    async fn dropped_watch_is_opened_again() {
+        let (registry, openings) = (Registry::default(), Openings::default());
+        for count in 1..=3 {
+            let watch = registry.get_or_open(key(EtcdNaming), || openings.open());
+            drop(watch.await.unwrap());
+            assert_eq!(openings.count(), count);
+        }
+        // The slot of a dropped watch goes with the next opening.
+        let _other = registry.get_or_open(key(Kratos), || openings.open()).await;
+        assert_eq!(registry.slots.lock().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn failure_is_shared_and_then_forgotten() {
+        let (registry, openings) = (Registry::default(), Openings::default());
+        let fail = || async {
+            tokio::task::yield_now().await;
+            Err(Error::invalid("service", "greeter", "a test"))
+        };
+        let (first, second) = tokio::join!(
+            registry.get_or_open(key(EtcdNaming), fail),
+            registry.get_or_open(key(EtcdNaming), || openings.open()),
+        );
+        assert!(first.is_err() && second.is_err());
+        assert_eq!(openings.count(), 0);
+        let again = registry.get_or_open(key(EtcdNaming), || openings.open());
+        assert!(again.await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn cancelled_caller_does_not_stop_the_others() {
+        let registry = Registry::default();
+        let (finish, finished) = oneshot::channel();
+        let mut first = Box::pin(registry.get_or_open(key(EtcdNaming), || async {
+            finished.await.unwrap();
+            Ok(service_watch())
+        }));
+        assert!(futures::poll!(&mut first).is_pending());
+        let unused = Openings::default();
+        let mut second = Box::pin(registry.get_or_open(key(EtcdNaming), || unused.open()));
+        assert!(futures::poll!(&mut second).is_pending());
+        drop(first);
+        finish.send(()).unwrap();
+        assert!(second.await.is_ok());
+        assert_eq!(unused.count(), 0);
+    }
+}
