@@ -75,7 +75,8 @@ impl PeerNetwork {
     /// Starts the proxy of a member: forwards from `port` to `target`, where the member listens.
     /// `to` is the member's peer URL.
     pub(super) async fn add_proxy(&self, port: &Port, to: String, target: String) -> Result<()> {
-        let listener = TcpListener::bind(port.endpoint())
+        let listener = port
+            .listen()
             .await
             .map_err(TestingError::io("listening for the peers of an etcd"))?;
         let proxy = tokio::spawn(accept(listener, to, target, Arc::clone(&self.state)));

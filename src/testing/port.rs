@@ -3,6 +3,14 @@
 use std::io;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use super::timing::POLL_INTERVAL;
+
+/// How long [`Port::listen`] tries again while the port is in use.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A TCP port of 127.0.0.1 that stays reserved, also between a kill and a restart.
 ///
@@ -44,6 +52,25 @@ impl Port {
 
     pub(super) fn endpoint(&self) -> String {
         format!("127.0.0.1:{}", self.number)
+    }
+
+    /// Binds a listener to the port.
+    ///
+    /// Tries again for [`LISTEN_TIMEOUT`] while the port is in use. When another thread starts a
+    /// process, the child holds a copy of every socket until it executes its program, so a listener
+    /// that has just been closed may occupy the port for a moment.
+    pub(super) async fn listen(&self) -> io::Result<tokio::net::TcpListener> {
+        let deadline = Instant::now() + LISTEN_TIMEOUT;
+        loop {
+            match tokio::net::TcpListener::bind(self.endpoint()).await {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline =>
+                {
+                    sleep(POLL_INTERVAL).await;
+                }
+                bound => return bound,
+            }
+        }
     }
 }
 

@@ -168,7 +168,10 @@ impl Proxy {
     }
 
     async fn listen(&self) -> Result<Acceptor> {
-        let listener = TcpListener::bind(self.endpoint())
+        let listener = self
+            .inner
+            .port
+            .listen()
             .await
             .map_err(TestingError::io("listening as a proxy"))?;
         let (stop, stopped) = oneshot::channel();

@@ -279,8 +279,15 @@ async fn a_cut_proxy_closes_what_is_open_and_refuses_what_is_new_until_restored(
     proxy.cut().await;
     assert_eq!(proxy.connections(), 0);
     assert!(echoed(&mut stream, "hello").await.is_err());
-    let refused = TcpStream::connect(proxy.endpoint()).await.unwrap_err();
-    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    // While another test starts a process, the child may hold a copy of the listener.
+    let mut refused = None;
+    wait_until("connections are refused", async || {
+        refused = TcpStream::connect(proxy.endpoint()).await.err();
+        refused.is_some()
+    })
+    .await;
+    let refused = refused.map(|error| error.kind());
+    assert_eq!(refused, Some(std::io::ErrorKind::ConnectionRefused));
 
     proxy.restore().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;

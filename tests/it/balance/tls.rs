@@ -204,7 +204,7 @@ async fn invalid_certificates_are_named() {
     no_key.cert_pem = Some(cert);
     let error = build(no_key);
     assert!(
-        error.contains("cert_pem \"[redacted]\": it needs key_file or key_pem"),
+        error.contains("cert_pem \"[redacted]\": requires key_file or key_pem"),
         "{error}"
     );
     let mut wrong_key = authority.trusted();

@@ -39,8 +39,7 @@ impl HealthOnlyServer {
     async fn start(address: &str, status: ServingStatus) -> TestResult<Self> {
         let (reporter, service) = tonic_health::server::health_reporter();
         reporter.set_service_status("", status).await;
-        let listener = std::net::TcpListener::bind(address)?;
-        listener.set_nonblocking(true)?;
+        let listener = crate::support::echo::bind(address);
         let address = listener.local_addr()?.to_string();
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::stream::{self, BoxStream};
 use futures::{Stream, StreamExt};
@@ -339,10 +339,22 @@ impl Drop for EchoServer {
     }
 }
 
-pub(super) fn bind(address: &str) -> TcpListener {
-    let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
-    listener.set_nonblocking(true).unwrap();
-    listener
+/// Binds a listener, again while the address is in use: when another test starts a process, the child
+/// holds a copy of every socket for a moment, even of a listener that has just been closed.
+pub fn bind(address: &str) -> TcpListener {
+    let deadline = Instant::now() + super::PATIENCE;
+    loop {
+        match TcpListener::bind(address) {
+            Ok(listener) => {
+                listener.set_nonblocking(true).unwrap();
+                return listener;
+            }
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(super::POLL);
+            }
+            Err(error) => panic!("{address}: {error}"),
+        }
+    }
 }
 
 pub(super) fn incoming(
