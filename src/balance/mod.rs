@@ -65,6 +65,8 @@ mod pick;
 mod pool;
 mod replay;
 mod source;
+#[cfg(test)]
+mod tests;
 
 pub use builder::BalancedChannelBuilder;
 pub(crate) use call::AttemptedEndpoints;
