@@ -9,8 +9,8 @@ use crate::time::MAX_DURATION;
 /// a mistake.
 const MAX_CONNECTIONS: usize = 1_000;
 
-/// The default longest backoff. gRPC's is 120 s, which is long for a server that was only restarted.
-/// Servers that are gone for good are removed from the set.
+/// The default longest backoff. gRPC's is 120 s, which is long for a server that was only
+/// restarted. Servers that are gone for good are removed from the set.
 const DEFAULT_MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// How a channel connects to each of its endpoints.

@@ -219,9 +219,10 @@ impl Endpoint {
         }
     }
 
-    /// Drops the connections, and refuses those of tasks that have not ended yet. Calls in flight
-    /// hold their own connection open, and the endpoint too, which must not hold the other
-    /// connections.
+    /// Drops the connections, and refuses new ones from tasks that have not ended yet.
+    ///
+    /// A call in flight keeps its connection open by itself. The call also holds the endpoint, which
+    /// without this would keep the other connections open.
     pub(crate) fn close(&self) {
         self.slots.lock().clear();
     }
