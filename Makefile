@@ -20,8 +20,11 @@ chaos: ## faults of every kind on etcd, servers and clients, judged; SEED=, SECO
 	@$(WITH_TOOLS) cargo run --quiet --package chaos -- \
 	$(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(LOGS),--logs '$(LOGS)')
 
+# Most tests wait for servers, so more of them run at once than there are cores.
+TEST_THREADS ?= 12
+
 test: ## all tests, against real etcd servers
-	@$(WITH_TOOLS) cargo test --workspace --all-features
+	@$(WITH_TOOLS) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$(TEST_THREADS)} cargo test --workspace --all-features
 
 check: ## formatting, lints and documentation, warnings as errors
 	@$(WITH_TOOLS) cargo fmt --all --check; \

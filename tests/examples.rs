@@ -1,4 +1,4 @@
-//! Runs the examples as programs against a real etcd: each does what its page says.
+//! Runs the examples as programs against a real etcd and checks their output.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ async fn output(command: &mut Command) -> TestResult<Output> {
     Ok(timeout(PATIENCE, command.output()).await??)
 }
 
-/// Runs an example against this etcd, and returns what it prints.
+/// Runs an example against this etcd, and returns its output.
 async fn run(name: &str, etcd: &Etcd, args: &[&str]) -> TestResult<String> {
     let mut command = example(name);
     command

@@ -1,4 +1,4 @@
-//! Configurations: defaults, files, contradictions, secrets.
+//! Configurations: defaults, files, contradictions and secrets.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ fn with(change: impl FnOnce(&mut Config)) -> Config {
 }
 
 #[test]
-fn given_nothing_then_the_defaults_are_the_documented_ones_and_hold() {
+fn defaults_are_as_documented() {
     let config = Config::default();
     assert_eq!(config.endpoints, ["localhost:2379"]);
     assert_eq!((&config.username, &config.password), (&None, &None));
@@ -40,7 +40,7 @@ fn given_nothing_then_the_defaults_are_the_documented_ones_and_hold() {
 }
 
 #[test]
-fn given_a_file_then_its_fields_are_read_and_unknown_ones_refused() {
+fn json_file_is_read_and_unknown_fields_refused() {
     let config: Config = serde_json::from_str(
         r#"{
             "endpoints": ["a:1", "b:2"], "username": "user", "password": "hunter2",
@@ -86,7 +86,7 @@ fn given_a_file_then_its_fields_are_read_and_unknown_ones_refused() {
     }
 }
 
-/// The same file in each of the formats.
+/// The same configuration in each format.
 const YAML: &str = "
 endpoints:
   - a:1
@@ -152,7 +152,7 @@ const JSON: &str = r#"{
 }"#;
 
 #[test]
-fn given_the_same_file_in_yaml_toml_and_json_then_every_field_is_read_alike() {
+fn yaml_toml_and_json_are_equivalent() {
     let mut built = Config::default();
     built.endpoints = vec!["a:1".into(), "b:2".into()];
     (built.username, built.password) = (Some("user".into()), Some("0042".into()));
@@ -178,7 +178,7 @@ fn given_the_same_file_in_yaml_toml_and_json_then_every_field_is_read_alike() {
 }
 
 #[test]
-fn given_an_unknown_field_then_yaml_and_toml_refuse_it_by_its_name() {
+fn yaml_and_toml_name_unknown_fields() {
     let yaml = YAML.replace("ca_file", "ca_flie");
     let text = serde_norway::from_str::<Config>(&yaml)
         .unwrap_err()
@@ -189,14 +189,14 @@ fn given_an_unknown_field_then_yaml_and_toml_refuse_it_by_its_name() {
     assert!(text.contains("dail_timeout"), "{text}");
 }
 
-/// What is said of this field in JSON, YAML and TOML.
+/// The errors about a field in JSON, YAML and TOML.
 fn errors<T: serde::de::DeserializeOwned + std::fmt::Debug>(
     field: &str,
     value: &str,
 ) -> [String; 3] {
     let json = format!("{{\"{field}\": {value}}}");
     let toml = format!("{field} = {value}");
-    // Read in two steps, since in one a plain number is taken for a string as it is written.
+    // Parsed in two steps, because in one step YAML takes a plain number for a string.
     let yaml: serde_norway::Value = serde_norway::from_str(&format!("{field}: {value}")).unwrap();
     [
         serde_json::from_str::<T>(&json).unwrap_err().to_string(),
@@ -206,7 +206,7 @@ fn errors<T: serde::de::DeserializeOwned + std::fmt::Debug>(
 }
 
 #[test]
-fn given_a_secret_that_is_no_string_then_the_error_names_the_field_and_does_not_show_it() {
+fn error_about_a_secret_does_not_show_it() {
     for secret in ["81726354", "-81726354", "81726.354", "[81726354]"] {
         let mut texts = Vec::from(errors::<Config>("password", secret).map(|e| ("password", e)));
         for field in ["ca_pem", "cert_pem", "key_pem"] {
@@ -222,7 +222,7 @@ fn given_a_secret_that_is_no_string_then_the_error_names_the_field_and_does_not_
 }
 
 #[test]
-fn given_a_contradiction_then_the_error_names_field_and_value() {
+fn contradiction_names_field_and_value() {
     let zero = Duration::ZERO;
     let tls = |tls: TlsConfig| {
         with(|c| {
@@ -319,7 +319,7 @@ fn given_a_contradiction_then_the_error_names_field_and_value() {
 }
 
 #[tokio::test]
-async fn given_a_contradiction_then_no_client_is_made() {
+async fn contradiction_prevents_connecting() {
     let config = with(|c| c.endpoints = vec![]);
     let error = goo_etcd::Client::new("main", config).await.unwrap_err();
     assert!(
@@ -336,7 +336,7 @@ async fn given_a_contradiction_then_no_client_is_made() {
 
 #[cfg(not(any(feature = "tls-ring", feature = "tls-aws-lc")))]
 #[test]
-fn given_a_build_without_tls_then_enable_tls_names_the_feature() {
+fn enable_tls_without_the_feature_names_it() {
     let text = with(|c| c.enable_tls = true)
         .validate()
         .unwrap_err()
@@ -349,7 +349,7 @@ fn given_a_build_without_tls_then_enable_tls_names_the_feature() {
 
 #[cfg(any(feature = "tls-ring", feature = "tls-aws-lc"))]
 #[tokio::test]
-async fn given_unusable_certificates_then_new_names_the_field_and_file() {
+async fn unusable_certificates_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let empty = dir.path().join("ca.pem");
     std::fs::write(&empty, "no certificate").unwrap();
@@ -368,7 +368,7 @@ async fn given_unusable_certificates_then_new_names_the_field_and_file() {
 }
 
 #[test]
-fn given_secrets_then_debug_shows_none_of_them() {
+fn debug_shows_no_secrets() {
     let config = with(|c| {
         c.endpoints.push("http://root:hunter1@etcd:2379".into());
         c.username = Some("user".into());
@@ -392,7 +392,7 @@ fn given_secrets_then_debug_shows_none_of_them() {
 }
 
 #[test]
-fn the_longest_of_all_durations_is_refused_and_named_and_a_year_is_not() {
+fn longest_duration_is_refused() {
     let year = std::time::Duration::from_secs(365 * 24 * 3600);
     type Set = fn(&mut Config, std::time::Duration);
     let fields: [(&str, Set); 5] = [

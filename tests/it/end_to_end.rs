@@ -14,11 +14,10 @@ async fn channel_to_greeter(etcd: &Etcd) -> TestResult<Channel> {
 }
 
 #[tokio::test]
-async fn given_a_client_that_was_there_first_when_a_server_registers_then_it_is_called()
--> TestResult {
+async fn client_started_first_calls_a_later_server() -> TestResult {
     let etcd = Etcd::start().await?;
     let channel = channel_to_greeter(&etcd).await?;
-    // A call that began while there was nobody to answer it, too.
+    // A call that starts before the server waits for it.
     let early = tokio::spawn({
         let channel = channel.clone();
         async move { call_greeter(&channel).await }
@@ -40,7 +39,7 @@ async fn given_a_client_that_was_there_first_when_a_server_registers_then_it_is_
 }
 
 #[tokio::test]
-async fn given_a_registered_server_when_a_client_starts_then_it_calls_that_server() -> TestResult {
+async fn later_client_calls_a_registered_server() -> TestResult {
     let etcd = Etcd::start().await?;
     let server = GreeterServer::start().await;
     let registrar = Registrar::new(&connect(etcd.endpoint()).await);
@@ -54,13 +53,12 @@ async fn given_a_registered_server_when_a_client_starts_then_it_calls_that_serve
 }
 
 #[tokio::test]
-async fn given_greeter_and_greeter2_then_a_client_of_greeter_neither_sees_nor_calls_greeter2()
--> TestResult {
+async fn services_with_a_common_prefix_are_separate() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::new(&client);
     let (ours, theirs) = (GreeterServer::start().await, GreeterServer::start().await);
-    // One that is there before, and shows in the list; one that comes later, and shows in the watch.
+    // One instance of `greeter2` is in the list, another in the watch.
     let _theirs = registrar
         .register(Instance::new("greeter2", theirs.address()))
         .await?;
@@ -76,17 +74,13 @@ async fn given_greeter_and_greeter2_then_a_client_of_greeter_neither_sees_nor_ca
     let last = registrar
         .register(Instance::new("greeter", ours.address()).id("last"))
         .await?;
-    wait_until("what came last is seen", async || {
+    wait_until("the last instance is shown", async || {
         directory.snapshot().len() == 2
     })
     .await;
 
     for snapshot in seen.all() {
-        assert_eq!(
-            snapshot.undecodable(),
-            0,
-            "read as ours, and not understood"
-        );
+        assert_eq!(snapshot.undecodable(), 0, "a key of greeter2 was read");
         for instance in snapshot.instances() {
             assert_eq!(instance.service, "greeter");
             assert_eq!(instance.address, ours.address());
@@ -103,8 +97,7 @@ async fn given_greeter_and_greeter2_then_a_client_of_greeter_neither_sees_nor_ca
 }
 
 #[tokio::test]
-async fn given_two_servers_when_one_leaves_on_its_signal_then_no_call_fails_and_the_other_gets_them_all()
--> TestResult {
+async fn leaving_server_fails_no_call() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::new(&client);
@@ -117,10 +110,10 @@ async fn given_two_servers_when_one_leaves_on_its_signal_then_no_call_fails_and_
         .await?;
     let directory = Directory::watch(&client, "greeter").await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
-    let mut answered = std::collections::BTreeSet::new();
+    let mut called = std::collections::BTreeSet::new();
     wait_until("both are called", async || {
-        answered.insert(call_greeter(&channel).await.unwrap());
-        answered.len() == 2
+        called.insert(call_greeter(&channel).await.unwrap());
+        called.len() == 2
     })
     .await;
 
@@ -131,13 +124,13 @@ async fn given_two_servers_when_one_leaves_on_its_signal_then_no_call_fails_and_
         call_greeter(&channel).await?;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    // As in `serve_with_shutdown`: only now the server stops.
+    // As with `serve_with_shutdown`, the server stops only after it has left.
     leaves.stop().await;
     for _ in 0..100 {
         assert_eq!(call_greeter(&channel).await?, stays.address());
     }
     let only = format!("{0}={0}", stays.address());
-    wait_until("it has left the directory too", async || {
+    wait_until("the directory has only the other", async || {
         listing(&directory.snapshot()) == [only.as_str()]
     })
     .await;

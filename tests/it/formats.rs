@@ -1,4 +1,4 @@
-//! What Go frameworks register and read, against a real etcd and real servers.
+//! The formats of Go frameworks, with real etcd servers and real gRPC servers.
 
 use crate::support::process::ChildProcess;
 use std::collections::BTreeSet;
@@ -33,8 +33,8 @@ async fn all_keys(client: &Client) -> TestResult<Vec<String>> {
     Ok(keys.collect::<Result<_, _>>()?)
 }
 
-/// The servers that answer within a number of calls at which none is missed by chance.
-async fn answering(channel: &Channel) -> TestResult<BTreeSet<String>> {
+/// The servers that respond to enough calls that practically none is missed.
+async fn called_servers(channel: &Channel) -> TestResult<BTreeSet<String>> {
     let mut servers = BTreeSet::new();
     for _ in 0..40 {
         servers.insert(call_greeter(channel).await?);
@@ -47,9 +47,8 @@ fn only(server: &GreeterServer) -> BTreeSet<String> {
 }
 
 #[tokio::test]
-async fn given_each_format_then_what_is_registered_is_found_and_called_and_leaves_nothing()
--> TestResult {
-    async fn goes_round(etcd: &Etcd, layout: impl Format + Clone, ttl: i64) -> TestResult {
+async fn each_format_registers_and_discovers() -> TestResult {
+    async fn assert_round_trip(etcd: &Etcd, layout: impl Format + Clone, ttl: i64) -> TestResult {
         let name = layout.name();
         let client = connect(etcd.endpoint()).await;
         let server = GreeterServer::start().await;
@@ -71,7 +70,10 @@ async fn given_each_format_then_what_is_registered_is_found_and_called_and_leave
         let lease = raw.lease_time_to_live(kv.lease(), None).await?;
         assert_eq!(lease.granted_ttl(), ttl, "{name}");
 
-        wait_until("it is seen", async || directory.snapshot().len() == 1).await;
+        wait_until("the directory shows it", async || {
+            directory.snapshot().len() == 1
+        })
+        .await;
         let found = directory.snapshot().instances().next().unwrap().clone();
         if name == "go-zero" {
             assert_eq!(*found, Instance::new("greeter", server.address()));
@@ -79,27 +81,29 @@ async fn given_each_format_then_what_is_registered_is_found_and_called_and_leave
             assert_eq!(*found, instance, "{name}");
         }
         let channel = directory.balance_channel(|_, endpoint| endpoint);
-        assert_eq!(answering(&channel).await?, only(&server), "{name}");
+        assert_eq!(called_servers(&channel).await?, only(&server), "{name}");
 
         registration.drain(Duration::ZERO).await?;
         assert_eq!(registration.state(), RegistrationState::Deregistered);
         assert!(everything(&client).await?.is_empty(), "{name}");
-        wait_until("it is gone", async || directory.snapshot().is_empty()).await;
+        wait_until("the directory shows it as deleted", async || {
+            directory.snapshot().is_empty()
+        })
+        .await;
         Ok(())
     }
     let etcd = Etcd::start().await?;
-    goes_round(&etcd, EtcdNaming, 10).await?;
-    goes_round(&etcd, GoZero, 10).await?;
-    goes_round(&etcd, Kratos, 15).await?;
-    goes_round(&etcd, Kitex, 60).await?;
-    goes_round(&etcd, GoMicro, 90).await?;
-    goes_round(&etcd, DubboGo, 10).await?;
+    assert_round_trip(&etcd, EtcdNaming, 10).await?;
+    assert_round_trip(&etcd, GoZero, 10).await?;
+    assert_round_trip(&etcd, Kratos, 15).await?;
+    assert_round_trip(&etcd, Kitex, 60).await?;
+    assert_round_trip(&etcd, GoMicro, 90).await?;
+    assert_round_trip(&etcd, DubboGo, 10).await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn given_two_go_zero_keys_with_one_address_then_it_is_one_endpoint_until_both_are_gone()
--> TestResult {
+async fn go_zero_keys_with_one_address_are_one_endpoint() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     client
@@ -119,18 +123,24 @@ async fn given_two_go_zero_keys_with_one_address_then_it_is_one_endpoint_until_b
         Some(Ok(Change::Insert(..)))
     ));
 
-    // Whichever goes first.
+    // The result does not depend on the order of deletion.
     for (first, second) in [("7", "7587881534843123458"), ("7587881534843123458", "7")] {
         let revision = directory.snapshot().revision();
         client.delete(format!("user.rpc/{first}"), None).await?;
-        wait_until("the deletion is seen", async || {
+        wait_until("the deletion is shown", async || {
             directory.snapshot().revision() > revision
         })
         .await;
         assert_eq!(listing(&directory.snapshot()), expected);
-        assert!(discovery.next().now_or_never().is_none(), "nothing changed");
+        assert!(
+            discovery.next().now_or_never().is_none(),
+            "a change was yielded"
+        );
         client.delete(format!("user.rpc/{second}"), None).await?;
-        wait_until("it is gone", async || directory.snapshot().is_empty()).await;
+        wait_until("the directory shows it as deleted", async || {
+            directory.snapshot().is_empty()
+        })
+        .await;
         assert!(matches!(
             discovery.next().await,
             Some(Ok(Change::Remove(..)))
@@ -141,7 +151,7 @@ async fn given_two_go_zero_keys_with_one_address_then_it_is_one_endpoint_until_b
         client
             .put(format!("user.rpc/{second}"), "10.0.0.5:8080", None)
             .await?;
-        wait_until("it is back", async || {
+        wait_until("it is shown again", async || {
             directory.snapshot().revision() > revision + 3
         })
         .await;
@@ -154,8 +164,7 @@ async fn given_two_go_zero_keys_with_one_address_then_it_is_one_endpoint_until_b
 }
 
 #[tokio::test]
-async fn given_a_go_zero_key_when_its_value_changes_then_the_new_address_is_called_and_the_old_is_not()
--> TestResult {
+async fn go_zero_key_follows_its_value() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let (old, new) = (GreeterServer::start().await, GreeterServer::start().await);
@@ -165,20 +174,20 @@ async fn given_a_go_zero_key_when_its_value_changes_then_the_new_address_is_call
         .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
-    assert_eq!(answering(&channel).await?, only(&old));
+    assert_eq!(called_servers(&channel).await?, only(&old));
 
     client.put("user.rpc/7", new.address(), None).await?;
-    wait_until("the new one is called", async || {
+    wait_until("the new server is called", async || {
         call_greeter(&channel).await.unwrap() == new.address()
     })
     .await;
-    assert_eq!(answering(&channel).await?, only(&new));
+    assert_eq!(called_servers(&channel).await?, only(&new));
     assert_eq!(directory.snapshot().len(), 1);
     Ok(())
 }
 
 #[tokio::test]
-async fn given_go_zero_servers_that_come_and_leave_under_load_then_no_call_fails() -> TestResult {
+async fn go_zero_deploy_under_load_fails_no_call() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client).format(GoZero).build()?;
@@ -200,7 +209,7 @@ async fn given_go_zero_servers_that_come_and_leave_under_load_then_no_call_fails
         }
         Ok::<_, tonic::Status>(servers)
     });
-    // It cannot be said that a server drains, only that it is gone.
+    // go-zero's format has no draining mark.
     for _ in 0..3 {
         let next = start().await?;
         let (registration, server) = std::mem::replace(&mut running, next);
@@ -213,8 +222,7 @@ async fn given_go_zero_servers_that_come_and_leave_under_load_then_no_call_fails
 }
 
 #[tokio::test]
-async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_how() -> TestResult
-{
+async fn kratos_scheme_selects_endpoint_and_tls() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let (plain, http) = (GreeterServer::start().await, GreeterServer::start().await);
@@ -244,14 +252,17 @@ async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_
         [format!("both={}", plain.address())]
     );
     assert_eq!(directory.snapshot().undecodable(), 0);
-    assert_eq!(answering(&channel).await?, only(&plain));
+    assert_eq!(called_servers(&channel).await?, only(&plain));
 
     put(
         "tls",
         &[url("grpcs", "10.0.0.7:443"), url("grpc", http.address())],
     )
     .await?;
-    wait_until("it is seen", async || directory.snapshot().len() == 2).await;
+    wait_until("the directory shows it", async || {
+        directory.snapshot().len() == 2
+    })
+    .await;
     let tls: Vec<_> = directory
         .snapshot()
         .instances()
@@ -267,10 +278,9 @@ async fn given_kratos_instances_then_the_scheme_says_which_are_called_where_and_
     Ok(())
 }
 
-/// A server of plaintext that says it speaks TLS must not be talked to, by tonic's channel either.
+/// An instance marked as TLS must not be called in plaintext, even by tonic's channel.
 #[tokio::test]
-async fn given_an_instance_that_says_tls_then_tonics_channel_never_talks_plaintext_to_it()
--> TestResult {
+async fn tls_instance_gets_no_plaintext() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let server = GreeterServer::start().await;
@@ -285,15 +295,20 @@ async fn given_an_instance_that_says_tls_then_tonics_channel_never_talks_plainte
         .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
-    let call = async || tokio::time::timeout(Duration::from_secs(1), answering(&channel)).await;
+    let call =
+        async || tokio::time::timeout(Duration::from_secs(1), called_servers(&channel)).await;
     assert!(call().await.is_err(), "it was called");
     client.put(key, value("grpc"), None).await?;
-    assert!(wait_for("it is called", answering(&channel)).await.is_ok());
+    assert!(
+        wait_for("it is called", called_servers(&channel))
+            .await
+            .is_ok()
+    );
     Ok(())
 }
 
 #[tokio::test]
-async fn given_kitex_instances_without_a_weight_then_it_is_10() -> TestResult {
+async fn kitex_weight_defaults_to_10() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     for (port, weight) in [(1, "0"), (2, "-3"), (3, "66")] {
@@ -313,8 +328,7 @@ async fn given_kitex_instances_without_a_weight_then_it_is_10() -> TestResult {
 }
 
 #[tokio::test]
-async fn given_a_disabled_dubbo_go_instance_then_it_is_not_called_until_it_is_enabled() -> TestResult
-{
+async fn disabled_dubbo_go_instance_is_not_called() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let (on, off) = (GreeterServer::start().await, GreeterServer::start().await);
@@ -334,7 +348,7 @@ async fn given_a_disabled_dubbo_go_instance_then_it_is_not_called_until_it_is_en
         .watch()
         .await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
-    assert_eq!(answering(&channel).await?, only(&on));
+    assert_eq!(called_servers(&channel).await?, only(&on));
     assert_eq!(directory.snapshot().undecodable(), 0);
 
     put(&off, true, true).await?;
@@ -343,17 +357,19 @@ async fn given_a_disabled_dubbo_go_instance_then_it_is_not_called_until_it_is_en
     })
     .await;
     put(&off, true, false).await?;
-    wait_until("it is gone", async || directory.snapshot().len() == 1).await;
+    wait_until("the directory shows it as deleted", async || {
+        directory.snapshot().len() == 1
+    })
+    .await;
     wait_until("it is not called", async || {
-        answering(&channel).await.unwrap() == only(&on)
+        called_servers(&channel).await.unwrap() == only(&on)
     })
     .await;
     Ok(())
 }
 
 #[tokio::test]
-async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_others_are_shown()
--> TestResult {
+async fn entry_of_another_format_is_skipped() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let bad = [
@@ -363,8 +379,8 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
         r#"{"nodes":9}"#,
         r#"{"Port":"9"}"#,
     ];
-    // How many of them are refused: what is no value of one format may be an empty one of another.
-    async fn refused(
+    // The number of undecodable values: JSON that is invalid in one format may be valid in another.
+    async fn count_undecodable(
         client: &Client,
         format: impl Format + Clone,
         bad: &[&str],
@@ -372,7 +388,7 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
         let instance = Instance::new("a", "h:1");
         let prefix = format.default_prefix();
         let key = format.key(prefix, &instance);
-        // A number, which is all that go-zero looks at.
+        // A number, because go-zero checks only that.
         let bad_key = [&format.range(prefix, "a").start[..], b"999"].concat();
         let mut count = 0;
         for value in bad {
@@ -397,17 +413,16 @@ async fn given_an_entry_that_is_not_of_the_format_then_it_is_skipped_and_the_oth
         }
         Ok(count)
     }
-    assert_eq!(refused(&client, GoZero, &bad).await?, 5);
-    assert_eq!(refused(&client, Kratos, &bad).await?, 2);
-    assert_eq!(refused(&client, Kitex, &bad).await?, 5);
-    assert_eq!(refused(&client, GoMicro, &bad).await?, 3);
-    assert_eq!(refused(&client, DubboGo, &bad).await?, 5);
+    assert_eq!(count_undecodable(&client, GoZero, &bad).await?, 5);
+    assert_eq!(count_undecodable(&client, Kratos, &bad).await?, 2);
+    assert_eq!(count_undecodable(&client, Kitex, &bad).await?, 5);
+    assert_eq!(count_undecodable(&client, GoMicro, &bad).await?, 3);
+    assert_eq!(count_undecodable(&client, DubboGo, &bad).await?, 5);
     Ok(())
 }
 
 #[tokio::test]
-async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_transaction_and_seen_once()
--> TestResult {
+async fn two_formats_share_lease_and_transaction() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
@@ -464,15 +479,18 @@ async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_tra
             "services/greeter/10.0.0.6:80"
         ]
     );
-    // Both keys went in one revision: the first was deleted when the second was.
+    // Both keys were deleted in one revision.
     let mut raw = etcd.client().await?;
     let revision = raw.get("none", None).await?.header().unwrap().revision();
     let before = goo_etcd::GetOptions::new()
         .with_all_keys()
         .with_revision(revision - 1);
     assert_eq!(client.get("", before).await?.kvs().len(), 4);
-    wait_until("it is gone", async || directory.snapshot().len() == 1).await;
-    // At no moment were there two of it.
+    wait_until("the directory shows it as deleted", async || {
+        directory.snapshot().len() == 1
+    })
+    .await;
+    // No snapshot shows the instance twice.
     for snapshot in seen.all() {
         let addresses: BTreeSet<_> = snapshot.instances().map(|i| &i.address).collect();
         assert_eq!(addresses.len(), snapshot.len());
@@ -481,8 +499,7 @@ async fn given_one_instance_in_two_formats_then_it_is_under_one_lease_in_one_tra
 }
 
 #[tokio::test]
-async fn given_a_key_that_another_process_took_over_then_leaving_deletes_the_other_alone()
--> TestResult {
+async fn deregister_leaves_keys_of_another_process() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
@@ -493,7 +510,7 @@ async fn given_a_key_that_another_process_took_over_then_leaving_deletes_the_oth
     let leaving = registrar
         .register(Instance::new("greeter", "h:1").id("one"))
         .await?;
-    // Under a lease of its own, as a process has it; without one it would be undone.
+    // Under another lease, as if by another process; a key without a lease would be overwritten.
     let other = goo_etcd::PutOptions::new().with_lease(client.grant(60).await?.id());
     client
         .put("services/greeter/one", r#"{"Addr":"h:9"}"#, other)
@@ -512,7 +529,7 @@ async fn given_a_key_that_another_process_took_over_then_leaving_deletes_the_oth
 }
 
 #[tokio::test]
-async fn given_a_lost_lease_then_an_instance_is_back_in_every_format() -> TestResult {
+async fn lost_lease_is_recovered_in_every_format() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
@@ -540,8 +557,7 @@ async fn given_a_lost_lease_then_an_instance_is_back_in_every_format() -> TestRe
 }
 
 #[tokio::test]
-async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_is_refused()
--> TestResult {
+async fn instances_with_a_common_key_are_refused() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client).and_format(Kitex).build()?;
@@ -574,8 +590,7 @@ async fn given_two_instances_that_would_share_a_key_in_a_format_then_the_second_
 }
 
 #[tokio::test]
-async fn given_a_service_with_another_name_in_another_format_then_both_are_read_and_written()
--> TestResult {
+async fn formats_may_use_other_service_names() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let go_zero = Layout::new(GoZero).service("user.rpc");
@@ -608,8 +623,7 @@ async fn given_a_service_with_another_name_in_another_format_then_both_are_read_
 }
 
 #[tokio::test]
-async fn given_a_running_server_that_changes_its_format_with_both_in_between_then_its_endpoint_never_changes()
--> TestResult {
+async fn format_change_keeps_the_endpoint() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let instance = Instance::new("greeter", "10.0.0.5:80");
@@ -635,11 +649,11 @@ async fn given_a_running_server_that_changes_its_format_with_both_in_between_the
     let new = default.register(instance.clone()).await?;
     between.deregister().await?;
     assert_eq!(all_keys(&client).await?, [new.key()]);
-    // Another instance, to know that everything before it has arrived in both formats.
+    // Once this instance is shown, all earlier changes have arrived in both formats.
     let _mark = both
         .register(Instance::new("greeter", "10.0.0.6:80").id("mark"))
         .await?;
-    wait_until("the mark is seen in both", async || {
+    wait_until("the mark is shown", async || {
         let snapshot = directory.snapshot();
         let own = everything(&client).await.unwrap();
         snapshot.len() == 2
@@ -650,15 +664,14 @@ async fn given_a_running_server_that_changes_its_format_with_both_in_between_the
     .await;
     match discovery.next().await {
         Some(Ok(Change::Insert(key, _))) => assert_eq!(key.as_str(), "10.0.0.6:80"),
-        other => panic!("the endpoint was touched: {other:?}"),
+        other => panic!("the endpoint changed: {other:?}"),
     }
     assert!(discovery.next().now_or_never().is_none());
     Ok(())
 }
 
 #[tokio::test]
-async fn given_one_of_two_formats_that_may_not_be_read_any_more_then_the_other_goes_on()
--> TestResult {
+async fn forbidden_format_does_not_stop_the_other() -> TestResult {
     let etcd = Etcd::start().await?;
     let mut auth = etcd.client().await?;
     auth.user_add("root", "secret", None).await?;
@@ -715,18 +728,18 @@ async fn given_one_of_two_formats_that_may_not_be_read_any_more_then_the_other_g
     };
     root.put("services/greeter/3", r#"{"Addr":"h:3"}"#, None)
         .await?;
-    wait_until("the one that may be read goes on", async || {
+    wait_until("the permitted format goes on", async || {
         listing(&directory.snapshot()) == ["1=h:1", "2=h:2", "3=h:3"]
     })
     .await;
-    wait_until("the other is stale and says so", async || {
+    wait_until("the other format is stale", async || {
         reason().starts_with("/microservices/greeter/: ")
     })
     .await;
 
     root.delete("/microservices/greeter/2", None).await?;
     admin.user_grant_role("app", "kratos").await?;
-    wait_until("it is back", async || {
+    wait_until("it is shown again", async || {
         directory.snapshot().freshness().is_live()
     })
     .await;
@@ -734,7 +747,7 @@ async fn given_one_of_two_formats_that_may_not_be_read_any_more_then_the_other_g
     Ok(())
 }
 
-/// A format of a user's own: the value is the address in brackets.
+/// A custom format: the value is the address in brackets.
 #[derive(Debug, Clone)]
 struct Bracketed;
 
@@ -765,7 +778,7 @@ impl Format for Bracketed {
 
     fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
         let text = std::str::from_utf8(value).map_err(|_| DecodeError::new("not UTF-8"))?;
-        // Several in one value, too.
+        // A value may hold several addresses.
         text.split_whitespace()
             .map(|one| one.strip_prefix('<').and_then(|one| one.strip_suffix('>')))
             .map(|one| one.map(|address| Instance::new(context.service, address)))
@@ -775,8 +788,7 @@ impl Format for Bracketed {
 }
 
 #[tokio::test]
-async fn given_a_format_of_ones_own_then_it_is_written_and_read_alone_and_beside_others()
--> TestResult {
+async fn custom_format_works_alone_and_with_others() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::builder(&client)
@@ -835,7 +847,7 @@ async fn advertise(listen: &str, pod_ip: &str) -> String {
 }
 
 #[tokio::test]
-async fn given_a_pod_with_an_address_then_it_is_what_is_advertised() {
+async fn pod_ip_is_advertised() {
     assert_eq!(advertise("0.0.0.0:80", "10.1.2.3").await, "10.1.2.3:80");
     assert_eq!(advertise("[::]:80", "fd00::3").await, "[fd00::3]:80");
     assert_eq!(advertise("127.0.0.1:80", "10.1.2.3").await, "127.0.0.1:80");

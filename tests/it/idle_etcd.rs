@@ -1,4 +1,4 @@
-//! An etcd in which nothing happens for long, of the usual version and of the newest.
+//! An etcd without changes for a long time, of the usual version and of the newest.
 
 use std::time::Duration;
 
@@ -7,12 +7,11 @@ use futures::StreamExt;
 use goo_etcd::{Directory, Snapshot, WatchOptions};
 use tokio::time::timeout;
 
-/// Longer than twice what a stream may be silent for: once it may be opened anew, and then it must hold.
-const QUIET: Duration = Duration::from_secs(33);
+/// Longer than twice the time a stream may be silent: it may be reopened once, and must then stay open.
+const IDLE: Duration = Duration::from_secs(33);
 
 #[tokio::test]
-async fn given_a_quiet_etcd_then_a_watch_from_its_next_revision_is_kept_and_misses_nothing()
--> TestResult {
+async fn watch_from_the_next_revision_is_kept() -> TestResult {
     let kept = crate::support::etcd_versions()
         .into_iter()
         .map(|builder| async {
@@ -22,8 +21,8 @@ async fn given_a_quiet_etcd_then_a_watch_from_its_next_revision_is_kept_and_miss
             let next = put.header().map_or(0, |header| header.revision()) + 1;
             let from_next = WatchOptions::new().with_start_revision(next);
             let mut watch = client.watch("n", from_next).await?;
-            // Etcd may leave the question whether it is there unanswered once, and is asked otherwise then.
-            let idle = timeout(QUIET, watch.next()).await;
+            // etcd may not answer the first progress request; the watch is then reopened once.
+            let idle = timeout(IDLE, watch.next()).await;
             assert!(idle.is_err(), "{idle:?}");
             let opened = crate::support::call_count(&etcd, "Watch").await?;
             assert!(opened <= 2, "{opened} streams");
@@ -43,7 +42,7 @@ async fn given_a_quiet_etcd_then_a_watch_from_its_next_revision_is_kept_and_miss
 }
 
 #[tokio::test]
-async fn given_a_quiet_etcd_then_a_directory_is_live_all_the_time_and_lists_once() -> TestResult {
+async fn directory_stays_live_and_lists_once() -> TestResult {
     let followed = crate::support::etcd_versions()
         .into_iter()
         .map(|builder| async {
@@ -53,13 +52,13 @@ async fn given_a_quiet_etcd_then_a_directory_is_live_all_the_time_and_lists_once
             let directory = Directory::watch(&client, "greeter").await?;
             let lists = crate::support::call_count(&etcd, "Range").await?;
             let mut changes = directory.changes();
-            while let Ok(Some(snapshot)) = timeout(QUIET, changes.next()).await {
+            while let Ok(Some(snapshot)) = timeout(IDLE, changes.next()).await {
                 assert!(snapshot.freshness().is_live(), "{:?}", snapshot.freshness());
             }
             assert_eq!(crate::support::call_count(&etcd, "Range").await?, lists);
             client.put(key("two"), value("127.0.0.1:2"), None).await?;
             let both = |snapshot: &Snapshot| snapshot.instances().count() == 2;
-            wait_until("it is shown", async || both(&directory.snapshot())).await;
+            wait_until("both are shown", async || both(&directory.snapshot())).await;
             TestResult::Ok(())
         });
     futures::future::try_join_all(followed).await?;

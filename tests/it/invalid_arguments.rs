@@ -1,4 +1,4 @@
-//! Bad input is an error that names the field and the value, and nothing is sent.
+//! Invalid arguments are errors that name the field and the value; no request is sent.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ async fn revision(client: &Client) -> TestResult<i64> {
 }
 
 #[tokio::test]
-async fn given_no_endpoints_then_the_error_names_them() {
+async fn missing_endpoints_are_named() {
     assert_names(
         Config::builder().endpoints([""; 0]).build(),
         "endpoints",
@@ -42,8 +42,7 @@ async fn given_no_endpoints_then_the_error_names_them() {
 }
 
 #[tokio::test]
-async fn given_a_bad_service_address_or_id_then_nothing_is_registered_and_the_error_names_it()
--> TestResult {
+async fn invalid_instance_is_not_registered() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::new(&client);
@@ -76,7 +75,7 @@ async fn given_a_bad_service_address_or_id_then_nothing_is_registered_and_the_er
 }
 
 #[tokio::test]
-async fn given_a_bad_service_name_then_no_directory_is_made_and_the_error_names_it() -> TestResult {
+async fn invalid_service_name_opens_no_directory() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     for service in ["", "a/b", "/", "greeter/", "a\n"] {
@@ -86,7 +85,7 @@ async fn given_a_bad_service_name_then_no_directory_is_made_and_the_error_names_
 }
 
 #[tokio::test]
-async fn given_a_time_to_live_that_etcd_cannot_grant_then_the_error_names_it() -> TestResult {
+async fn impossible_ttl_is_named() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     for (ttl, shown) in [
@@ -98,7 +97,7 @@ async fn given_a_time_to_live_that_etcd_cannot_grant_then_the_error_names_it() -
     ] {
         assert_names(Registrar::builder(&client).ttl(ttl).build(), "ttl", shown);
     }
-    // What is just allowed is granted as it is: etcd's minimum is where we say.
+    // The smallest allowed TTL is granted unchanged.
     let registrar = Registrar::builder(&client)
         .ttl(Duration::from_secs(2))
         .build()?;

@@ -1,7 +1,7 @@
 //! The promises of the crate, kept against real etcd servers and real gRPC servers.
 //!
-//! All tests are one program, so that they are linked once and run side by side. Each test therefore
-//! has servers of its own, and no test changes the environment of the process. A test that needs a
+//! All tests are one program, so they are linked once and run in parallel. Each test therefore
+//! starts its own servers, and no test changes the environment of the process. A test that needs a
 //! process to itself runs in a child (see [`support::process`]); a test that measures time holds
 //! [`support::alone`].
 

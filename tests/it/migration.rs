@@ -1,4 +1,4 @@
-//! A fleet moves from kratos' format to the default one under load, without a flag day.
+//! A fleet moves from kratos' format to the default one under load, without downtime.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 const FLEET: usize = 3;
-/// Calls at a time of each client.
+/// Concurrent calls of each client.
 const TASKS: usize = 4;
 
-/// How a server registers, from one deploy to the next.
+/// The formats that a server writes, deploy by deploy.
 #[derive(Debug, Clone, Copy)]
 enum Deploy {
     Kratos,
@@ -25,7 +25,7 @@ enum Deploy {
     Default,
 }
 
-/// A server in production: its registration, and what ends it.
+/// A running server and its registration.
 struct Running {
     server: GreeterServer,
     registration: Registration,
@@ -50,7 +50,7 @@ impl Running {
         })
     }
 
-    /// What a server does on SIGTERM.
+    /// Leaves and stops, as a server does on SIGTERM.
     async fn leave(self) {
         let (signal, signalled) = oneshot::channel::<()>();
         signal.send(()).ok();
@@ -59,7 +59,7 @@ impl Running {
     }
 }
 
-/// A client that calls without pause, and what came of it.
+/// A client that makes calls until [`end`](Self::end).
 struct Load {
     name: &'static str,
     directory: Directory,
@@ -90,7 +90,7 @@ impl Load {
                         }
                         Err(status) => calls.failed.push(status.to_string()),
                     }
-                    // Leaves the machine some time for everyone else.
+                    // Leaves the machine time for everything else.
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
                 calls
@@ -104,11 +104,11 @@ impl Load {
         }
     }
 
-    /// Ends it, and says which servers it called.
+    /// Stops the calls and returns the servers that were called.
     ///
     /// # Panics
     ///
-    /// When a single call failed.
+    /// If any call has failed.
     async fn end(self) -> BTreeSet<String> {
         self.over.store(true, Ordering::Relaxed);
         let mut all = Calls::default();
@@ -130,7 +130,7 @@ impl Load {
     }
 }
 
-/// Replaces the servers one by one, as a deploy does: the new one is there before the old one leaves.
+/// Replaces the servers one by one; each new server starts before the old one leaves.
 async fn roll(etcd: &Etcd, fleet: &mut Vec<Running>, deploy: Deploy) -> TestResult {
     for _ in 0..FLEET {
         fleet.push(Running::start(etcd, deploy).await?);
@@ -150,8 +150,7 @@ async fn registered_keys(client: &Client, prefix: &str) -> TestResult<usize> {
 }
 
 #[tokio::test]
-async fn given_a_fleet_that_moves_from_kratos_to_the_default_format_under_load_then_no_call_fails()
--> TestResult {
+async fn format_migration_under_load_fails_no_call() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let mut fleet = Vec::new();
@@ -160,7 +159,7 @@ async fn given_a_fleet_that_moves_from_kratos_to_the_default_format_under_load_t
     }
     let mut everyone = addresses(&fleet);
 
-    // A client that was not touched yet reads kratos' format; one that was reads both.
+    // An old client reads kratos' format, an updated client both.
     let of_kratos = Directory::builder(&client, "greeter").format(Kratos);
     let old = Load::start("kratos' format alone", of_kratos.watch().await?);
     let of_both = Directory::builder(&client, "greeter").and_format(Kratos);
@@ -173,12 +172,13 @@ async fn given_a_fleet_that_moves_from_kratos_to_the_default_format_under_load_t
         FLEET
     );
     assert_eq!(registered_keys(&client, "services/greeter/").await?, FLEET);
-    wait_until("who reads both sees each once", async || {
-        both.directory.snapshot().len() == FLEET
-    })
+    wait_until(
+        "the client of both formats sees each server once",
+        async || both.directory.snapshot().len() == FLEET,
+    )
     .await;
 
-    // All servers write both: the last old client goes, the first new one comes.
+    // All servers write both formats, so old clients end and new ones start.
     let first_half = old.end().await;
     assert!(first_half.is_superset(&addresses(&fleet)));
     let new = Load::start(
@@ -206,6 +206,6 @@ async fn given_a_fleet_that_moves_from_kratos_to_the_default_format_under_load_t
     .await;
 
     assert!(new.end().await.is_superset(&addresses(&fleet)));
-    assert_eq!(both.end().await, everyone, "every server was called");
+    assert_eq!(both.end().await, everyone, "a server was not called");
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The named clients of a process. One test at a time: the registry is one for the process.
+//! The named clients of a process. These tests run one after another, because a process has only one
+//! registry. No other test uses it.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 static TURN: Mutex<()> = Mutex::const_new(());
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn given_named_clients_then_each_is_found_by_its_name_until_closed() -> TestResult {
+async fn clients_are_found_by_name_until_closed() -> TestResult {
     let _turn = TURN.lock().await;
     let (one, two) = (Etcd::start().await?, Etcd::start().await?);
 
@@ -77,7 +78,7 @@ async fn given_named_clients_then_each_is_found_by_its_name_until_closed() -> Te
         .await?;
     assert_eq!(goo_etcd::default()?.get("raw", None).await?.count(), 1);
 
-    // Unregistering closes, for all who hold it, and the default goes with it.
+    // Unregistering closes the client for all holders, and ends its role as default.
     let held = goo_etcd::get_client("two")?;
     goo_etcd::unregister("two").await?;
     assert!(matches!(held.ping().await, Err(Error::Closed { .. })));
@@ -97,7 +98,7 @@ async fn given_named_clients_then_each_is_found_by_its_name_until_closed() -> Te
         Err(Error::NoDefaultClient { .. })
     ));
 
-    // Many at once: of those that race for a name one wins, and nobody waits for ever.
+    // Of many concurrent registrations of a name one succeeds.
     let racers = (0..32).map(|n| {
         let config = config([one.endpoint()]);
         tokio::spawn(async move { goo_etcd::register(format!("race-{}", n % 4), config).await })
@@ -113,7 +114,7 @@ async fn given_named_clients_then_each_is_found_by_its_name_until_closed() -> Te
         }
     }
 
-    // All closed and forgotten; names are free again.
+    // `close_all` closes and forgets all clients, so their names are free again.
     let held: Vec<_> = (0..4)
         .map(|n| goo_etcd::get_client(format!("race-{n}")))
         .collect::<Result<_, _>>()?;
@@ -132,8 +133,7 @@ async fn given_named_clients_then_each_is_found_by_its_name_until_closed() -> Te
 }
 
 #[tokio::test]
-async fn given_a_registration_under_way_when_all_are_closed_then_it_fails_and_leaves_nothing()
--> TestResult {
+async fn close_all_stops_a_pending_registration() -> TestResult {
     let _turn = TURN.lock().await;
     let etcd = Etcd::start().await?;
     for as_default in [false, true] {
@@ -164,10 +164,10 @@ async fn given_a_registration_under_way_when_all_are_closed_then_it_fails_and_le
     Ok(())
 }
 
-/// The clients that were seen, and how often what was asked for was there.
+/// The clients that a racer got, and the number of its successful operations.
 type RaceOutcome = (Vec<Client>, usize);
 
-/// Does everything there is to do, in an order of its own, until its time is over.
+/// Performs all operations in a random order until `until`.
 async fn race(racer: u64, config: Config, until: Instant) -> RaceOutcome {
     const NAMES: [&str; 3] = ["a", "b", "default"];
     let (mut seen, mut done) = (Vec::new(), 0);
@@ -193,7 +193,7 @@ async fn race(racer: u64, config: Config, until: Instant) -> RaceOutcome {
         match outcome {
             Ok(()) => done += 1,
             Err(Error::UnknownClient { name: other, known }) => {
-                // A default that is not there would be half a state.
+                // A default that is not registered would be an inconsistent state.
                 assert_eq!(other, name);
                 assert!(!known.contains(&other), "{other} in {known:?}");
             }
@@ -208,13 +208,13 @@ async fn race(racer: u64, config: Config, until: Instant) -> RaceOutcome {
             }
             Err(other) => panic!("{other:?}"),
         }
-        // Others of this thread have their turn.
+        // Lets the other racers of this thread run.
         tokio::task::yield_now().await;
     }
     (seen, done)
 }
 
-/// Numbers that are the same for the same seed.
+/// Pseudo-random numbers from a seed.
 fn numbers(seed: u64) -> impl FnMut() -> usize {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     move || {
@@ -226,8 +226,7 @@ fn numbers(seed: u64) -> impl FnMut() -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 8)]
-async fn given_many_threads_that_do_everything_at_once_then_none_sees_half_a_state_or_waits_for_ever()
--> TestResult {
+async fn concurrent_use_is_consistent() -> TestResult {
     let _turn = TURN.lock().await;
     let etcd = Etcd::start().await?;
     let until = Instant::now() + Duration::from_secs(4);
@@ -236,7 +235,7 @@ async fn given_many_threads_that_do_everything_at_once_then_none_sees_half_a_sta
     let done: usize = outcomes.iter().map(|(_, done)| done).sum();
     assert!(done > 100, "{done}");
 
-    // With that, no client is left open that was ever seen.
+    // Every client that a racer got is closed.
     goo_etcd::close_all().await?;
     let mut seen = outcomes.iter().flat_map(|(seen, _)| seen).peekable();
     assert!(seen.peek().is_some());

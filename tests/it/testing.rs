@@ -1,4 +1,4 @@
-//! The servers that all other tests stand on do what their page says.
+//! The etcd servers and proxies of `goo_etcd::testing`, on which all other tests rely.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,11 +10,11 @@ use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Long enough to tell "hangs" from "slow" where nothing else can.
+/// How long a call must stay pending to count as hung.
 const SILENCE: Duration = Duration::from_secs(1);
 
 #[tokio::test]
-async fn data_survives_a_kill_a_stop_and_a_restart_on_the_same_port() -> TestResult {
+async fn data_survives_kill_stop_and_restart() -> TestResult {
     let etcd = Etcd::start().await?;
     let endpoint = etcd.endpoint();
     etcd.client().await?.put("key", "value", None).await?;
@@ -40,7 +40,7 @@ async fn data_survives_a_kill_a_stop_and_a_restart_on_the_same_port() -> TestRes
 }
 
 #[tokio::test]
-async fn a_wiped_server_comes_back_empty_and_its_revisions_begin_anew() -> TestResult {
+async fn wiped_server_returns_empty() -> TestResult {
     let etcd = Etcd::start().await?;
     let mut client = etcd.client().await?;
     let before = client.put("key", "value", None).await?;
@@ -52,7 +52,7 @@ async fn a_wiped_server_comes_back_empty_and_its_revisions_begin_anew() -> TestR
 }
 
 #[tokio::test]
-async fn a_paused_server_is_silent_until_it_is_resumed() -> TestResult {
+async fn paused_server_is_silent_until_resumed() -> TestResult {
     let etcd = Etcd::start().await?;
     etcd.client().await?.put("key", "value", None).await?;
     etcd.pause().await?;
@@ -61,10 +61,10 @@ async fn a_paused_server_is_silent_until_it_is_resumed() -> TestResult {
     tokio::pin!(pending);
     assert!(tokio::time::timeout(SILENCE, &mut pending).await.is_err());
     etcd.resume()?;
-    // The very call that hung is answered.
+    // The pending call itself gets its response.
     assert_eq!(pending.await?.as_deref(), Some("value"));
 
-    // Neither a stop nor a kill is stopped by a pause.
+    // A paused server can be stopped and killed.
     etcd.pause().await?;
     etcd.stop().await?;
     etcd.start_again().await?;
@@ -74,7 +74,7 @@ async fn a_paused_server_is_silent_until_it_is_resumed() -> TestResult {
 }
 
 #[tokio::test]
-async fn a_compacted_history_cannot_be_read_any_more() -> TestResult {
+async fn compacted_history_cannot_be_read() -> TestResult {
     let etcd = Etcd::start().await?;
     let mut client = etcd.client().await?;
     let first = client.put("key", "1", None).await?;
@@ -89,7 +89,7 @@ async fn a_compacted_history_cannot_be_read_any_more() -> TestResult {
 }
 
 #[tokio::test]
-async fn dropping_the_last_handle_ends_the_process_and_removes_its_folder() -> TestResult {
+async fn dropping_the_last_handle_removes_everything() -> TestResult {
     let etcd = Etcd::start().await?;
     let folder = etcd.data_dir().parent().unwrap().to_owned();
     let pid = etcd.pid().unwrap();
@@ -119,7 +119,7 @@ pub async fn run_until_killed() {
 }
 
 #[tokio::test]
-async fn a_test_process_that_is_killed_leaves_no_server_and_no_folder() -> TestResult {
+async fn killed_test_process_leaves_nothing_behind() -> TestResult {
     let mut owner = ChildProcess::start(PROGRAM, &[]);
     let started = owner.read_after(STARTED).await;
     let (pid, folders) = started.split_once(' ').unwrap();
@@ -169,7 +169,7 @@ async fn a_cluster_answers_while_a_majority_lives() -> TestResult {
 }
 
 #[tokio::test]
-async fn a_member_with_an_empty_disk_joins_again_and_a_whole_cluster_can_be_wiped() -> TestResult {
+async fn member_is_replaced_and_cluster_wiped() -> TestResult {
     let cluster = EtcdCluster::start().await?;
     let (first, last) = (cluster.member(0), cluster.member(2));
     first.client().await?.put("key", "value", None).await?;
@@ -184,7 +184,7 @@ async fn a_member_with_an_empty_disk_joins_again_and_a_whole_cluster_can_be_wipe
 }
 
 #[tokio::test]
-async fn flags_reach_etcd_and_a_bad_one_is_an_error_with_the_log() -> TestResult {
+async fn flags_reach_etcd_and_errors_show_its_log() -> TestResult {
     let etcd = Etcd::builder().args(["--name", "mine"]).start().await;
     let error = etcd.unwrap_err(); // the last flag wins, and then the cluster has no such member
     assert!(error.to_string().contains("mine"), "{error}");
@@ -203,7 +203,7 @@ async fn flags_reach_etcd_and_a_bad_one_is_an_error_with_the_log() -> TestResult
 }
 
 #[tokio::test]
-async fn a_missing_program_is_an_error_that_says_what_to_do() {
+async fn missing_program_is_an_error() {
     let nowhere = Path::new("/nonexistent/etcd");
     let error = Etcd::builder().program(nowhere).start().await.unwrap_err();
     let text = error.to_string();
@@ -214,7 +214,7 @@ async fn a_missing_program_is_an_error_that_says_what_to_do() {
 }
 
 #[tokio::test]
-async fn a_server_with_authentication_on_is_ready_when_it_refuses() -> TestResult {
+async fn server_with_authentication_becomes_ready() -> TestResult {
     let etcd = Etcd::start().await?;
     let mut client = etcd.client().await?;
     client.user_add("root", "secret", None).await?;
@@ -226,14 +226,14 @@ async fn a_server_with_authentication_on_is_ready_when_it_refuses() -> TestResul
 }
 
 #[tokio::test]
-async fn a_server_with_tls_is_ready_when_its_log_says_so() -> TestResult {
+async fn server_with_tls_becomes_ready() -> TestResult {
     let etcd = Etcd::builder().args(["--auto-tls"]).start().await?;
     assert!(etcd.client_url().starts_with("https://"));
     etcd.restart().await?;
     Ok(())
 }
 
-/// A server that sends back what it gets, and a proxy in front of it.
+/// A server that echoes all bytes, behind a proxy.
 async fn echo_behind_a_proxy() -> TestResult<Proxy> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let proxy = Proxy::start(listener.local_addr()?.to_string()).await?;
@@ -256,13 +256,13 @@ async fn echoed(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
 }
 
 #[tokio::test]
-async fn a_proxy_forwards_both_ways_and_counts() -> TestResult {
+async fn proxy_forwards_both_ways_and_counts() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
     assert_eq!(echoed(&mut stream, "hello").await?, "hello");
     assert_eq!((proxy.bytes_up(), proxy.bytes_down()), (5, 5));
     assert_eq!((proxy.connections(), proxy.accepted()), (1, 1));
-    // The end of one direction is forwarded, and the other still flows.
+    // The end of one direction is forwarded; the other stays open.
     stream.shutdown().await?;
     assert_eq!(stream.read(&mut [0]).await?, 0);
     while proxy.connections() > 0 {
@@ -272,7 +272,7 @@ async fn a_proxy_forwards_both_ways_and_counts() -> TestResult {
 }
 
 #[tokio::test]
-async fn a_cut_proxy_closes_what_is_open_and_refuses_what_is_new_until_restored() -> TestResult {
+async fn cut_proxy_refuses_connections_until_restored() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
     echoed(&mut stream, "hello").await?;
@@ -307,7 +307,7 @@ async fn a_cut_proxy_closes_what_is_open_and_refuses_what_is_new_until_restored(
 }
 
 #[tokio::test]
-async fn a_black_hole_keeps_connections_open_and_silent_until_restored() -> TestResult {
+async fn blackhole_keeps_connections_open_and_silent() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut old = TcpStream::connect(proxy.endpoint()).await?;
     echoed(&mut old, "hello").await?;
@@ -326,7 +326,7 @@ async fn a_black_hole_keeps_connections_open_and_silent_until_restored() -> Test
 }
 
 #[tokio::test]
-async fn a_slow_proxy_delays_and_a_redirected_one_leads_elsewhere() -> TestResult {
+async fn proxy_delays_and_redirects() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
     let delay = Duration::from_millis(200);
@@ -340,13 +340,13 @@ async fn a_slow_proxy_delays_and_a_redirected_one_leads_elsewhere() -> TestResul
     proxy.set_target(etcd.endpoint());
     let mut client = etcd_client::Client::connect([proxy.endpoint()], None).await?;
     client.put("key", "value", None).await?;
-    // Its stream is from before.
+    // The old stream still reaches the old target.
     assert_eq!(echoed(&mut stream, "hello").await?, "hello");
     Ok(())
 }
 
 #[tokio::test]
-async fn one_that_has_ended_by_itself_is_neither_paused_nor_resumed() -> TestResult {
+async fn ended_server_is_neither_paused_nor_resumed() -> TestResult {
     let etcd = Etcd::start().await?;
     let pid = etcd.pid().ok_or("it runs")?;
     nix::sys::signal::kill(
@@ -354,7 +354,7 @@ async fn one_that_has_ended_by_itself_is_neither_paused_nor_resumed() -> TestRes
         nix::sys::signal::Signal::SIGKILL,
     )?;
     let paused = async {
-        // Until it has ended.
+        // Succeeds until the process has ended.
         while etcd.pause().await.is_ok() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -471,7 +471,10 @@ async fn watch_of_a_forbidden_range_fails_at_once() -> TestResult {
 #[tokio::test]
 async fn expired_token_and_hung_member_fail_no_read() -> TestResult {
     let cluster = start_cluster_with_short_tokens().await?;
-    let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
+    let mut config = user(cluster.endpoints(), "hunter2");
+    // The election of another leader takes seconds on a busy machine.
+    config.request_timeout = PATIENCE;
+    let client = Client::new("app", config).await?;
     client.put("app/a", "1", None).await?;
     // Pauses the leader, which stalls its followers, then a follower.
     let leader = cluster.leader().await?;

@@ -1,4 +1,4 @@
-//! A directory as a stream of changes: never an error, never an end, and nobody waits for a slow
+//! A directory as a stream of changes, which never fails, never ends, and never blocks on a slow
 //! consumer.
 
 use std::collections::BTreeMap;
@@ -11,18 +11,18 @@ use goo_etcd::testing::Etcd;
 use goo_etcd::{Client, Directory, Discovery, Instance, Registrar};
 use tower::discover::Change;
 
-/// All that a discovery yields without waiting: `+id=address` and `-id`.
+/// The changes that a discovery yields without waiting, as `+id=address` and `-id`.
 fn ready(discovery: &mut Discovery) -> Vec<String> {
     let mut changes = Vec::new();
     while let Some(next) = discovery.next().now_or_never() {
-        changes.push(told(next.expect("a discovery never ends")));
+        changes.push(describe(next.expect("a discovery never ends")));
     }
     changes
 }
 
-type Told = Result<Change<goo_etcd::InstanceKey, Instance>, std::convert::Infallible>;
+type Item = Result<Change<goo_etcd::InstanceKey, Instance>, std::convert::Infallible>;
 
-fn told(change: Told) -> String {
+fn describe(change: Item) -> String {
     match change.expect("a discovery never fails") {
         Change::Insert(_, instance) => format!("+{}={}", instance.id, instance.address),
         Change::Remove(key) => format!("-{}", key.as_str().trim_start_matches("services/greeter/")),
@@ -30,13 +30,12 @@ fn told(change: Told) -> String {
 }
 
 async fn put(client: &Client, id: &str, address: &str) -> TestResult<i64> {
-    let answer = client.put(key(id), value(address), None).await?;
-    Ok(answer.header().map_or(0, |header| header.revision()))
+    let response = client.put(key(id), value(address), None).await?;
+    Ok(response.header().map_or(0, |header| header.revision()))
 }
 
 #[tokio::test]
-async fn given_a_consumer_that_does_not_poll_then_it_blocks_nobody_and_later_gets_the_net_difference()
--> TestResult {
+async fn unpolled_consumer_blocks_nobody() -> TestResult {
     const CHANGES: usize = 1_000;
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
@@ -55,25 +54,22 @@ async fn given_a_consumer_that_does_not_poll_then_it_blocks_nobody_and_later_get
     for change in 0..CHANGES {
         let id = ["a", "b", "c"][change % 3];
         last = put(&client, id, &format!("10.0.1.1:{}", change + 1)).await?;
-        // Slowly enough for hundreds of steps to be seen: those of some milliseconds are shown together.
+        // Slow enough for hundreds of snapshots: changes within some milliseconds share one.
         tokio::time::sleep(Duration::from_millis(4)).await;
     }
-    // `c` ends as it began.
+    // `c` ends with its first value.
     last = last.max(put(&client, "c", "10.0.0.1:80").await?);
-    // Nobody has waited: not the directory, not those who look at it, not a registration.
+    // The idle consumer has not delayed the directory, other consumers or a registration.
     wait_until("the directory has all changes", async || {
         directory.snapshot().revision() == last
     })
     .await;
-    wait_until("those who look have them too", async || {
+    wait_until("the recorder has all changes", async || {
         seen.last()
             .is_some_and(|snapshot| snapshot.revision() == last)
     })
     .await;
-    assert!(
-        seen.all().len() > 100,
-        "too few steps were seen to prove anything"
-    );
+    assert!(seen.all().len() > 100, "too few snapshots");
     let present = ["+a=10.0.1.1:1000", "+b=10.0.1.1:998", "+c=10.0.0.1:80"];
     assert_eq!(ready(&mut busy), present);
     let registrar = Registrar::new(&client);
@@ -93,14 +89,16 @@ async fn given_a_consumer_that_does_not_poll_then_it_blocks_nobody_and_later_get
         [&present[..], &["+d=10.0.2.1:80"]].concat()
     );
     registered.deregister().await?;
-    wait_until("it is gone", async || directory.snapshot().len() == 3).await;
+    wait_until("the directory shows it as deleted", async || {
+        directory.snapshot().len() == 3
+    })
+    .await;
     assert_eq!(ready(&mut idle), ["-d"]);
     Ok(())
 }
 
 #[tokio::test]
-async fn given_a_consumer_halfway_through_when_things_change_then_it_is_told_only_what_is_still_true()
--> TestResult {
+async fn partly_read_difference_stays_consistent() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     for id in ["a", "b", "c"] {
@@ -111,21 +109,20 @@ async fn given_a_consumer_halfway_through_when_things_change_then_it_is_told_onl
     assert_eq!(
         wait_for("a change", discovery.next())
             .await
-            .map(told)
+            .map(describe)
             .as_deref(),
         Some("+a=10.0.0.1:80")
     );
     client.delete(key("a"), None).await?;
     client.delete(key("b"), None).await?;
-    wait_until("both are gone", async || directory.snapshot().len() == 1).await;
-    // It was never told of `b`, so there is nothing to take back.
+    wait_until("both are deleted", async || directory.snapshot().len() == 1).await;
+    // The discovery has not yielded `b`, so it does not remove it.
     assert_eq!(ready(&mut discovery), ["-a", "+c=10.0.0.1:80"]);
     Ok(())
 }
 
 #[tokio::test]
-async fn given_etcd_is_restarted_and_wiped_then_the_discovery_goes_on_without_error_or_end()
--> TestResult {
+async fn discovery_survives_restart_and_wipe() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     put(&client, "a", "10.0.0.1:80").await?;
@@ -145,7 +142,7 @@ async fn given_etcd_is_restarted_and_wiped_then_the_discovery_goes_on_without_er
     assert_eq!(
         wait_for("a change", discovery.next())
             .await
-            .map(told)
+            .map(describe)
             .as_deref(),
         Some("+b=10.0.0.2:80")
     );
@@ -153,7 +150,7 @@ async fn given_etcd_is_restarted_and_wiped_then_the_discovery_goes_on_without_er
     etcd.wipe_and_restart().await?;
     put(&client, "c", "10.0.0.3:80").await?;
     let mut all = BTreeMap::from([("a".to_owned(), ()), ("b".to_owned(), ())]);
-    wait_until("only the new history is told", async || {
+    wait_until("only the new history is yielded", async || {
         for change in ready(&mut discovery) {
             let (id, _) = change[1..].split_once('=').unwrap_or((&change[1..], ""));
             match &change[..1] {
@@ -167,16 +164,12 @@ async fn given_etcd_is_restarted_and_wiped_then_the_discovery_goes_on_without_er
 
     client.close().await?;
     let silent = tokio::time::timeout(Duration::from_secs(1), discovery.next()).await;
-    assert!(
-        silent.is_err(),
-        "after its client was closed it neither ends nor fails"
-    );
+    assert!(silent.is_err(), "after the close of the client: {silent:?}");
     Ok(())
 }
 
 #[tokio::test]
-async fn given_an_instance_drains_or_has_weight_0_then_it_is_removed_until_it_is_back() -> TestResult
-{
+async fn draining_and_weight_0_are_removed() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let registrar = Registrar::new(&client);
@@ -189,7 +182,7 @@ async fn given_an_instance_drains_or_has_weight_0_then_it_is_removed_until_it_is
     let mut next = async || {
         wait_for("a change", discovery.next())
             .await
-            .map(told)
+            .map(describe)
             .unwrap()
     };
     assert_eq!(next().await, "+a=10.0.0.1:80");
@@ -203,13 +196,13 @@ async fn given_an_instance_drains_or_has_weight_0_then_it_is_removed_until_it_is
     assert_eq!(next().await, "+a=10.0.0.1:80");
     registered.update(|instance| instance.weight = 0).await?;
     assert_eq!(next().await, "-a");
-    // The directory itself shows it still, as what it is.
+    // The directory still shows the instance with its weight.
     let snapshot = directory.snapshot();
     assert_eq!(
         snapshot.instances().map(|i| i.weight).collect::<Vec<_>>(),
         [0]
     );
-    // One that cannot be called from the beginning is not told of at all.
+    // An instance that drains from the start is never yielded.
     let _drains = registrar
         .register(Instance::new("greeter", address).id("b").draining(true))
         .await?;
@@ -221,13 +214,12 @@ async fn given_an_instance_drains_or_has_weight_0_then_it_is_removed_until_it_is
 }
 
 #[tokio::test]
-async fn given_a_channel_that_is_not_called_for_long_when_much_has_changed_then_it_calls_the_right_server()
--> TestResult {
+async fn idle_tonic_channel_calls_the_current_server() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let directory = Directory::watch(&client, "greeter").await?;
     let channel = directory.balance_channel(|_, endpoint| endpoint);
-    // Far more changes than tonic's own buffer holds, each seen by the directory, none by a call.
+    // Far more changes than tonic's own buffer holds, without a call in between.
     for round in 0..100 {
         put(
             &client,
@@ -247,7 +239,7 @@ async fn given_a_channel_that_is_not_called_for_long_when_much_has_changed_then_
     client.delete(key("churn"), None).await?;
     let server = GreeterServer::start().await;
     put(&client, "right", server.address()).await?;
-    wait_until("only the right one is left", async || {
+    wait_until("only the last server is left", async || {
         directory
             .snapshot()
             .instances()
@@ -256,7 +248,7 @@ async fn given_a_channel_that_is_not_called_for_long_when_much_has_changed_then_
     })
     .await;
 
-    wait_until("the right one is called", async || {
+    wait_until("the last server is called", async || {
         call_greeter(&channel).await.is_ok()
     })
     .await;

@@ -118,7 +118,7 @@ async fn wiped_cluster_is_followed() -> TestResult {
     Ok(())
 }
 
-/// The isolated member is the only reachable one. It serves reads that need no quorum, but its state is
+/// The isolated member is the only reachable one. The member serves reads that need no quorum, but its state is
 /// older than the shown one. The others have a quorum and cannot be reached.
 #[tokio::test]
 async fn isolated_member_never_shows_an_older_state() -> TestResult {

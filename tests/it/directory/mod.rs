@@ -1,4 +1,4 @@
-//! Directories: what they show, share, store, and how they scale.
+//! Directories: snapshots, sharing, the cache, faults and scale.
 
 mod cache;
 mod discover;

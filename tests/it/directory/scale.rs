@@ -44,7 +44,7 @@ async fn fill(client: &Client, count: usize, weight: u32) -> TestResult {
 }
 
 /// Plausible memory per instance, in bytes. Below the lower bound (key, value and fields alone) the
-/// measurement is broken. The upper bound is twice what an instance should take at most.
+/// measurement is broken. The upper bound is twice the target of 2 KiB.
 const PLAUSIBLE: std::ops::Range<i64> = 200..4096;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -361,11 +361,11 @@ const ONE_FORMAT: &str = "1";
 const TWO_FORMATS: &str = "2";
 const REPORT: &str = "the directory shows ";
 
-/// A directory and a slow consumer of its snapshots, in a process of their own. Dropping it kills the
+/// A directory and a slow consumer of its snapshots, in a child process. Dropping it kills the
 /// process.
 struct WatchingProcess(ChildProcess);
 
-/// What the process reports of its directory and its consumer.
+/// The state of the directory and the consumer in the child process.
 #[derive(Debug)]
 struct WatcherReport {
     instances: usize,
@@ -446,7 +446,7 @@ fn weights(snapshot: &Snapshot) -> u64 {
     snapshot.instances().map(|i| u64::from(i.weight)).sum()
 }
 
-/// The program of a [`WatchingProcess`]. It ends with its input.
+/// The program of a [`WatchingProcess`], which ends with its input.
 pub fn run_watcher() {
     let [etcd, formats] = [ETCD, FORMATS].map(|name| std::env::var(name).unwrap());
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -142,7 +142,7 @@ async fn failed_or_closed_directory_is_not_shared() -> TestResult {
     Ok(())
 }
 
-/// One of several runtimes in a process.
+/// A runtime beside others in the same process.
 fn runtime() -> Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

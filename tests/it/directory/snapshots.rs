@@ -1,4 +1,4 @@
-//! What a directory shows is what etcd had, at every moment and through every fault.
+//! Every snapshot of a directory is a state that etcd had, through every fault.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use crate::support::greeter::{GreeterServer, call_greeter};
 use crate::support::history::{assert_matches_history, history};
 use crate::support::{
-    SnapshotRecorder, TestResult, connect, key, listing, value, wait_for, wait_until,
+    SnapshotRecorder, TestResult, connect, key, listing, value, wait_for, wait_until, watcher_count,
 };
 use futures::{FutureExt, StreamExt};
 use goo_etcd::format::{DecodeError, EtcdNaming, Format, KeyContext, KeyRange};
@@ -22,8 +22,7 @@ async fn put(client: &Client, id: &str, address: &str) -> TestResult {
 }
 
 #[tokio::test]
-async fn given_an_instance_when_its_value_changes_then_its_endpoint_is_replaced_under_the_same_key()
--> TestResult {
+async fn changed_value_replaces_the_endpoint() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let (old, new) = (GreeterServer::start().await, GreeterServer::start().await);
@@ -33,7 +32,7 @@ async fn given_an_instance_when_its_value_changes_then_its_endpoint_is_replaced_
     let mut discovery = directory.discover();
     let Some(Ok(Change::Insert(first_key, first))) = wait_for("a change", discovery.next()).await
     else {
-        panic!("the instance comes first");
+        panic!("expected the instance");
     };
     assert_eq!(first.address, old.address());
     assert_eq!(call_greeter(&channel).await?, old.address());
@@ -63,8 +62,7 @@ async fn given_an_instance_when_its_value_changes_then_its_endpoint_is_replaced_
 }
 
 #[tokio::test]
-async fn given_adds_and_deletes_in_one_transaction_then_no_snapshot_shows_half_of_them()
--> TestResult {
+async fn transactions_are_shown_whole() -> TestResult {
     const GENERATIONS: usize = 200;
     const WIDTH: usize = 5;
     let id = |generation: usize, at: usize| format!("{generation:03}-{at}");
@@ -104,14 +102,13 @@ async fn given_adds_and_deletes_in_one_transaction_then_no_snapshot_shows_half_o
         assert_eq!(generations.len(), 1, "two generations in {snapshot:?}");
         assert_eq!(snapshot.len(), WIDTH, "half a generation in {snapshot:?}");
     }
-    assert!(snapshots.len() > 2, "nothing was seen on the way");
+    assert!(snapshots.len() > 2, "no snapshot in between");
     assert_matches_history(&history(&etcd).await?, "greeter", &snapshots);
     Ok(())
 }
 
 #[tokio::test]
-async fn given_a_directory_that_is_cut_off_when_instances_are_deleted_and_the_history_compacted_then_no_ghost_remains()
--> TestResult {
+async fn deletions_behind_a_compaction_are_noticed() -> TestResult {
     let etcd = Etcd::start().await?;
     let writer = connect(etcd.endpoint()).await;
     for id in ["ghost", "stays", "moves"] {
@@ -132,7 +129,7 @@ async fn given_a_directory_that_is_cut_off_when_instances_are_deleted_and_the_hi
     writer.delete(key("ghost"), None).await?;
     put(&writer, "moves", "10.0.0.2:80").await?;
     put(&writer, "newborn", "10.0.0.3:80").await?;
-    // Came and went unseen.
+    // Added and deleted while the directory is disconnected.
     put(&writer, "mayfly", "10.0.0.4:80").await?;
     writer.delete(key("mayfly"), None).await?;
     etcd.compact().await?;
@@ -153,9 +150,9 @@ async fn given_a_directory_that_is_cut_off_when_instances_are_deleted_and_the_hi
         "stays=10.0.0.1:80",
     ];
     assert_eq!(listing(&directory.snapshot()), truth);
-    let mut told = Vec::new();
+    let mut changes = Vec::new();
     while let Some(Some(Ok(change))) = discovery.next().now_or_never() {
-        told.push(match change {
+        changes.push(match change {
             Change::Insert(key, instance) => format!("+{key}={}", instance.address),
             Change::Remove(key) => format!("-{key}"),
         });
@@ -165,9 +162,9 @@ async fn given_a_directory_that_is_cut_off_when_instances_are_deleted_and_the_hi
         "+services/greeter/moves=10.0.0.2:80",
         "+services/greeter/newborn=10.0.0.3:80",
     ];
-    assert_eq!(told, difference);
+    assert_eq!(changes, difference);
 
-    // And the watch goes on from there.
+    // The watch goes on from there.
     writer.delete(key("stays"), None).await?;
     wait_until("a later deletion is seen", async || {
         directory.snapshot().len() == 2
@@ -177,8 +174,7 @@ async fn given_a_directory_that_is_cut_off_when_instances_are_deleted_and_the_hi
 }
 
 #[tokio::test]
-async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_stays() -> TestResult
-{
+async fn undecodable_value_is_counted() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     put(&client, "good", "10.0.0.1:80").await?;
@@ -189,15 +185,15 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
 
     client.put(key("bad-in-watch"), [0xff, 0xfe], None).await?;
     put(&client, "later", "10.0.0.2:80").await?;
-    wait_until("what came after it is shown", async || {
+    wait_until("the later instance is shown", async || {
         directory.snapshot().len() == 2
     })
     .await;
     assert_eq!(directory.snapshot().undecodable(), 2);
 
-    // A slip of the hand takes no server away.
+    // An invalid value does not remove the instance.
     client.put(key("good"), r#"{"Op":0}"#, None).await?;
-    wait_until("the slip is counted", async || {
+    wait_until("the value is counted", async || {
         directory.snapshot().undecodable() == 3
     })
     .await;
@@ -207,7 +203,7 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
     client.delete(key("bad-in-list"), None).await?;
     put(&client, "bad-in-watch", "10.0.0.3:80").await?;
     put(&client, "good", "10.0.0.4:80").await?;
-    wait_until("all is well again", async || {
+    wait_until("all values are decodable", async || {
         let snapshot = directory.snapshot();
         snapshot.undecodable() == 0 && snapshot.len() == 3
     })
@@ -215,10 +211,10 @@ async fn given_an_undecodable_value_then_it_is_skipped_and_counted_and_the_rest_
     Ok(())
 }
 
-/// More than two pages of a list.
+/// More instances than two pages of a list.
 const MANY: usize = 2_500;
 
-/// A format of somebody's own, with a mistake.
+/// A custom format with a bug.
 #[derive(Debug)]
 struct Careless;
 
@@ -242,14 +238,13 @@ impl Format for Careless {
         EtcdNaming.encode(instance)
     }
     fn decode(&self, context: KeyContext<'_>, value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
-        assert!(!value.is_empty(), "there is always something");
+        assert!(!value.is_empty(), "an empty value");
         EtcdNaming.decode(context, value)
     }
 }
 
 #[tokio::test]
-async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_and_the_rest_goes_on()
--> TestResult {
+async fn panicking_format_is_contained() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     put(&client, "a", "h:1").await?;
@@ -260,7 +255,7 @@ async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_an
     assert_eq!(directory.snapshot().undecodable(), 1);
     client.put(key("a"), "", None).await?;
     put(&client, "c", "h:3").await?;
-    wait_until("what comes after it is shown", async || {
+    wait_until("the later instance is shown", async || {
         listing(&directory.snapshot()) == ["a=h:1", "c=h:3"]
     })
     .await;
@@ -271,7 +266,7 @@ async fn given_a_format_that_panics_at_a_value_then_it_is_skipped_and_counted_an
 
 async fn put_many(client: &Client) -> TestResult {
     let ids: Vec<usize> = (0..MANY).collect();
-    // etcd takes 128 operations in a transaction by default.
+    // etcd allows 128 operations in a transaction by default.
     for ids in ids.chunks(100) {
         let puts = ids
             .iter()
@@ -286,7 +281,7 @@ async fn put_many(client: &Client) -> TestResult {
 }
 
 #[tokio::test]
-async fn given_more_instances_than_a_page_holds_then_all_are_shown() -> TestResult {
+async fn all_pages_of_a_list_are_shown() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     put_many(&client).await?;
@@ -298,13 +293,12 @@ async fn given_more_instances_than_a_page_holds_then_all_are_shown() -> TestResu
 }
 
 #[tokio::test]
-async fn given_changes_while_pages_are_listed_and_connections_cut_then_every_snapshot_is_a_state_that_etcd_had()
--> TestResult {
+async fn every_snapshot_is_a_state_of_etcd() -> TestResult {
     let etcd = Etcd::start().await?;
     let writer = connect(etcd.endpoint()).await;
     put_many(&writer).await?;
-    // One instance after another moves from the last page to before the first, in one transaction:
-    // pages of different revisions would show it twice or not at all.
+    // Each transaction moves an instance from the last page to before the first. Pages of different
+    // revisions would show it twice or not at all.
     let done = Arc::new(AtomicBool::new(false));
     let moving = tokio::spawn({
         let done = Arc::clone(&done);
@@ -352,10 +346,7 @@ async fn given_changes_while_pages_are_listed_and_connections_cut_then_every_sna
     }
     done.store(true, Ordering::Relaxed);
     let moved = moving.await?;
-    assert!(
-        (100..MANY).contains(&moved),
-        "moved {moved} while it was looked at"
-    );
+    assert!((100..MANY).contains(&moved), "moved {moved}");
 
     let history = history(&etcd).await?;
     let end = history.last().map_or(0, |change| change.revision);
@@ -371,8 +362,7 @@ async fn given_changes_while_pages_are_listed_and_connections_cut_then_every_sna
 }
 
 #[tokio::test]
-async fn given_etcd_stops_then_the_last_instances_stay_with_the_data_s_age_and_after_its_start_are_live_again()
--> TestResult {
+async fn outage_keeps_instances_and_shows_their_age() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     put(&client, "one", "10.0.0.1:80").await?;
@@ -388,7 +378,7 @@ async fn given_etcd_stops_then_the_last_instances_stay_with_the_data_s_age_and_a
     .await;
     let snapshot = directory.snapshot();
     let Freshness::Stale { since, reason } = snapshot.freshness() else {
-        unreachable!("it is not live");
+        unreachable!("not live");
     };
     assert!(*since >= before && *since <= SystemTime::now());
     assert!(reason.contains("services/greeter/"), "{reason}");
@@ -398,7 +388,7 @@ async fn given_etcd_stops_then_the_last_instances_stay_with_the_data_s_age_and_a
         directory.snapshot().freshness().age() > young + Duration::from_secs(2)
     })
     .await;
-    // Through many attempts it counts from when it was lost.
+    // The age counts from the loss, through all attempts to reconnect.
     assert_eq!(directory.snapshot().freshness(), snapshot.freshness());
     assert_eq!(listing(&directory.snapshot()), ["one=10.0.0.1:80"]);
 
@@ -417,7 +407,7 @@ async fn given_etcd_stops_then_the_last_instances_stay_with_the_data_s_age_and_a
 }
 
 #[tokio::test]
-async fn given_a_wiped_etcd_then_the_directory_follows_its_new_history() -> TestResult {
+async fn wiped_etcd_is_followed() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     for _ in 0..20 {
@@ -435,12 +425,15 @@ async fn given_a_wiped_etcd_then_the_directory_follows_its_new_history() -> Test
     .await;
     assert!(directory.snapshot().revision() < before);
     put(&client, "second", "10.0.0.3:80").await?;
-    wait_until("and followed", async || directory.snapshot().len() == 2).await;
+    wait_until("the next change is shown", async || {
+        directory.snapshot().len() == 2
+    })
+    .await;
     Ok(())
 }
 
 #[tokio::test]
-async fn given_the_last_handle_is_dropped_then_the_watch_ends_in_etcd_too() -> TestResult {
+async fn dropping_the_last_handle_ends_the_watch() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
     let directory = Directory::watch(&client, "greeter").await?;
@@ -448,7 +441,7 @@ async fn given_the_last_handle_is_dropped_then_the_watch_ends_in_etcd_too() -> T
     let discovery = directory.discover();
     let channel = directory.balance_channel(|_, endpoint| endpoint);
     drop(directory);
-    // Each of these holds it.
+    // The stream, the discovery and the channel each keep the directory alive.
     put(&client, "one", "10.0.0.1:80").await?;
     let mut changes = changes.skip_while(|snapshot| std::future::ready(snapshot.is_empty()));
     assert_eq!(
@@ -458,39 +451,24 @@ async fn given_the_last_handle_is_dropped_then_the_watch_ends_in_etcd_too() -> T
         Some(1)
     );
     wait_until("one watch is open", async || {
-        watcher_count(&etcd).await == 1
+        watcher_count(&etcd).await.unwrap() == 1
     })
     .await;
     drop(changes);
     drop(discovery);
     drop(channel);
-    wait_until("no watch is open", async || watcher_count(&etcd).await == 0).await;
+    wait_until("no watch is open", async || {
+        watcher_count(&etcd).await.unwrap() == 0
+    })
+    .await;
     Ok(())
 }
 
-/// The number of watches that etcd has open, from its metrics.
-async fn watcher_count(etcd: &Etcd) -> usize {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(etcd.endpoint())
-        .await
-        .unwrap();
-    let request = "GET /metrics HTTP/1.0\r\n\r\n";
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    answer
-        .lines()
-        .find_map(|line| line.strip_prefix("etcd_debugging_mvcc_watcher_total "))
-        .and_then(|count| count.parse().ok())
-        .expect("etcd counts its watchers")
-}
-
 #[tokio::test]
-async fn given_instances_whose_list_is_larger_than_a_message_then_all_of_them_are_shown()
--> TestResult {
+async fn list_larger_than_a_message_is_shown() -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
-    // 6 MB in all, where a message holds 2 MiB.
+    // 6 MB in total; a message holds 2 MiB.
     let metadata = "m".repeat(20_000);
     for number in 0..300 {
         let value = format!(
