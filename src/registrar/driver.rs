@@ -28,7 +28,8 @@ pub(super) struct LeaseGroup {
     wake: Notify,
     /// Notified when the driver has stepped.
     stepped: Notify,
-    /// Set when no handle is left: the driver cleans up once, and then ends.
+    /// Set when no handle is left or the registrar was closed. The driver then cleans up once, and
+    /// ends.
     abandoned: AtomicBool,
 }
 
@@ -49,7 +50,7 @@ impl LeaseGroup {
         result
     }
 
-    /// Tells the driver that no handle is left.
+    /// Ends the driver, which first tries once to delete the keys that are left.
     pub(super) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Release);
         self.wake.notify_one();

@@ -181,7 +181,7 @@ impl Registrar {
             registrations.closed = true;
             registrations.held()
         };
-        let results = join_all(registrations.iter().map(Registration::leave)).await;
+        let results = join_all(registrations.iter().map(Registration::end)).await;
         results.into_iter().collect::<Result<()>>()?;
         self.groups.wait_until_released().await
     }

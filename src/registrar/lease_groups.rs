@@ -51,19 +51,19 @@ impl LeaseGroups {
         desired: Desired,
     ) -> Result<(Arc<LeaseGroup>, EntryHandle)> {
         let mut groups = self.groups.lock();
-        let (mut leaving, mut roomy) = (None, None);
+        let (mut deregistering, mut roomy) = (None, None);
         for group in groups.iter() {
             let reconciler = group.lock();
             match reconciler.find_overlap(&target) {
                 Overlap::Active(key) => return Err(Error::InstanceAlreadyRegistered { key }),
-                Overlap::Leaving => leaving = Some(Arc::clone(group)),
+                Overlap::Deregistering => deregistering = Some(Arc::clone(group)),
                 Overlap::None if reconciler.len() + target.records.len() <= KEYS_PER_LEASE => {
                     roomy.get_or_insert_with(|| Arc::clone(group));
                 }
                 Overlap::None => {}
             }
         }
-        let group = leaving.or(roomy).unwrap_or_else(|| {
+        let group = deregistering.or(roomy).unwrap_or_else(|| {
             let group = self.start_group();
             groups.push(Arc::clone(&group));
             group

@@ -234,7 +234,7 @@ impl Registration {
     }
 
     /// Drains the registration, or waits for a deregistration that was started before.
-    pub(super) async fn leave(&self) -> Result<()> {
+    pub(super) async fn end(&self) -> Result<()> {
         if self.inner.status.borrow().terminal {
             return self.deregister().await;
         }

@@ -13,7 +13,7 @@ pub(super) struct Entry {
     id: EntryId,
     pub(super) desired: Desired,
     pub(super) target: Target,
-    /// The number of changes of `target`.
+    /// Counts the values of `target`, including those of earlier entries with the same key.
     pub(super) generation: u64,
     /// Keys of an earlier entry that may exist under one of this registrar's leases and must go.
     pub(super) stale_keys: Vec<String>,

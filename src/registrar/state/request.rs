@@ -13,7 +13,7 @@ pub(in crate::registrar) enum Overlap {
     /// No entry has one of the keys.
     None,
     /// An entry that is being deregistered has one of the keys.
-    Leaving,
+    Deregistering,
     /// An active entry has this key.
     Active(String),
 }
@@ -29,7 +29,7 @@ impl Reconciler {
             if entry.desired != Desired::Deregistered && entry.target.has_key(key) {
                 return Overlap::Active(key.clone());
             }
-            overlap = Overlap::Leaving;
+            overlap = Overlap::Deregistering;
         }
         overlap
     }
@@ -103,7 +103,7 @@ impl Reconciler {
     }
 
     /// Records whether the instance's server is ready. Returns `false` if the entry is being
-    /// deregistered, or was replaced, so that nobody needs to report further changes.
+    /// deregistered, or was replaced: further reports have no effect.
     pub(in crate::registrar) fn set_ready(&mut self, id: &EntryId, is_ready: bool) -> bool {
         let is_closed = self.closed.is_some();
         let Some(entry) = self.active_entry_mut(id) else {

@@ -14,7 +14,7 @@ fn all_keys_are_written_and_deleted_together() {
 }
 
 #[test]
-fn key_of_another_entry_is_refused_until_it_leaves() {
+fn key_of_another_entry_is_refused_until_it_is_deregistered() {
     let mut harness = Harness::new();
     let first = harness.register_keys(["a", "x/1"]).unwrap();
     let again = harness.register_keys(["b", "x/1"]);
@@ -23,7 +23,7 @@ fn key_of_another_entry_is_refused_until_it_leaves() {
         Err(Error::InstanceAlreadyRegistered { key }) if key == "x/1"
     ));
     harness.settle(1);
-    // The new entry overwrites the key, so the leaving one does not delete it.
+    // The new entry overwrites the key, so the deregistered one does not delete it.
     harness.deregister(&first);
     let second = harness.register_keys(["b", "x/1"]).unwrap();
     let performed = harness.settle(1);
