@@ -4,16 +4,18 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
+use futures::Stream;
 use http::{Request, Response};
 use tokio::task::JoinHandle;
+use tokio_stream::wrappers::WatchStream;
 use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
 
 use super::call::{AttemptedEndpoints, Dispatcher};
-use super::pool::{EndpointStatus, View};
+use super::pool::{EndpointStatus, PoolStatus, View};
 
 /// A channel over a changing set of endpoints, for any generated tonic client.
 ///
@@ -49,6 +51,59 @@ impl BalancedChannel {
         self.view().endpoints()
     }
 
+    /// Returns a stream of the states of all endpoints: the present ones at once, then all of them
+    /// again each time one changes.
+    ///
+    /// Changes that follow each other quickly are merged into one item. Each item is read when the
+    /// stream is polled, so the latest state is never missed. The load
+    /// ([`in_flight`](EndpointStatus::in_flight) and [`latency`](EndpointStatus::latency)) is part
+    /// of an item, but a change of the load alone produces no item.
+    ///
+    /// The stream does not keep the channel open, and ends when the last clone of the channel is
+    /// dropped. Dropping the stream has no effect on the channel.
+    ///
+    /// ```no_run
+    /// # async fn example(channel: goo_etcd::BalancedChannel) {
+    /// use futures::StreamExt;
+    ///
+    /// let mut changes = channel.endpoint_changes();
+    /// while let Some(endpoints) = changes.next().await {
+    ///     for endpoint in endpoints {
+    ///         println!("{} is {}", endpoint.address, endpoint.state);
+    ///     }
+    /// }
+    /// # }
+    /// ```
+    pub fn endpoint_changes(&self) -> EndpointStatuses {
+        EndpointStatuses(WatchStream::new(self.view().watch_status()))
+    }
+
+    /// Waits until at least `count` endpoints are ready, that is, connected and used for calls.
+    /// Useful, for example, before a server that makes calls itself starts to accept traffic.
+    ///
+    /// The wait has no timeout; use [`tokio::time::timeout`]. While the source has fewer than
+    /// `count` instances, the wait continues until the source adds more. An endpoint can be lost
+    /// again at any time, so there is no need to wait before each call: calls wait for an endpoint
+    /// themselves, see [`ready_timeout`](super::BalancedChannelBuilder::ready_timeout).
+    ///
+    /// Dropping the future ends the wait and has no other effect.
+    ///
+    /// ```no_run
+    /// # async fn example(channel: goo_etcd::BalancedChannel) {
+    /// use std::time::Duration;
+    ///
+    /// let waited = tokio::time::timeout(Duration::from_secs(10), channel.ready(2)).await;
+    /// if waited.is_err() {
+    ///     println!("fewer than two endpoints are ready: {:?}", channel.endpoints());
+    /// }
+    /// # }
+    /// ```
+    pub async fn ready(&self, count: usize) {
+        let mut statuses = self.view().watch_status();
+        // Cannot fail, because the channel owns the sender.
+        let _ = statuses.wait_for(|status| status.ready >= count).await;
+    }
+
     /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints of its own
     /// attempts.
     pub(crate) async fn call_avoiding(
@@ -61,6 +116,26 @@ impl BalancedChannel {
 
     fn view(&self) -> &View {
         &self.inner.dispatcher.view
+    }
+}
+
+/// A stream of the states of a channel's endpoints, from
+/// [`BalancedChannel::endpoint_changes`].
+#[must_use = "streams do nothing unless polled"]
+pub struct EndpointStatuses(WatchStream<Arc<PoolStatus>>);
+
+impl Stream for EndpointStatuses {
+    type Item = Vec<EndpointStatus>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let status = ready!(Pin::new(&mut self.0).poll_next(cx));
+        Poll::Ready(status.map(|status| status.endpoints()))
+    }
+}
+
+impl fmt::Debug for EndpointStatuses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EndpointStatuses").finish_non_exhaustive()
     }
 }
 

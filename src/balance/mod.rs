@@ -71,7 +71,7 @@ mod tests;
 pub use builder::BalancedChannelBuilder;
 pub(crate) use call::AttemptedEndpoints;
 pub use call::{RetryPolicy, ServedBy};
-pub use channel::{BalancedChannel, ResponseFuture};
+pub use channel::{BalancedChannel, EndpointStatuses, ResponseFuture};
 pub(crate) use grpc_status::status_of_head;
 pub use pick::{BalancePolicy, ParseBalancePolicyError};
 pub use pool::{EndpointState, EndpointStatus};

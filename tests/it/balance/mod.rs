@@ -6,6 +6,7 @@ mod input;
 mod limits;
 mod mass_deletion;
 mod picking;
+mod ready;
 mod served_by;
 mod streams;
 #[cfg(feature = "_tls")]
