@@ -129,8 +129,8 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets how long a call waits for a ready endpoint with a free stream, because servers limit the
-    /// streams of a connection. The call's own deadline may be earlier. Default 5 s.
+    /// Sets how long a call waits for a ready endpoint with a free stream, because servers limit
+    /// the streams of a connection. The call's own deadline may be earlier. Default 5 s.
     ///
     /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints.
     /// Waiting calls do not speed up the attempts to connect, which are at most
@@ -141,8 +141,8 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets whether a call waits if no endpoint is ready. Default true. With false such a call fails
-    /// at once with `UNAVAILABLE`.
+    /// Sets whether a call waits if no endpoint is ready. Default true. With false such a call
+    /// fails at once with `UNAVAILABLE`.
     ///
     /// A call always waits for a free stream if the ready endpoints have none.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
@@ -280,14 +280,15 @@ impl BalancedChannelBuilder {
     /// the servers live, and zero for other sources.
     ///
     /// A mass deletion: within the [`mass_deletion_window`](Self::mass_deletion_window) more
-    /// instances have disappeared than remain in the set. Remaining instances include new ones, so a
-    /// fleet that is replaced by another is not retained. Draining and disconnected endpoints are
+    /// instances have disappeared than remain in the set. Remaining instances include new ones, so
+    /// a fleet that is replaced by another is not retained. Draining and disconnected endpoints are
     /// never retained, and a retained endpoint is not reconnected.
     ///
-    /// Retained endpoints show as [`EndpointStatus::retained`](super::EndpointStatus::retained), and
-    /// a warning is logged. With the feature `metrics` the counter `goo_etcd_mass_deletions_total`
-    /// counts mass deletions, and the gauge `goo_etcd_kept_endpoints` is the number of retained
-    /// endpoints; their label `service` is the key prefix of the instances.
+    /// Retained endpoints show as [`EndpointStatus::retained`](super::EndpointStatus::retained),
+    /// and a warning is logged. With the feature `metrics` the counter
+    /// `goo_etcd_mass_deletions_total` counts mass deletions, and the gauge
+    /// `goo_etcd_kept_endpoints` is the number of retained endpoints; their label `service` is the
+    /// key prefix of the instances.
     pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
         self.mass_deletion_guard = Some(keep_for);
         self

@@ -1,8 +1,8 @@
 //! Client-side load balancing that sends calls to connected endpoints only.
 //!
-//! A [`BalancedChannel`] is a channel for generated tonic clients. The channel keeps a connection to
-//! every endpoint of a changing set, with or without calls, and picks a connected endpoint for each
-//! call.
+//! A [`BalancedChannel`] is a channel for generated tonic clients. The channel keeps a connection
+//! to every endpoint of a changing set, with or without calls, and picks a connected endpoint for
+//! each call.
 //!
 //! ```no_run
 //! # async fn example(client: goo_etcd::Client) -> Result<(), Box<dyn std::error::Error>> {

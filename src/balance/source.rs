@@ -13,8 +13,8 @@ use crate::snapshot::Snapshot;
 
 /// A stream of complete sets of instances. Each set replaces the set before it.
 ///
-/// A [`Directory`](crate::Directory) converts into a `Source`. [`Source::new`] takes any stream, and
-/// [`Source::fixed`] a list.
+/// A [`Directory`](crate::Directory) converts into a `Source`. [`Source::new`] takes any stream,
+/// and [`Source::fixed`] a list.
 #[must_use = "a source does nothing until a channel is built from it"]
 pub struct Source {
     name: Arc<str>,

@@ -57,8 +57,8 @@ pub(super) struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// Makes one call that avoids the endpoints in `attempted`, and adds the endpoints of its own
-    /// attempts.
+    /// Makes one call that avoids the endpoints in `attempted`, and adds the endpoints that it is
+    /// sent to.
     ///
     /// Dropping the future cancels the call and resets its stream.
     pub(super) async fn call(

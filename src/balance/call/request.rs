@@ -11,7 +11,8 @@ use super::grpc_timeout::{self, Deadline, GRPC_TIMEOUT};
 use crate::balance::connection::Target;
 
 /// Headers of HTTP/1 that HTTP/2 forbids (RFC 9113, section 8.2.2). A request that has such headers
-/// is sent without them, and not refused, because gateways copy the headers of HTTP/1 requests into metadata.
+/// is sent without them, and not refused, because gateways copy the headers of HTTP/1 requests into
+/// metadata.
 const CONNECTION_SPECIFIC: [HeaderName; 5] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
