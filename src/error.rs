@@ -9,8 +9,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong.
 ///
-/// Each message says what was tried, on what, and where it helps, what to do. Messages never contain
-/// secrets (passwords, tokens, keys of certificates) or values stored in etcd.
+/// Each message names the operation, its target and the cause, and where it helps, a remedy.
+/// Messages never contain secrets (passwords, tokens, keys of certificates) or values stored in
+/// etcd.
 ///
 /// Beside the variants, [`is_retryable`](Self::is_retryable),
 /// [`is_permission_denied`](Self::is_permission_denied), [`is_closed`](Self::is_closed) and
@@ -18,7 +19,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An argument or a field of a configuration cannot be used. Nothing was sent.
+    /// An argument or a field of a configuration cannot be used. The request was not sent.
     #[error("invalid {field} {value:?}: {reason}")]
     Invalid {
         /// The field or argument, as it is spelled in the API.
@@ -40,10 +41,10 @@ pub enum Error {
         reason: String,
     },
 
-    /// No etcd member was connected while a call waited for one. Nothing was sent.
+    /// No etcd member was connected while a call waited for one. The request was not sent.
     #[error("{operation} failed: no etcd member was connected for {after:?}: {reason}")]
     NotConnected {
-        /// What was tried, with its key or id.
+        /// The operation, with its key or id.
         operation: String,
         /// How long the call waited.
         after: Duration,
@@ -54,7 +55,7 @@ pub enum Error {
     /// An operation did not finish in time. etcd may have executed the request or not.
     #[error("{operation} did not finish within {after:?}")]
     Timeout {
-        /// What was tried, with its key or id.
+        /// The operation, with its key or id.
         operation: String,
         /// The timeout.
         after: Duration,
@@ -63,7 +64,7 @@ pub enum Error {
     /// etcd, or something on the way to etcd, responded with an error.
     #[error("{operation} failed: {} ({:?})", .status.message(), .status.code())]
     Rpc {
-        /// What was tried, with its key or id.
+        /// The operation, with its key or id.
         operation: String,
         /// The status of the response.
         #[source]
@@ -74,7 +75,7 @@ pub enum Error {
     /// open another by themselves.
     #[error("{operation} lost its stream: {reason}")]
     StreamLost {
-        /// What the stream was for, with its key or id.
+        /// The operation of the stream, with its key or id.
         operation: String,
         /// How the loss showed.
         reason: String,
@@ -130,14 +131,14 @@ pub enum Error {
     /// etcd's data was wiped, or restored from a backup, while it was read.
     #[error("{operation} failed: etcd's data was wiped or restored meanwhile")]
     DataReplaced {
-        /// What was read.
+        /// The read operation.
         operation: String,
     },
 
     /// Another client changed the same keys between the read and the write of each attempt.
     #[error("{operation} failed: gave up after {attempts} conflicting writes by another client")]
     Conflict {
-        /// What was tried, with its keys.
+        /// The operation, with its keys.
         operation: String,
         /// How many times the write was tried.
         attempts: usize,
@@ -256,7 +257,7 @@ impl Error {
         }
     }
 
-    /// Converts an error of etcd-client, and adds what was tried.
+    /// Converts an error of etcd-client, and adds the operation.
     pub(crate) fn from_etcd(operation: impl Into<String>, error: etcd_client::Error) -> Self {
         let status = match error {
             etcd_client::Error::GRpcStatus(status) => with_causes(status),
@@ -299,7 +300,7 @@ impl Error {
     /// process has to change first: an invalid argument, a missing permission, a closed client, a
     /// lease that is gone, a compacted revision.
     ///
-    /// A write whose error is retryable may have been applied all the same. Repeat a write only if
+    /// A write whose error is retryable may nevertheless have been applied. Repeat a write only if
     /// applying it twice does no harm, or after a look at the key.
     ///
     /// ```
@@ -363,7 +364,7 @@ impl Error {
         matches!(self, Error::Closed { .. })
     }
 
-    /// Whether work that lists and watches by itself has to end with this error. Unlike an error
+    /// Whether work that lists and watches must end with this error. Unlike an error
     /// that is merely not retryable, a compacted or replaced history ends no such work, because the
     /// work can list again.
     pub(crate) fn is_permanent(&self) -> bool {

@@ -6,8 +6,8 @@ use goo_etcd::format::{DecodeError, Format, KeyContext};
 
 const SERVICE: &str = "svc";
 
-/// Decodes `data` as a value of the format. If `data` has a NUL byte, the bytes before the first one
-/// are the end of the key instead.
+/// Decodes `data` as a value of the format. If `data` has a NUL byte, the bytes before the first
+/// one are the end of the key instead.
 ///
 /// Decoding must fail or return instances. Each valid instance must come back unchanged when it is
 /// encoded and decoded again, as far as the format carries it: `carried` returns that part.

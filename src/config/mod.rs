@@ -27,8 +27,8 @@ pub use tls::TlsConfig;
 /// field, or with serde from YAML, TOML or JSON. In a file, durations are written as `"5s"` or
 /// `"1m 30s"`, missing fields have their default, and unknown fields are errors.
 ///
-/// [`Client::connect`](crate::Client::connect) calls [`Config::validate`], which refuses fields that
-/// are invalid or contradict each other.
+/// [`Client::connect`](crate::Client::connect) calls [`Config::validate`], which refuses fields
+/// that are invalid or contradict each other.
 ///
 /// Neither `Debug` nor errors show the password or key material. For a password that is a number
 /// instead of a string, for example, the error names only the field. (When the `toml` crate prints

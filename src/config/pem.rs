@@ -61,7 +61,8 @@ impl<'a> Pem<'a> {
         }
     }
 
-    /// The error for a setting that cannot be used, with the field's name and, for a file, its path.
+    /// The error for a setting that cannot be used, with the field's name and, for a file, its
+    /// path.
     pub(crate) fn invalid(&self, reason: impl Into<String>) -> Error {
         match self {
             Self::File(field, file) => Error::invalid(field, file.display().to_string(), reason),

@@ -7,7 +7,8 @@ use futures::StreamExt;
 use goo_etcd::{Directory, Snapshot, WatchOptions};
 use tokio::time::timeout;
 
-/// Longer than twice the time a stream may be silent: it may be reopened once, and must then stay open.
+/// Longer than twice the time a stream may be silent: it may be reopened once, and must then stay
+/// open.
 const IDLE: Duration = Duration::from_secs(33);
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! The named clients of a process. These tests run one after another, because a process has only one
-//! registry. No other test uses it.
+//! The named clients of a process. These tests run one after another, because a process has only
+//! one registry. No other test uses it.
 
 use std::time::Duration;
 

@@ -27,9 +27,9 @@ use crate::error::chain;
 pub(crate) type CustomConnector =
     Arc<dyn Fn(Uri) -> BoxFuture<'static, Result<BoxIo, BoxError>> + Send + Sync>;
 
-/// How many cancelled streams h2 remembers, each of them one second, so that frames which still arrive
-/// for such a stream are ignored and are no protocol error. A busy connection may have this many;
-/// each takes some hundred bytes.
+/// How many cancelled streams h2 remembers, each of them one second, so that frames which still
+/// arrive for such a stream are ignored and are no protocol error. A busy connection may have this
+/// many; each takes some hundred bytes.
 const REMEMBERED_RESETS: usize = 1_000;
 
 /// Opens the connections of a channel's endpoints.

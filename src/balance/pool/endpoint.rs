@@ -221,8 +221,8 @@ impl Endpoint {
 
     /// Drops the connections, and refuses new ones from tasks that have not ended yet.
     ///
-    /// A call in flight keeps its connection open by itself. The call also holds the endpoint, which
-    /// without this would keep the other connections open.
+    /// A call in flight keeps its connection open by itself. The call also holds the endpoint,
+    /// which without this would keep the other connections open.
     pub(crate) fn close(&self) {
         self.slots.lock().clear();
     }

@@ -1,7 +1,7 @@
 //! gRPC's messages: their size limits and their compression with gzip.
 //!
-//! Both are applied here, to every call alike, because etcd-client takes limits for keys and watches
-//! only and cannot compress.
+//! Both are applied here, to every call alike, because etcd-client takes limits for keys and
+//! watches only and cannot compress.
 
 use std::io::{Read as _, Write as _};
 use std::pin::Pin;

@@ -4,9 +4,9 @@
 //! way to tell this service how to route a call is therefore a task-local variable, which is set
 //! while etcd-client's method runs: see [`CallOptions`].
 //!
-//! The service stands between etcd-client, which encodes the messages and adds the user's token, and
-//! the [`BalancedChannel`], which keeps the members connected and picks one. It adds what depends on
-//! etcd:
+//! The service stands between etcd-client, which encodes the messages and adds the user's token,
+//! and the [`BalancedChannel`], which keeps the members connected and picks one. It adds what
+//! depends on etcd:
 //!
 //! - A failed read is sent to another member, and a slow read to another member beside the first. A
 //!   member that hangs therefore costs a read a fifth of its timeout. The channel alone repeats

@@ -70,8 +70,8 @@
 //! **Watch lost.** The new watch may have missed changes, so its start causes a check.
 //!
 //! **etcd full** (`RESOURCE_EXHAUSTED`), or another fault of etcd as a whole: all mutations wait
-//! for the backoff, and the failed entry goes to the back of the queue. Among new requests, deletions
-//! come first, because a full etcd still accepts them. Renewals continue.
+//! for the backoff, and the failed entry goes to the back of the queue. Among new requests,
+//! deletions come first, because a full etcd still accepts them. Renewals continue.
 //!
 //! **Permission denied**, or another refusal of one entry: only that entry pauses, and is retried
 //! after its own backoff because permissions can change.

@@ -27,7 +27,8 @@ pub(in crate::registrar) enum Desired {
 /// From there a write leads to `Present`, and a deletion to `Deleting` or `Absent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Presence {
-    /// The keys do not exist. Only a late write, as [`Entry::late_write`] describes, can create them.
+    /// The keys do not exist. Only a late write, as [`Entry::late_write`] describes, can create
+    /// them.
     ///
     /// [`Entry::late_write`]: super::entry::Entry::late_write
     Absent,

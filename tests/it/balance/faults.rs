@@ -341,8 +341,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 /// Long enough for a healthy peer on a busy machine to answer a ping.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// The time in which a silent peer must be found, for a busy machine. Without keep-alive it is never
-/// found.
+/// The time in which a silent peer must be found, for a busy machine. Without keep-alive it is
+/// never found.
 const FOUND_WITHIN: Duration = Duration::from_secs(15);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

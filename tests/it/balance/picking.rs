@@ -249,8 +249,8 @@ async fn fast_failures_do_not_attract_calls() {
         let report = load.finish().await;
         let failed = failed.swap(0, Ordering::SeqCst);
         // A random policy would send a third of the calls there, and a policy that only sees its
-        // latency even more. Each task may try the server once before its first failure is known, and
-        // then once per second.
+        // latency even more. Each task may try the server once before its first failure is known,
+        // and then once per second.
         println!(
             "{policy:?}: {failed} of {} calls went to the failing server",
             report.calls()
@@ -287,13 +287,13 @@ async fn server_that_hangs_from_the_start_is_avoided() {
     let received = hangs.counts().calls() as usize;
     let latency = status_of(&channel, hangs.address()).unwrap().latency;
     assert!(latency.is_some() == (received > 0), "{latency:?}");
-    // A random policy would send half of the calls there. One call is enough to notice, but stalls of
-    // the machine make the other server look alike for a while.
+    // A random policy would send half of the calls there. One call is enough to notice, but stalls
+    // of the machine make the other server look alike for a while.
     assert!(received <= CALLS / 8, "{received} of {CALLS}");
 }
 
-/// Delays in the ratio of 50 to 1, and few tasks, so that the servers' delays limit the throughput even
-/// in an unoptimized build on a busy machine.
+/// Delays in the ratio of 50 to 1, and few tasks, so that the servers' delays limit the throughput
+/// even in an unoptimized build on a busy machine.
 const SLOW: Duration = Duration::from_millis(1_000);
 const FAST: Duration = Duration::from_millis(20);
 const TASKS: usize = 10;
@@ -336,8 +336,8 @@ async fn one_slow_server_gives_5_times_tonics_throughput() {
     });
     let addresses = servers.each_ref().map(EchoServer::address);
     let mut ratios = Vec::new();
-    // Both are measured in turn on new channels. The median of three rounds counts, so that a stall of
-    // the machine in one round does not matter.
+    // Both are measured in turn on new channels. The median of three rounds counts, so that a stall
+    // of the machine in one round does not matter.
     for _ in 0..3 {
         let tonics = Channel::balance_list(addresses.into_iter().map(|address| {
             let endpoint = Endpoint::from_shared(format!("http://{address}"));

@@ -163,8 +163,8 @@ async fn waiting_calls_use_a_new_endpoint() {
 /// The timeout of a call that only its deadline ends.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// Asserts that a call ended at its deadline. Without the deadline each of these calls takes a minute or
-/// longer.
+/// Asserts that a call ended at its deadline. Without the deadline each of these calls takes a
+/// minute or longer.
 fn assert_on_time(started: Instant) {
     let took = started.elapsed();
     assert!(took >= LIMIT.mul_f64(0.99), "{took:?}");

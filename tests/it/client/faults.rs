@@ -19,9 +19,9 @@ const WRITERS: usize = 4;
 /// `keep_alive_timeout`.
 const KEEP_ALIVE: Duration = Duration::from_secs(13);
 
-/// The part of the earlier rate of reads that must be reached again. Other programs may take most of the
-/// processor; but if reads still waited for the silent member, a second each, less than a fiftieth of
-/// the rate would be left.
+/// The part of the earlier rate of reads that must be reached again. Other programs may take most
+/// of the processor; but if reads still waited for the silent member, a second each, less than a
+/// fiftieth of the rate would be left.
 const RECOVERED: f64 = 0.1;
 
 async fn client_of(cluster: &EtcdCluster) -> TestResult<Client> {
@@ -175,8 +175,8 @@ async fn killed_member_fails_only_writes_in_flight() -> TestResult {
         assert!(failed.is_empty(), "leader: {leads}: {failed:?}");
         for (writer, failed) in failed_writes.iter().enumerate() {
             let failed = failed.load(Ordering::Relaxed);
-            // One write was in flight on the member. If the member was the leader, a follower may have
-            // forwarded another one to it.
+            // One write was in flight on the member. If the member was the leader, a follower may
+            // have forwarded another one to it.
             let most = if leads { 2 } else { 1 };
             assert!(failed <= most, "leader: {leads}: writer {writer}: {failed}");
         }
@@ -229,8 +229,8 @@ async fn paused_member_fails_no_read_and_soon_slows_none() -> TestResult {
     Ok(())
 }
 
-/// Revision, key and value of the next events, up to the one whose value is `last`. A write that was in
-/// flight when its writer stopped may follow that one.
+/// Revision, key and value of the next events, up to the one whose value is `last`. A write that
+/// was in flight when its writer stopped may follow that one.
 async fn history(watch: &mut Watch, last: &str) -> Vec<(i64, String, String)> {
     let mut history = Vec::new();
     loop {

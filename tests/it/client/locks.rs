@@ -323,8 +323,8 @@ async fn disconnected_holder_learns_of_the_loss_first() -> TestResult {
     Ok(())
 }
 
-/// Starts a proxy to etcd that loses the response to one grant: of this lease. Returns its address, and
-/// whether the response has been lost.
+/// Starts a proxy to etcd that loses the response to one grant: of this lease. Returns its address,
+/// and whether the response has been lost.
 async fn start_losing_proxy(etcd: &Etcd, lease: i64) -> TestResult<(String, Arc<AtomicBool>)> {
     // The lease id as field 2 of a message. Only a grant has the id as its second field.
     let mut pattern = vec![0x10];
@@ -371,8 +371,8 @@ async fn start_losing_proxy(etcd: &Etcd, lease: i64) -> TestResult<(String, Arc<
     Ok((address, is_lost))
 }
 
-/// The client probes whether a lease is gone by granting one with its id. That probe must not be taken
-/// for the lost lease.
+/// The client probes whether a lease is gone by granting one with its id. That probe must not be
+/// taken for the lost lease.
 #[tokio::test]
 async fn lost_probe_response_creates_no_lease() -> TestResult {
     let etcd = Etcd::start().await?;

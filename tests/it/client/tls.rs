@@ -225,7 +225,8 @@ async fn expired_or_misnamed_certificate_is_connect_error() -> TestResult {
 fn tls_server(shown: &Signed) -> TestResult<String> {
     use tokio_rustls::rustls::crypto::ring::default_provider;
     use tonic::transport::{Identity, Server, ServerTlsConfig};
-    // tonic's server cannot choose when both backends are compiled in. Installing twice is harmless.
+    // tonic's server cannot choose when both backends are compiled in. Installing twice is
+    // harmless.
     let _ = default_provider().install_default();
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     listener.set_nonblocking(true)?;

@@ -176,8 +176,8 @@ async fn restarts_keep_events_complete_and_ordered() -> TestResult {
             let seen = events(&mut busy, 40).await;
             assert_eq!(seen[39].2, "40");
         }
-        // etcd 3.5.0 to 3.5.2 may lose a confirmed write if killed within 100 ms, before it is in their
-        // store (etcd-io/etcd#13766). The revision is then assigned again.
+        // etcd 3.5.0 to 3.5.2 may lose a confirmed write if killed within 100 ms, before it is in
+        // their store (etcd-io/etcd#13766). The revision is then assigned again.
         tokio::time::sleep(Duration::from_millis(500)).await;
         etcd.kill().await?;
         etcd.start_again().await?;

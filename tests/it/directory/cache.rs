@@ -11,8 +11,8 @@ use goo_etcd::testing::Etcd;
 use goo_etcd::{BalancedChannel, Client, Config, Directory, Freshness, Registrar};
 use tempfile::TempDir;
 
-/// A lazily connected client. Directories are shared per client, so a new client opens a new one, as a
-/// new process would.
+/// A lazily connected client. Directories are shared per client, so a new client opens a new one,
+/// as a new process would.
 async fn connect_lazy(etcd: &Etcd) -> goo_etcd::Result<Client> {
     let config = Config::builder()
         .endpoints([etcd.endpoint()])

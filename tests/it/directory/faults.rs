@@ -1,4 +1,5 @@
-//! A directory never goes back in time, even if a member lags, is isolated, or the cluster is wiped.
+//! A directory never goes back in time, even if a member lags, is isolated, or the cluster is
+//! wiped.
 
 use std::time::Duration;
 
@@ -118,8 +119,8 @@ async fn wiped_cluster_is_followed() -> TestResult {
     Ok(())
 }
 
-/// The isolated member is the only reachable one. The member serves reads that need no quorum, but its state is
-/// older than the shown one. The others have a quorum and cannot be reached.
+/// The isolated member is the only reachable one. The member serves reads that need no quorum, but
+/// its state is older than the shown one. The others have a quorum and cannot be reached.
 #[tokio::test]
 async fn isolated_member_never_shows_an_older_state() -> TestResult {
     let cluster = EtcdCluster::start_partitionable().await?;

@@ -1,5 +1,5 @@
-//! Large services, and services that change all the time. These tests run one after another; memory is
-//! measured in a process that has only a directory.
+//! Large services, and services that change all the time. These tests run one after another; memory
+//! is measured in a process that has only a directory.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -70,8 +70,8 @@ async fn memory_per_instance_is_small_and_constant() -> TestResult {
         .wait_for_weights(100 * (INSTANCES as u64 + 50))
         .await;
     let changed = each(watching.memory() - before);
-    // Replaces all instances while the consumer holds the old snapshot: the peak of memory, which the
-    // allocator does not return to the system.
+    // Replaces all instances while the consumer holds the old snapshot: the peak of memory, which
+    // the allocator does not return to the system.
     let mut rounds = Vec::new();
     for weight in 200..206 {
         fill(&writer, INSTANCES, weight).await?;
@@ -131,8 +131,8 @@ fn changed_instances() -> impl Iterator<Item = usize> {
     (0..50).map(|n| n * 199)
 }
 
-/// The times until each of fifty changes is listing, sorted. `shown_as` is the key of an instance in the
-/// snapshot.
+/// The times until each of fifty changes is listing, sorted. `shown_as` is the key of an instance
+/// in the snapshot.
 async fn measure_changes(
     writer: &Client,
     directory: &Directory,
@@ -273,8 +273,8 @@ async fn constant_changes_are_followed_in_constant_memory() -> TestResult {
     let seen = watching.report().await;
     assert_eq!((Some(seen.shown), Some(seen.consumed)), (last, last));
     println!("{CHANGES} changes in {took:?}, memory {samples:?} bytes");
-    // Compared with the first sample, when all memory has been used once. The changes in between would
-    // take several times as much if each were kept.
+    // Compared with the first sample, when all memory has been used once. The changes in between
+    // would take several times as much if each were kept.
     let (early, late) = (samples[0], samples[samples.len() - 1]);
     assert!(late - early < 4 << 20, "from {early} to {late} bytes");
     Ok(())
@@ -284,8 +284,8 @@ async fn constant_changes_are_followed_in_constant_memory() -> TestResult {
 /// machine it may be a second or two late.
 const FAR_BEHIND: u64 = 5_000;
 
-/// Makes `changes` changes of the first thousand instances, at most a thousand per second. Each adds one
-/// to the weight of an instance, which is 100 at first.
+/// Makes `changes` changes of the first thousand instances, at most a thousand per second. Each
+/// adds one to the weight of an instance, which is 100 at first.
 async fn write_changes(
     writer: &Client,
     changes: u64,

@@ -27,12 +27,12 @@ const TTL: Duration = Duration::from_secs(3);
 /// Longer than any test, so that a recovery cannot come from the next renewal.
 const LONG_TTL: Duration = Duration::from_secs(600);
 
-/// The time in which a change by another client must be undone, on a busy machine. Usually it takes far
-/// less than a second; found only by the next renewal, it would take minutes ([`LONG_TTL`]).
+/// The time in which a change by another client must be undone, on a busy machine. Usually it takes
+/// far less than a second; found only by the next renewal, it would take minutes ([`LONG_TTL`]).
 const UNDONE_WITHIN: Duration = Duration::from_secs(10);
 
-/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s; the
-/// rest is for busy machines. A pause that kept growing during the outage would last longer.
+/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s;
+/// the rest is for busy machines. A pause that kept growing during the outage would last longer.
 const BACK_WITHIN: Duration = Duration::from_secs(6);
 
 /// The window in which registrations recover that lost their leases at the same time.
@@ -63,8 +63,8 @@ async fn fleet(endpoint: &str, processes: usize, ttl: Duration) -> TestResult<Ve
     Ok(fleet)
 }
 
-/// The times from `started` until the first instance of each process is written, counting changes since
-/// a revision.
+/// The times from `started` until the first instance of each process is written, counting changes
+/// since a revision.
 async fn recovery_times(
     started: Instant,
     etcd: &Etcd,
@@ -90,8 +90,9 @@ async fn recovery_times(
     Ok(back.into_values().collect())
 }
 
-/// Whether the times are spread at random over a window of the length `over`. Then a fifth of the window
-/// has about a fifth of them, or a half if the machine paused. Without jitter it has practically all.
+/// Whether the times are spread at random over a window of the length `over`. Then a fifth of the
+/// window has about a fifth of them, or a half if the machine paused. Without jitter it has
+/// practically all.
 fn is_spread(took: &[Duration], over: Duration) -> bool {
     let part = over / 5;
     let within = |from: &Duration| {
@@ -135,8 +136,9 @@ async fn fleet_returns_after_an_outage_of_etcd() -> TestResult {
     Ok(())
 }
 
-/// Counts the connections when they arrive, not when etcd serves them: etcd would serve all connections
-/// together that arrived while it was starting. The proxy therefore opens only when etcd responds.
+/// Counts the connections when they arrive, not when etcd serves them: etcd would serve all
+/// connections together that arrived while it was starting. The proxy therefore opens only when
+/// etcd responds.
 #[tokio::test]
 async fn fleet_reconnects_at_random_times() -> TestResult {
     const PROCESSES: usize = 60;
@@ -192,8 +194,8 @@ async fn fleet_returns_to_a_wiped_etcd_at_random_times() -> TestResult {
     Ok(())
 }
 
-/// All leases end together while etcd is available, so that only the registrars' own jitter spreads the
-/// recovery.
+/// All leases end together while etcd is available, so that only the registrars' own jitter spreads
+/// the recovery.
 #[tokio::test]
 async fn fleet_recovers_revoked_leases_at_random_times() -> TestResult {
     const PROCESSES: usize = 20;
@@ -227,7 +229,8 @@ async fn fleet_recovers_revoked_leases_at_random_times() -> TestResult {
     Ok(())
 }
 
-/// Changes the key of the only registration three times, and waits each time until the change is undone.
+/// Changes the key of the only registration three times, and waits each time until the change is
+/// undone.
 async fn assert_undone(change: impl AsyncFn(&Etcd, &str) -> TestResult) -> TestResult {
     let etcd = Etcd::start().await?;
     let client = connect(etcd.endpoint()).await;
@@ -336,8 +339,8 @@ fn is_superseded(registration: &Registration) -> bool {
     matches!(registration.state(), RegistrationState::Superseded { .. })
 }
 
-/// A probe would grant a lease with the same id; a process that died then would leave its keys behind
-/// under it.
+/// A probe would grant a lease with the same id; a process that died then would leave its keys
+/// behind under it.
 #[tokio::test]
 async fn missing_lease_is_replaced_without_a_probe() -> TestResult {
     let etcd = Etcd::start().await?;
@@ -487,8 +490,8 @@ async fn sigterm_under_load_fails_no_call() -> TestResult {
     let mut leaving = servers.remove(0);
     leaving.signal(Signal::SIGTERM);
     let key = key(leaving.address());
-    // The server itself reports that the key was gone while it still listened. The test could not tell,
-    // because less time lies between the two than an event of etcd takes.
+    // The server itself reports that the key was gone while it still listened. The test could not
+    // tell, because less time lies between the two than an event of etcd takes.
     let left = leaving.read_leaving().await;
     assert!(!left.has_key && left.is_listening, "{left:?}");
     let changes = history(&etcd).await?;

@@ -24,8 +24,8 @@ const TTL: Duration = Duration::from_secs(3);
 /// Longer than any test, so that a key that disappears was deleted and did not expire.
 const LONG_TTL: Duration = Duration::from_secs(600);
 
-/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s; the
-/// rest is for busy machines. A pause that kept growing during the outage would last longer.
+/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s;
+/// the rest is for busy machines. A pause that kept growing during the outage would last longer.
 const BACK_WITHIN: Duration = Duration::from_secs(6);
 
 const ADDRESS: &str = "10.0.0.1:80";

@@ -40,8 +40,8 @@ pub fn instance(address: &str) -> Instance {
 
 /// An address that refuses connections.
 ///
-/// The port stays bound for the rest of the process, without a listener, so that no other test gets it.
-/// A server can still be started there, because both sockets set `SO_REUSEADDR`.
+/// The port stays bound for the rest of the process, without a listener, so that no other test gets
+/// it. A server can still be started there, because both sockets set `SO_REUSEADDR`.
 pub fn unused_address() -> String {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_reuseaddr(true).unwrap();

@@ -339,8 +339,8 @@ impl Drop for EchoServer {
     }
 }
 
-/// Binds a listener, again while the address is in use: when another test starts a process, the child
-/// holds a copy of every socket for a moment, even of a listener that has just been closed.
+/// Binds a listener, again while the address is in use: when another test starts a process, the
+/// child holds a copy of every socket for a moment, even of a listener that has just been closed.
 pub fn bind(address: &str) -> TcpListener {
     let deadline = Instant::now() + super::PATIENCE;
     loop {

@@ -66,8 +66,9 @@ impl Greeter for Named {
     }
 }
 
-/// Calls the greeter and returns the address of the server that responded. After 5 s without a response
-/// the call fails with `DEADLINE_EXCEEDED`, because tonic's own channel waits for ever without endpoints.
+/// Calls the greeter and returns the address of the server that responded. After 5 s without a
+/// response the call fails with `DEADLINE_EXCEEDED`, because tonic's own channel waits for ever
+/// without endpoints.
 pub async fn call_greeter<C>(channel: &C) -> Result<String, Status>
 where
     C: GrpcService<Body> + Clone,

@@ -48,7 +48,8 @@ pub async fn history(etcd: &Etcd) -> TestResult<Vec<Change>> {
     Err("the watch ended before the last change".into())
 }
 
-/// Asserts that each snapshot equals etcd's state at its revision, and that revisions never decrease.
+/// Asserts that each snapshot equals etcd's state at its revision, and that revisions never
+/// decrease.
 pub fn assert_matches_history(
     history: &[Change],
     service: &str,

@@ -8,9 +8,10 @@ use tracing_subscriber::fmt::MakeWriter;
 
 /// The lines logged by the current thread.
 ///
-/// A test that reads its log must run in a child process (see [`isolate`](super::process::isolate)).
-/// `tracing` caches whether an event has a subscriber; if another test reached the event first, in a
-/// thread without a subscriber, the event could be off for the whole process.
+/// A test that reads its log must run in a child process (see
+/// [`isolate`](super::process::isolate)). `tracing` caches whether an event has a subscriber; if
+/// another test reached the event first, in a thread without a subscriber, the event could be off
+/// for the whole process.
 #[derive(Clone, Default)]
 pub struct Log(Arc<Mutex<Vec<u8>>>);
 

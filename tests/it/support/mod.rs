@@ -23,8 +23,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 pub type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
-/// How long a test waits for an event that must happen: far longer than usual, because the machine may
-/// be busy.
+/// How long a test waits for an event that must happen: far longer than usual, because the machine
+/// may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The interval at which a condition is checked.
@@ -58,8 +58,8 @@ pub async fn wait_for<F: Future>(what: &str, future: F) -> F::Output {
     }
 }
 
-/// Waits until no other test that measures time, memory or rates is running. The tests that hold this
-/// guard run one after another; all other tests run beside them.
+/// Waits until no other test that measures time, memory or rates is running. The tests that hold
+/// this guard run one after another; all other tests run beside them.
 pub async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     ALONE.lock().await
@@ -141,8 +141,8 @@ pub async fn call_count(etcd: &Etcd, method: &str) -> TestResult<u64> {
     Ok(calls.sum::<f64>() as u64)
 }
 
-/// The path of another version of etcd: from an environment variable, or where `scripts/tools` puts it.
-/// `None` if the variable is `none`.
+/// The path of another version of etcd: from an environment variable, or where `scripts/tools` puts
+/// it. `None` if the variable is `none`.
 ///
 /// # Panics
 ///
@@ -195,8 +195,8 @@ pub async fn registered_keys(client: &Client) -> TestResult<Vec<String>> {
     Ok(keys.collect::<Result<_, _>>()?)
 }
 
-/// Collects the snapshots of a directory in the background. Like every consumer, it may miss a snapshot
-/// that is replaced at once.
+/// Collects the snapshots of a directory in the background. Like every consumer, it may miss a
+/// snapshot that is replaced at once.
 pub struct SnapshotRecorder {
     snapshots: Arc<Mutex<Vec<Arc<Snapshot>>>>,
     _collector: AbortOnDropHandle<()>,

@@ -83,8 +83,8 @@ impl ChildProcess {
         kill(Pid::from_raw(self.id() as i32), signal).unwrap();
     }
 
-    /// Stops the process with SIGSTOP, and returns once it has stopped: on another core that takes a
-    /// moment.
+    /// Stops the process with SIGSTOP, and returns once it has stopped: on another core that takes
+    /// a moment.
     pub async fn pause(&self) {
         self.signal(Signal::SIGSTOP);
         let stat = format!("/proc/{}/stat", self.id());
