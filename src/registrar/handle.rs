@@ -156,7 +156,7 @@ impl Registrar {
         self.registrations.lock().held()
     }
 
-    /// Ends all registrations gracefully: [drains](Registration::drain) them at the same time, for
+    /// Ends all registrations gracefully: [drains](Registration::drain) them at the same time, with
     /// the builder's [`leave_grace`](crate::RegistrarBuilder::leave_grace), and returns when etcd
     /// has deleted the keys and revoked the leases.
     ///
