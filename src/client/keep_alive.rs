@@ -16,7 +16,7 @@ use tonic::Code;
 
 use super::etcd_error::EtcdError;
 use super::handle::{Client, STREAM_OPEN_TIMEOUT};
-use super::lease::{ABOVE_0, PROBE_TTL, lease_error, validate_id};
+use super::lease::{ID_NOT_POSITIVE, PROBE_TTL, lease_error, validate_id};
 use super::transport::CallOptions;
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 impl Client {
     /// Renews a lease once. The response has its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
-        validate_id(id, ABOVE_0)?;
+        validate_id(id, ID_NOT_POSITIVE)?;
         self.open_stream(|| operation(id), || self.renew_confirmed(id, None))
             .await
             .map(|(response, _)| response)
@@ -36,7 +36,7 @@ impl Client {
     /// [`KeepAlive`] is dropped, whether or not the stream is polled. Returns after the first
     /// renewal.
     pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
-        validate_id(id, ABOVE_0)?;
+        validate_id(id, ID_NOT_POSITIVE)?;
         let open = || async {
             let sent_at = Instant::now();
             let (first, stream) = self.renew_confirmed(id, None).await?;

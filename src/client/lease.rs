@@ -81,7 +81,7 @@ impl Client {
 
     /// Revokes a lease. etcd deletes all its keys at once, in one revision.
     pub async fn revoke(&self, id: i64) -> Result<LeaseRevokeResponse> {
-        validate_id(id, ABOVE_0)?;
+        validate_id(id, ID_NOT_POSITIVE)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("revoke lease {id:x}");
         self.with_timeout(operation, async {
@@ -100,7 +100,7 @@ impl Client {
         id: i64,
         options: impl Into<Option<LeaseTimeToLiveOptions>>,
     ) -> Result<LeaseTimeToLiveResponse> {
-        validate_id(id, ABOVE_0)?;
+        validate_id(id, ID_NOT_POSITIVE)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("time to live of lease {id:x}");
         let response = self
@@ -120,7 +120,7 @@ impl Client {
     }
 }
 
-pub(super) const ABOVE_0: &str = "the id of a lease is above 0";
+pub(super) const ID_NOT_POSITIVE: &str = "a lease id must be above 0";
 
 /// Refuses ids that no lease has. etcd takes 0 for "choose an id", so a probe for lease 0 would
 /// grant a new lease.

@@ -127,7 +127,7 @@ impl Client {
             .map_err(failed)?
             .ok_or_else(|| watch_lost(key, "the stream ended before the watch was created"))?;
         if created.canceled() {
-            return Err(canceled(key, &created));
+            return Err(cancel_error(key, &created));
         }
         if !created.created() {
             return Err(watch_lost(
@@ -150,10 +150,11 @@ impl Client {
 
     /// etcd's current revision, confirmed by a quorum. The user must be allowed to read `key`.
     pub(crate) async fn current_revision(&self, key: &[u8]) -> Result<i64> {
-        let key = if key.is_empty() { b"\0" } else { key };
+        // etcd refuses to read the empty key.
+        let one_key = if key.is_empty() { b"\0" } else { key };
         self.with_timeout(
             || read_operation(key),
-            self.read_revision(key, GetOptions::new().with_count_only()),
+            self.read_revision(one_key, GetOptions::new().with_count_only()),
         )
         .await
     }
@@ -264,7 +265,10 @@ impl RawWatch {
             {
                 watch_lost(&self.key, "the revision before the start is compacted")
             }
-            error if matches!(self.start, Start::Before(_)) && EtcdError::of(&error) == EtcdError::TooLarge => {
+            error
+                if matches!(self.start, Start::Before(_))
+                    && EtcdError::of(&error) == EtcdError::TooLarge =>
+            {
                 watch_lost(&self.key, "the revision before the start is too large")
             }
             error => error,
@@ -303,7 +307,7 @@ impl RawWatch {
             })?
             .ok_or_else(|| watch_lost(&self.key, "the server ended the stream"))?;
         if message.canceled() {
-            return Err(canceled(&self.key, &message));
+            return Err(cancel_error(&self.key, &message));
         }
         // Before etcd 3.5.8 a response to a progress request may overtake events
         // (etcd-io/etcd#15220), so it only shows that the server is alive. etcd's own progress
@@ -339,7 +343,7 @@ fn watch_lost(key: &[u8], reason: &str) -> Error {
 }
 
 /// The error of a watch that etcd cancelled. etcd gives the reason only as text.
-fn canceled(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
+fn cancel_error(key: &[u8], message: &etcd_client::WatchResponse) -> Error {
     if message.compact_revision() > 0 {
         return Error::Compacted {
             compact_revision: message.compact_revision(),
