@@ -7,9 +7,9 @@
 //! ```text
 //!   per layout (a format under a prefix):                             per directory:
 //!
-//!   etcd <-list, watch- Driver --event--> ListWatchState --> Publisher --> MergedView --> Directory
-//!                         ^                     |                |
-//!                         +-------action--------+                +--> cache file
+//!   etcd <-list, watch- Driver -event-> ListWatchState --> Publisher --> MergedView --> Directory
+//!                         ^                    |               |
+//!                         +-------action-------+               +--> cache file
 //! ```
 //!
 //! # Recovery

@@ -62,7 +62,10 @@ async fn refuses_a_watch_after_etcd_was_wiped() {
     // As if the list had been of a revision that a wiped etcd has not reached.
     let error = driver.open_watch(next + 1, listed).await.err();
     assert!(
-        matches!(error, Some(Error::RevisionWentBack { seen, now }) if seen == next && now == next - 1),
+        matches!(
+            error,
+            Some(Error::RevisionWentBack { seen, now }) if seen == next && now == next - 1
+        ),
         "{error:?}"
     );
 }
