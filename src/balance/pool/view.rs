@@ -31,7 +31,6 @@ pub(crate) struct PoolStatus {
     pub(crate) range: Arc<str>,
     pub(crate) endpoints: Vec<Arc<Endpoint>>,
     /// How many endpoints the picker has.
-    #[allow(dead_code, reason = "read by tests")]
     pub(crate) ready: usize,
     /// Why instances cannot be called: their addresses are invalid, or they need TLS.
     pub(crate) unusable: Vec<String>,
@@ -72,8 +71,7 @@ impl View {
     }
 
     /// Receives each status that is published from now on, or only the latest if the receiver is
-    /// slow. Calls do not take part in it. The channel closes when the view is dropped.
-    #[allow(dead_code, reason = "used by tests")]
+    /// slow. Calls do no work for it. The channel closes when the view is dropped.
     pub(crate) fn watch_status(&self) -> watch::Receiver<Arc<PoolStatus>> {
         self.status.subscribe()
     }
