@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 static TURN: Mutex<()> = Mutex::const_new(());
 
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn clients_are_found_by_name_until_closed() -> TestResult {
     let _turn = TURN.lock().await;

@@ -333,6 +333,7 @@ async fn slow_reader_does_not_block_other_calls() {
 }
 
 /// Responses that are not gRPC or break off: the code is tonic's, the message may be better.
+#[expect(clippy::too_many_lines, reason = "many similar cases in a row")]
 #[tokio::test]
 async fn broken_response_has_tonics_code() {
     let reasons = [

@@ -32,7 +32,8 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.unwrap().path()).collect()
 }
 
-/// Waits until the only file in the folder contains `with`, and no temporary file is left.
+/// Waits until the only file in the folder contains `with`, and no temporary file is left. At the
+/// first write a temporary file is the only one for a moment.
 async fn wait_for_cache(folder: &Path, with: &str) -> PathBuf {
     let mut only = PathBuf::new();
     wait_until("the cache is written", async || match &files(folder)[..] {

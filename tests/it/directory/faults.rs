@@ -119,8 +119,9 @@ async fn wiped_cluster_is_followed() -> TestResult {
     Ok(())
 }
 
-/// The isolated member is the only reachable one. The member serves reads that need no quorum, but
-/// its state is older than the shown one. The others have a quorum and cannot be reached.
+/// The isolated member is the only reachable one. The member serves reads that need no quorum, but its state is
+/// older than the shown one. The others have a quorum and cannot be reached.
+#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
 #[tokio::test]
 async fn isolated_member_never_shows_an_older_state() -> TestResult {
     let cluster = EtcdCluster::start_partitionable().await?;

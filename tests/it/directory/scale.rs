@@ -187,14 +187,14 @@ async fn relist_keeps_connections() -> TestResult {
     wait_until_ready(&channel, 3).await;
     assert_eq!(channel.endpoints().len(), INSTANCES);
     let load = Load::start(&channel, 4);
-    load.wait_for_calls(200).await;
+    load.wait_for_calls(30).await;
     let revision = directory.snapshot().revision();
 
     proxy.cut().await;
     let gone = key(&address(77));
     writer.delete(gone.as_str(), None).await?;
     etcd.compact().await?;
-    load.wait_for_calls(200).await;
+    load.wait_for_calls(30).await;
     proxy.restore().await?;
     wait_until("the directory has listed again", async || {
         let snapshot = directory.snapshot();
@@ -213,7 +213,7 @@ async fn relist_keeps_connections() -> TestResult {
     for server in &servers {
         load.wait_until_called(server.address()).await;
     }
-    load.wait_for_calls(200).await;
+    load.wait_for_calls(30).await;
     load.finish().await.assert_no_failure();
     for server in &servers {
         let counts = server.counts();
