@@ -37,7 +37,11 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 async fn wait_for_cache(folder: &Path, with: &str) -> PathBuf {
     let mut only = PathBuf::new();
     wait_until("the cache is written", async || match &files(folder)[..] {
-        [file] => {
+        [file]
+            if file
+                .extension()
+                .is_some_and(|extension| extension == "json") =>
+        {
             only.clone_from(file);
             fs::read_to_string(file).is_ok_and(|text| text.contains(with))
         }
