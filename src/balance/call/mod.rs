@@ -35,7 +35,7 @@ use super::replay::Replay;
 use attempt::{Attempt, Outcome};
 pub(crate) use attempted::AttemptedEndpoints;
 use grpc_timeout::Deadline;
-use progress::{Decision, Phase, Progress};
+use progress::{Decision, Progress, WaitingFor};
 use request::{CallHead, split_request};
 use response_body::{OpenCall, ResponseBody};
 pub use retry::RetryPolicy;
@@ -82,16 +82,14 @@ impl Dispatcher {
         };
         let sending = self.send_with_retries(head, body, attempted, &mut progress);
         let result = timeout_at(deadline.at, sending).await;
-        result.unwrap_or_else(|_| Err(self.deadline_status(&deadline, progress.phase())))
+        result.unwrap_or_else(|_| Err(self.deadline_status(&deadline, progress.waiting_for())))
     }
 
-    fn deadline_status(&self, deadline: &Deadline, phase: Phase) -> Status {
-        match phase {
-            Phase::WaitingForPermit => {
-                deadline.exceeded("the channel's concurrency limit is reached")
-            }
-            Phase::WaitingForEndpoint => deadline.exceeded(&self.view.describe_unavailable()),
-            Phase::WaitingForResponse => deadline.exceeded("no response"),
+    fn deadline_status(&self, deadline: &Deadline, waiting_for: WaitingFor) -> Status {
+        match waiting_for {
+            WaitingFor::Permit => deadline.exceeded("the channel's concurrency limit is reached"),
+            WaitingFor::Endpoint => deadline.exceeded(&self.view.describe_unavailable()),
+            WaitingFor::Response => deadline.exceeded("no response"),
         }
     }
 
@@ -174,7 +172,7 @@ impl Dispatcher {
         let Some(semaphore) = &self.concurrency else {
             return Ok(None);
         };
-        progress.set_phase(Phase::WaitingForPermit);
+        progress.set_waiting_for(WaitingFor::Permit);
         let acquiring = Arc::clone(semaphore).acquire_owned();
         let permit = timeout_at(progress.permit_deadline(), acquiring)
             .await
@@ -184,7 +182,7 @@ impl Dispatcher {
                     self.ready_timeout
                 ))
             })?;
-        progress.set_phase(Phase::WaitingForResponse);
+        progress.set_waiting_for(WaitingFor::Response);
         // The semaphore is never closed.
         Ok(permit.ok())
     }
@@ -198,9 +196,9 @@ impl Dispatcher {
         if let Some(picked) = self.pick(progress.excluded(), attempted) {
             return Ok(picked);
         }
-        progress.set_phase(Phase::WaitingForEndpoint);
+        progress.set_waiting_for(WaitingFor::Endpoint);
         let picked = self.wait_for_stream(progress, attempted).await?;
-        progress.set_phase(Phase::WaitingForResponse);
+        progress.set_waiting_for(WaitingFor::Response);
         Ok(picked)
     }
 

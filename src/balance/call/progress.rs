@@ -19,15 +19,15 @@ const IMMEDIATE_RETRIES: u32 = 3;
 /// not called in a tight loop.
 const TRANSPARENT_RETRY_PAUSE: Duration = Duration::from_millis(10);
 
-/// The step of a call, which the message of an exceeded deadline names.
+/// The present wait of a call, which the message of an exceeded deadline names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
+pub(super) enum WaitingFor {
     /// The channel's concurrency limit is reached.
-    WaitingForPermit,
+    Permit,
     /// No endpoint is ready, or all ready endpoints are full.
-    WaitingForEndpoint,
+    Endpoint,
     /// An attempt was sent and its response has not begun; or the backoff before the next attempt.
-    WaitingForResponse,
+    Response,
 }
 
 /// Whether a call is sent again after an attempt without a response.
@@ -48,7 +48,7 @@ pub(super) struct Progress<'a> {
     retry: Option<&'a RetryPolicy>,
     /// Created by the first retry.
     backoff: Option<Backoff>,
-    phase: Phase,
+    waiting_for: WaitingFor,
     /// Attempts that a server may have seen, and that have failed.
     failed_attempts: u32,
     /// Transparent retries in a row.
@@ -72,7 +72,7 @@ impl<'a> Progress<'a> {
             ready_timeout,
             retry,
             backoff: None,
-            phase: Phase::WaitingForResponse,
+            waiting_for: WaitingFor::Response,
             failed_attempts: 0,
             transparent_retries: 0,
             waiting_since: started,
@@ -80,12 +80,12 @@ impl<'a> Progress<'a> {
         }
     }
 
-    pub(super) fn phase(&self) -> Phase {
-        self.phase
+    pub(super) fn waiting_for(&self) -> WaitingFor {
+        self.waiting_for
     }
 
-    pub(super) fn set_phase(&mut self, phase: Phase) {
-        self.phase = phase;
+    pub(super) fn set_waiting_for(&mut self, waiting_for: WaitingFor) {
+        self.waiting_for = waiting_for;
     }
 
     pub(super) fn deadline(&self) -> Option<&Deadline> {
