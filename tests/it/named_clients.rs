@@ -11,13 +11,10 @@ use tokio::time::{Instant, sleep, timeout};
 
 static TURN: Mutex<()> = Mutex::const_new(());
 
-#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
-#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn clients_are_found_by_name_until_closed() -> TestResult {
+#[tokio::test]
+async fn errors_without_clients_say_what_to_do() -> TestResult {
     let _turn = TURN.lock().await;
-    let (one, two) = (Etcd::start().await?, Etcd::start().await?);
-
-    // With nothing registered the errors say what to do.
+    let endpoints = ["127.0.0.1:1".to_owned()];
     let text = goo_etcd::default().unwrap_err().to_string();
     assert!(text.contains("register_default"), "{text}");
     let text = goo_etcd::get_client("one").unwrap_err().to_string();
@@ -27,10 +24,17 @@ async fn clients_are_found_by_name_until_closed() -> TestResult {
         Err(Error::NoDefaultClient { .. })
     ));
     assert!(matches!(
-        goo_etcd::register("", config([one.endpoint()])).await,
+        goo_etcd::register("", config(endpoints)).await,
         Err(Error::Invalid { field: "name", .. })
     ));
     goo_etcd::close_all().await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn clients_are_found_by_name_until_closed() -> TestResult {
+    let _turn = TURN.lock().await;
+    let (one, two) = (Etcd::start().await?, Etcd::start().await?);
 
     // Two clusters by name.
     goo_etcd::register("two", config([two.endpoint()])).await?;
@@ -99,7 +103,15 @@ async fn clients_are_found_by_name_until_closed() -> TestResult {
         Err(Error::NoDefaultClient { .. })
     ));
 
-    // Of many concurrent registrations of a name one succeeds.
+    goo_etcd::close_all().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn one_of_many_concurrent_registrations_succeeds() -> TestResult {
+    let _turn = TURN.lock().await;
+    let one = Etcd::start().await?;
+    goo_etcd::register("one", config([one.endpoint()])).await?;
     let racers = (0..32).map(|n| {
         let config = config([one.endpoint()]);
         tokio::spawn(async move { goo_etcd::register(format!("race-{}", n % 4), config).await })

@@ -223,12 +223,7 @@ impl Lane {
             let (fault, newcomers) = match kind {
                 Join if there.len() <= MANY => {
                     let count = self.rng.usize(3..=6);
-                    let names: Vec<Name> = (next_slot..next_slot + count)
-                        .map(|slot| Name {
-                            slot,
-                            generation: 0,
-                        })
-                        .collect();
+                    let names = first_of_slots(next_slot..next_slot + count);
                     next_slot += count;
                     (Fault::Join(names.clone()), names)
                 }
@@ -270,4 +265,14 @@ impl Lane {
 fn successor(name: Name, running: usize) -> Option<Name> {
     let has_successor = running <= SERVERS || name.path().is_some();
     has_successor.then(|| name.successor())
+}
+
+/// The first servers of these slots.
+fn first_of_slots(slots: std::ops::Range<usize>) -> Vec<Name> {
+    slots
+        .map(|slot| Name {
+            slot,
+            generation: 0,
+        })
+        .collect()
 }

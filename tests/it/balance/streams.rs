@@ -332,89 +332,94 @@ async fn slow_reader_does_not_block_other_calls() {
     assert_eq!(rest, 99);
 }
 
+const REASONS: [Reason; 7] = [
+    Reason::NO_ERROR,
+    Reason::PROTOCOL_ERROR,
+    Reason::INTERNAL_ERROR,
+    Reason::FLOW_CONTROL_ERROR,
+    Reason::CANCEL,
+    Reason::ENHANCE_YOUR_CALM,
+    Reason::INADEQUATE_SECURITY,
+];
+
+/// Sends the broken response that the request's metadata asks for.
+async fn respond_broken(
+    request: http::Request<h2::RecvStream>,
+    mut respond: h2::server::SendResponse<bytes::Bytes>,
+) {
+    let grpc = || http::Response::builder().header("content-type", "application/grpc");
+    let metadata = |name| request.headers().get(name)?.to_str().ok()?.parse().ok();
+    let reason = |which: u32| REASONS[which as usize % REASONS.len()];
+    let Some(how): Option<u32> = metadata("x-how") else {
+        return;
+    };
+    let which = metadata("x-which").unwrap_or(0);
+    match how {
+        // A reset before the response headers, after them, and in the middle of a message.
+        0 => respond.send_reset(reason(which)),
+        1 => {
+            let mut body = respond
+                .send_response(grpc().body(()).unwrap(), false)
+                .unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            body.send_reset(reason(which));
+        }
+        2 => {
+            let mut body = respond
+                .send_response(grpc().body(()).unwrap(), false)
+                .unwrap();
+            body.send_data(vec![0, 0, 0, 0, 9, 1].into(), false)
+                .unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            body.send_reset(reason(which));
+        }
+        // No status, half a message, no gRPC response, an HTTP error, an invalid status.
+        3 => drop(respond.send_response(grpc().body(()).unwrap(), true)),
+        4 => {
+            let mut body = respond
+                .send_response(grpc().body(()).unwrap(), false)
+                .unwrap();
+            body.send_data(vec![0, 0, 0, 0, 9, 1].into(), true).unwrap();
+        }
+        5 => {
+            let head = http::Response::builder().header("content-type", "text/html");
+            let mut body = respond
+                .send_response(head.body(()).unwrap(), false)
+                .unwrap();
+            body.send_data("<html>".into(), true).unwrap();
+        }
+        6 => {
+            let status = [400, 401, 403, 404, 429, 502, 503, 504][which as usize % 8];
+            let head = http::Response::builder().status(status);
+            drop(respond.send_response(head.body(()).unwrap(), true));
+        }
+        7 => {
+            let head = grpc().header("grpc-status", "what");
+            drop(respond.send_response(head.body(()).unwrap(), true));
+        }
+        // A complete response, then a reset of the unfinished request.
+        8 => {
+            let mut body = respond
+                .send_response(grpc().body(()).unwrap(), false)
+                .unwrap();
+            body.send_data(vec![0; 5].into(), false).unwrap();
+            let mut trailers = http::HeaderMap::new();
+            trailers.insert("grpc-status", "0".parse().unwrap());
+            body.send_trailers(trailers).unwrap();
+            respond.send_reset(Reason::NO_ERROR);
+        }
+        // Larger headers than the client accepts.
+        _ => {
+            let head = grpc().header("x-large", "x".repeat(20_000));
+            drop(respond.send_response(head.body(()).unwrap(), true));
+        }
+    }
+}
+
 /// Responses that are not gRPC or break off: the code is tonic's, the message may be better.
-#[expect(clippy::too_many_lines, reason = "many similar cases in a row")]
 #[tokio::test]
 async fn broken_response_has_tonics_code() {
-    let reasons = [
-        Reason::NO_ERROR,
-        Reason::PROTOCOL_ERROR,
-        Reason::INTERNAL_ERROR,
-        Reason::FLOW_CONTROL_ERROR,
-        Reason::CANCEL,
-        Reason::ENHANCE_YOUR_CALM,
-        Reason::INADEQUATE_SECURITY,
-    ];
-    let grpc = || http::Response::builder().header("content-type", "application/grpc");
-    let server = RawServer::start(move |request, mut respond| async move {
-        let metadata = |name| request.headers().get(name)?.to_str().ok()?.parse().ok();
-        let reason = |which: u32| reasons[which as usize % reasons.len()];
-        let Some(how): Option<u32> = metadata("x-how") else {
-            return;
-        };
-        let which = metadata("x-which").unwrap_or(0);
-        match how {
-            // A reset before the response headers, after them, and in the middle of a message.
-            0 => respond.send_reset(reason(which)),
-            1 => {
-                let mut body = respond
-                    .send_response(grpc().body(()).unwrap(), false)
-                    .unwrap();
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                body.send_reset(reason(which));
-            }
-            2 => {
-                let mut body = respond
-                    .send_response(grpc().body(()).unwrap(), false)
-                    .unwrap();
-                body.send_data(vec![0, 0, 0, 0, 9, 1].into(), false)
-                    .unwrap();
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                body.send_reset(reason(which));
-            }
-            // No status, half a message, no gRPC response, an HTTP error, an invalid status.
-            3 => drop(respond.send_response(grpc().body(()).unwrap(), true)),
-            4 => {
-                let mut body = respond
-                    .send_response(grpc().body(()).unwrap(), false)
-                    .unwrap();
-                body.send_data(vec![0, 0, 0, 0, 9, 1].into(), true).unwrap();
-            }
-            5 => {
-                let head = http::Response::builder().header("content-type", "text/html");
-                let mut body = respond
-                    .send_response(head.body(()).unwrap(), false)
-                    .unwrap();
-                body.send_data("<html>".into(), true).unwrap();
-            }
-            6 => {
-                let status = [400, 401, 403, 404, 429, 502, 503, 504][which as usize % 8];
-                let head = http::Response::builder().status(status);
-                drop(respond.send_response(head.body(()).unwrap(), true));
-            }
-            7 => {
-                let head = grpc().header("grpc-status", "what");
-                drop(respond.send_response(head.body(()).unwrap(), true));
-            }
-            // A complete response, then a reset of the unfinished request.
-            8 => {
-                let mut body = respond
-                    .send_response(grpc().body(()).unwrap(), false)
-                    .unwrap();
-                body.send_data(vec![0; 5].into(), false).unwrap();
-                let mut trailers = http::HeaderMap::new();
-                trailers.insert("grpc-status", "0".parse().unwrap());
-                body.send_trailers(trailers).unwrap();
-                respond.send_reset(Reason::NO_ERROR);
-            }
-            // Larger headers than the client accepts.
-            _ => {
-                let head = grpc().header("x-large", "x".repeat(20_000));
-                drop(respond.send_response(head.body(()).unwrap(), true));
-            }
-        }
-    })
-    .await;
+    let server = RawServer::start(respond_broken).await;
     for how in 0..=9 {
         for which in 0..8 {
             let what = format!("x-how {how}, x-which {which}");

@@ -119,9 +119,31 @@ async fn wiped_cluster_is_followed() -> TestResult {
     Ok(())
 }
 
-/// The isolated member is the only reachable one. The member serves reads that need no quorum, but its state is
-/// older than the shown one. The others have a quorum and cannot be reached.
-#[expect(clippy::too_many_lines, reason = "one scenario, step by step")]
+/// The watch is on the member that gets isolated, and would stay silent forever.
+async fn watch_on_isolated_member_is_replaced(
+    cluster: &EtcdCluster,
+    isolated: usize,
+    writer: &mut goo_etcd::etcd_client::Client,
+    directory: &Directory,
+) -> TestResult {
+    cluster.isolate(isolated).await;
+    writer.put(key("a"), value("h:41"), None).await?;
+    wait_until("the directory is stale", async || {
+        !directory.snapshot().freshness().is_live()
+    })
+    .await;
+    assert_eq!(listing(&directory.snapshot()), ["a=h:40"]);
+    cluster.rejoin(isolated);
+    wait_until("the directory is live again", async || {
+        let snapshot = directory.snapshot();
+        snapshot.freshness().is_live() && listing(&snapshot) == ["a=h:41"]
+    })
+    .await;
+    Ok(())
+}
+
+/// The isolated member is the only reachable one. The member serves reads that need no quorum, but
+/// its state is older than the shown one. The others have a quorum and cannot be reached.
 #[tokio::test]
 async fn isolated_member_never_shows_an_older_state() -> TestResult {
     let cluster = EtcdCluster::start_partitionable().await?;
@@ -202,20 +224,7 @@ async fn isolated_member_never_shows_an_older_state() -> TestResult {
     })
     .await;
 
-    // The watch is on that member, and would stay silent for ever.
-    cluster.isolate(isolated).await;
-    writer.put(key("a"), value("h:41"), None).await?;
-    wait_until("the directory is stale", async || {
-        !directory.snapshot().freshness().is_live()
-    })
-    .await;
-    assert_eq!(listing(&directory.snapshot()), ["a=h:40"]);
-    cluster.rejoin(isolated);
-    wait_until("the directory is live again", async || {
-        let snapshot = directory.snapshot();
-        snapshot.freshness().is_live() && listing(&snapshot) == ["a=h:41"]
-    })
-    .await;
+    watch_on_isolated_member_is_replaced(&cluster, isolated, &mut writer, &directory).await?;
     let revisions = seen.all();
     let revisions: Vec<i64> = revisions.iter().map(|s| s.revision()).collect();
     assert!(revisions.is_sorted(), "{revisions:?}");
