@@ -454,151 +454,108 @@ mod tests {
         }
     }
 
+    fn check(error: &Error, retryable: bool, permanent: bool, code: Option<Code>) {
+        assert_eq!(error.is_retryable(), retryable, "{error}");
+        assert_eq!(error.is_permanent(), permanent, "{error}");
+        assert_eq!(error.code(), code, "{error}");
+        let is_closed = matches!(error, Error::Closed { .. });
+        assert_eq!(error.is_closed(), is_closed, "{error}");
+        assert!(!error.is_permission_denied(), "{error}");
+    }
+
+    const AFTER: Duration = Duration::from_secs(1);
+
+    fn operation() -> String {
+        "put \"key\"".to_owned()
+    }
+
+    fn reason() -> String {
+        "text".to_owned()
+    }
+
     #[test]
-    fn table_of_own_errors() {
-        let (key, operation, reason) = ("key".to_owned(), "put".to_owned(), "text".to_owned());
-        let (name, after) = ("main".to_owned(), Duration::from_secs(1));
-        let known = vec![name.clone()];
-        // The error, whether it is retryable, whether it is permanent, and its code.
-        let table = [
-            (Error::invalid("ttl", "0", "text"), false, true, None),
-            (
-                Error::Unreachable {
-                    endpoints: known.clone(),
-                    after,
-                    reason: reason.clone(),
-                },
-                true,
-                false,
-                None,
-            ),
-            (
-                Error::NotConnected {
-                    operation: operation.clone(),
-                    after,
-                    reason: reason.clone(),
-                },
-                true,
-                false,
-                Some(Code::Unavailable),
-            ),
-            (
-                Error::Timeout {
-                    operation: operation.clone(),
-                    after,
-                },
-                true,
-                false,
-                None,
-            ),
-            (
-                Error::StreamLost {
-                    operation: operation.clone(),
-                    reason: reason.clone(),
-                },
-                true,
-                false,
-                Some(Code::Unavailable),
-            ),
-            (
-                Error::Compacted {
-                    compact_revision: 7,
-                },
-                false,
-                false,
-                None,
-            ),
-            (Error::LeaseNotFound { id: 7 }, false, true, None),
-            (
-                Error::LeaseUnconfirmed {
-                    id: 7,
-                    after,
-                    reason,
-                },
-                true,
-                false,
-                None,
-            ),
-            (
-                Error::LeaseNotApplied { id: 7 },
-                true,
-                false,
-                Some(Code::Unavailable),
-            ),
-            (
-                Error::RevisionWentBack { seen: 7, now: 1 },
-                false,
-                false,
-                None,
-            ),
-            (
-                Error::DataReplaced {
-                    operation: operation.clone(),
-                },
-                true,
-                false,
-                Some(Code::Aborted),
-            ),
-            (
-                Error::Conflict {
-                    operation,
-                    attempts: 5,
-                },
-                true,
-                false,
-                Some(Code::Aborted),
-            ),
-            (
-                Error::KeyLost { key: key.clone() },
-                false,
-                true,
-                Some(Code::FailedPrecondition),
-            ),
-            (Error::Closed { name: name.clone() }, false, true, None),
-            (
-                Error::ClientAlreadyRegistered { name: name.clone() },
-                false,
-                true,
-                None,
-            ),
-            (
-                Error::UnknownClient {
-                    name,
-                    known: known.clone(),
-                },
-                false,
-                true,
-                None,
-            ),
-            (Error::NoDefaultClient { known }, false, true, None),
-            (
-                Error::CloseAll {
-                    failures: Vec::new(),
-                },
-                false,
-                true,
-                None,
-            ),
-            (Error::Deregistered { key: key.clone() }, false, true, None),
-            (
-                Error::Superseded {
-                    key: key.clone(),
-                    by: 7,
-                },
-                false,
-                true,
-                None,
-            ),
-            (Error::InstanceAlreadyRegistered { key }, false, true, None),
-            (Error::RegistrarClosed, false, true, None),
-        ];
-        for (error, retryable, permanent, code) in table {
-            assert_eq!(error.is_retryable(), retryable, "{error}");
-            assert_eq!(error.is_permanent(), permanent, "{error}");
-            assert_eq!(error.code(), code, "{error}");
-            let is_closed = matches!(error, Error::Closed { .. });
-            assert_eq!(error.is_closed(), is_closed, "{error}");
-            assert!(!error.is_permission_denied(), "{error}");
+    fn failures_of_etcd_or_the_network_are_retryable() {
+        let unreachable = Error::Unreachable {
+            endpoints: vec!["localhost:2379".to_owned()],
+            after: AFTER,
+            reason: reason(),
+        };
+        check(&unreachable, true, false, None);
+        let not_connected = Error::NotConnected {
+            operation: operation(),
+            after: AFTER,
+            reason: reason(),
+        };
+        check(&not_connected, true, false, Some(Code::Unavailable));
+        let timeout = Error::Timeout {
+            operation: operation(),
+            after: AFTER,
+        };
+        check(&timeout, true, false, None);
+        let stream_lost = Error::StreamLost {
+            operation: operation(),
+            reason: reason(),
+        };
+        check(&stream_lost, true, false, Some(Code::Unavailable));
+        let unconfirmed = Error::LeaseUnconfirmed {
+            id: 7,
+            after: AFTER,
+            reason: reason(),
+        };
+        check(&unconfirmed, true, false, None);
+        let not_applied = Error::LeaseNotApplied { id: 7 };
+        check(&not_applied, true, false, Some(Code::Unavailable));
+        let replaced = Error::DataReplaced {
+            operation: operation(),
+        };
+        check(&replaced, true, false, Some(Code::Aborted));
+        let conflict = Error::Conflict {
+            operation: operation(),
+            attempts: 5,
+        };
+        check(&conflict, true, false, Some(Code::Aborted));
+    }
+
+    #[test]
+    fn lost_history_needs_another_list() {
+        let compacted = Error::Compacted {
+            compact_revision: 7,
+        };
+        check(&compacted, false, false, None);
+        check(
+            &Error::RevisionWentBack { seen: 7, now: 1 },
+            false,
+            false,
+            None,
+        );
+    }
+
+    #[test]
+    fn other_errors_are_permanent() {
+        let (key, name) = (|| "key".to_owned(), || "main".to_owned());
+        let key_lost = Error::KeyLost { key: key() };
+        check(&key_lost, false, true, Some(Code::FailedPrecondition));
+        for error in [
+            Error::invalid("ttl", "0", "text"),
+            Error::LeaseNotFound { id: 7 },
+            Error::Closed { name: name() },
+            Error::ClientAlreadyRegistered { name: name() },
+            Error::UnknownClient {
+                name: name(),
+                known: vec![name()],
+            },
+            Error::NoDefaultClient {
+                known: vec![name()],
+            },
+            Error::CloseAll {
+                failures: Vec::new(),
+            },
+            Error::Deregistered { key: key() },
+            Error::Superseded { key: key(), by: 7 },
+            Error::InstanceAlreadyRegistered { key: key() },
+            Error::RegistrarClosed,
+        ] {
+            check(&error, false, true, None);
         }
     }
 }

@@ -139,90 +139,92 @@ pub(super) fn cancel_status(reason: &str) -> Status {
 mod tests {
     use super::*;
 
+    const TABLE: [(Code, &str, EtcdError); 16] = [
+        (
+            Code::OutOfRange,
+            "etcdserver: mvcc: required revision has been compacted",
+            EtcdError::Compacted,
+        ),
+        (
+            Code::OutOfRange,
+            "etcdserver: mvcc: required revision is a future revision",
+            EtcdError::Other,
+        ),
+        (
+            Code::OutOfRange,
+            "the response of 9 bytes is over max_call_recv_msg_size, 8 bytes",
+            EtcdError::TooLarge,
+        ),
+        (
+            Code::Unavailable,
+            "etcdserver: no leader",
+            EtcdError::NoLeader,
+        ),
+        (
+            Code::Unavailable,
+            "etcdserver: leader changed",
+            EtcdError::Other,
+        ),
+        (
+            Code::Unauthenticated,
+            "etcdserver: invalid auth token",
+            EtcdError::InvalidToken,
+        ),
+        (
+            Code::InvalidArgument,
+            "etcdserver: revision of auth store is old",
+            EtcdError::OldToken,
+        ),
+        (
+            Code::InvalidArgument,
+            "etcdserver: user name is empty",
+            EtcdError::Other,
+        ),
+        (
+            Code::PermissionDenied,
+            "etcdserver: permission denied",
+            EtcdError::PermissionDenied,
+        ),
+        (
+            Code::FailedPrecondition,
+            "etcdserver: authentication is not enabled",
+            EtcdError::AuthNotEnabled,
+        ),
+        (
+            Code::FailedPrecondition,
+            "etcdserver: lease already exists",
+            EtcdError::LeaseExists,
+        ),
+        (
+            Code::FailedPrecondition,
+            "etcdserver: rpc not supported for learner",
+            EtcdError::Other,
+        ),
+        (
+            Code::NotFound,
+            "etcdserver: requested lease not found",
+            EtcdError::LeaseNotFound,
+        ),
+        (
+            Code::NotFound,
+            "etcdserver: member not found",
+            EtcdError::Other,
+        ),
+        (
+            Code::ResourceExhausted,
+            "etcdserver: mvcc: database space exceeded",
+            EtcdError::NoSpace,
+        ),
+        (
+            Code::ResourceExhausted,
+            "etcdserver: too many requests",
+            EtcdError::Other,
+        ),
+    ];
+
     #[test]
     fn code_and_text_decode_to_the_error() {
-        for (code, text, error) in [
-            (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision has been compacted",
-                EtcdError::Compacted,
-            ),
-            (
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision is a future revision",
-                EtcdError::Other,
-            ),
-            (
-                Code::OutOfRange,
-                "the response of 9 bytes is over max_call_recv_msg_size, 8 bytes",
-                EtcdError::TooLarge,
-            ),
-            (
-                Code::Unavailable,
-                "etcdserver: no leader",
-                EtcdError::NoLeader,
-            ),
-            (
-                Code::Unavailable,
-                "etcdserver: leader changed",
-                EtcdError::Other,
-            ),
-            (
-                Code::Unauthenticated,
-                "etcdserver: invalid auth token",
-                EtcdError::InvalidToken,
-            ),
-            (
-                Code::InvalidArgument,
-                "etcdserver: revision of auth store is old",
-                EtcdError::OldToken,
-            ),
-            (
-                Code::InvalidArgument,
-                "etcdserver: user name is empty",
-                EtcdError::Other,
-            ),
-            (
-                Code::PermissionDenied,
-                "etcdserver: permission denied",
-                EtcdError::PermissionDenied,
-            ),
-            (
-                Code::FailedPrecondition,
-                "etcdserver: authentication is not enabled",
-                EtcdError::AuthNotEnabled,
-            ),
-            (
-                Code::FailedPrecondition,
-                "etcdserver: lease already exists",
-                EtcdError::LeaseExists,
-            ),
-            (
-                Code::FailedPrecondition,
-                "etcdserver: rpc not supported for learner",
-                EtcdError::Other,
-            ),
-            (
-                Code::NotFound,
-                "etcdserver: requested lease not found",
-                EtcdError::LeaseNotFound,
-            ),
-            (
-                Code::NotFound,
-                "etcdserver: member not found",
-                EtcdError::Other,
-            ),
-            (
-                Code::ResourceExhausted,
-                "etcdserver: mvcc: database space exceeded",
-                EtcdError::NoSpace,
-            ),
-            (
-                Code::ResourceExhausted,
-                "etcdserver: too many requests",
-                EtcdError::Other,
-            ),
-        ] {
+        for (code, text, error) in TABLE {
             assert_eq!(EtcdError::decode(code, text), error, "{text}");
             let client = etcd_client::Error::GRpcStatus(Status::new(code, text));
             assert_eq!(EtcdError::of_client(&client), error, "{text}");
