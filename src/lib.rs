@@ -107,7 +107,7 @@ mod time;
 
 pub use balance::{
     BalancePolicy, BalancedChannel, BalancedChannelBuilder, EndpointState, EndpointStatus,
-    RetryPolicy,
+    EndpointStatuses, RetryPolicy, ServedBy,
 };
 pub use client::{
     Client, Compare, CompareOp, DeleteOptions, Event, EventType, GetOptions, KeepAlive, KeyValue,
