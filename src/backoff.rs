@@ -8,9 +8,9 @@ use backon::BackoffBuilder;
 /// The growth from one pause to the next: the factor of gRPC's connection backoff.
 const FACTOR: f32 = 1.6;
 
-/// The random factor of each pause. It spreads the reconnects of ten thousand processes that lose
-/// etcd at the same time. It does not start at zero, because a process could then try twice at
-/// once.
+/// The random factor of each pause, which spreads the reconnects of ten thousand processes that
+/// lose etcd at the same time. The range does not start at zero, because a process could then try
+/// twice at once.
 const JITTER: Range<f64> = 0.5..1.0;
 
 /// The first pause before another attempt to reach etcd. Short, because most losses are the restart

@@ -41,7 +41,8 @@ pub enum Error {
         reason: String,
     },
 
-    /// No etcd member was connected while a call waited for one. The request was not sent.
+    /// No etcd member was connected when the time of a call ended. A write may have been executed,
+    /// if its connection closed before the response arrived.
     #[error("{operation} failed: no etcd member was connected for {after:?}: {reason}")]
     NotConnected {
         /// The operation, with its key or id.
@@ -71,8 +72,8 @@ pub enum Error {
         status: Box<tonic::Status>,
     },
 
-    /// The stream that carried a watch or the renewals of a lease was lost. Watches and renewals
-    /// open another by themselves.
+    /// The stream that carried a watch or the renewals of a lease was lost. The watch or the
+    /// renewals continue on a new stream.
     #[error("{operation} lost its stream: {reason}")]
     StreamLost {
         /// The operation of the stream, with its key or id.
@@ -203,7 +204,7 @@ pub enum Error {
         key: String,
     },
 
-    /// Another process registered the same key later. When that registration ends, this one
+    /// The same key was registered later by another process. When that registration ends, this one
     /// returns.
     #[error(
         "{key} is registered by another process, under lease {by:x}; give each process its own id"
@@ -290,8 +291,8 @@ impl Error {
         }
     }
 
-    /// Whether the same operation may succeed later, although neither the program nor the user's
-    /// permissions change.
+    /// Whether the same operation may succeed later without a change of the program or of the
+    /// user's permissions.
     ///
     /// `true` means that etcd, or the way to etcd, was at fault: no member responded, a timeout, a
     /// lost stream, a conflict with another writer, or a status such as `UNAVAILABLE`, `INTERNAL`
@@ -364,9 +365,9 @@ impl Error {
         matches!(self, Error::Closed { .. })
     }
 
-    /// Whether work that lists and watches must end with this error. Unlike an error
-    /// that is merely not retryable, a compacted or replaced history ends no such work, because the
-    /// work can list again.
+    /// Whether background work, such as a directory or a lock, must end with this error. A
+    /// compacted or rewound history is not retryable either, but does not end such work, because
+    /// the work can list again.
     pub(crate) fn is_permanent(&self) -> bool {
         let needs_new_list = matches!(
             self,

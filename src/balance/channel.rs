@@ -104,8 +104,8 @@ impl BalancedChannel {
         let _ = statuses.wait_for(|status| status.ready >= count).await;
     }
 
-    /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints that it is sent
-    /// to.
+    /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints that it is
+    /// sent to.
     pub(crate) async fn call_avoiding(
         &self,
         request: Request<Body>,

@@ -1,7 +1,7 @@
 //! The errors of etcd that this crate tells apart.
 //!
-//! This file is the only one that knows etcd's error texts. etcd gives several errors the same gRPC
-//! code, so its own clients tell them apart by their text as well. The texts are those of etcd's
+//! No other file of the crate knows etcd's error texts. etcd gives several errors the same gRPC
+//! code, so its own clients tell them apart by their text as well. The texts come from etcd's
 //! package `api/v3rpc/rpctypes`, and are the same from 3.4 to 3.7.
 
 use tonic::{Code, Status};
@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use crate::error::Error;
 
 /// The text of the error of a token that is older than its users and roles (`ErrAuthOldRevision`).
-pub(super) const OLD_TOKEN: &str = "revision of auth store is old";
+const OLD_TOKEN: &str = "revision of auth store is old";
 
 /// An error of etcd's, decoded from its gRPC code and its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +32,6 @@ pub(crate) enum EtcdError {
     NoSpace,
     /// No lease with this id exists.
     LeaseNotFound,
-    /// A lease with this id exists already.
-    LeaseExists,
     /// A message is larger than the client's limit, or would be.
     TooLarge,
     /// Any other error.
@@ -41,7 +39,7 @@ pub(crate) enum EtcdError {
 }
 
 /// Each error with its code and a part of its text.
-const KNOWN: [(Code, &str, EtcdError); 7] = [
+const KNOWN: [(Code, &str, EtcdError); 6] = [
     (Code::OutOfRange, "has been compacted", EtcdError::Compacted),
     (
         Code::Unavailable,
@@ -60,11 +58,6 @@ const KNOWN: [(Code, &str, EtcdError); 7] = [
         EtcdError::NoSpace,
     ),
     (Code::NotFound, "lease not found", EtcdError::LeaseNotFound),
-    (
-        Code::FailedPrecondition,
-        "lease already exists",
-        EtcdError::LeaseExists,
-    ),
 ];
 
 impl EtcdError {
@@ -115,9 +108,9 @@ impl EtcdError {
     }
 }
 
-/// The status for the reason with which etcd cancels a watch. A watch shares its stream with
-/// others, so etcd gives the reason as text without a code; the codes are those that it gives the
-/// same texts elsewhere. An old token gets the code of an expired one, because a new token helps.
+/// The status for the reason with which etcd cancels a watch. Watches share a stream, so etcd gives
+/// the reason as a text without a code; the code here is the one of the same text in a unary
+/// response. An old token gets the code of an expired one, because a new token helps.
 pub(super) fn cancel_status(reason: &str) -> Status {
     let has = |text: &str| reason.contains(text);
     let code = if has("invalid auth token") || has(OLD_TOKEN) {
@@ -193,7 +186,7 @@ mod tests {
         (
             Code::FailedPrecondition,
             "etcdserver: lease already exists",
-            EtcdError::LeaseExists,
+            EtcdError::Other,
         ),
         (
             Code::FailedPrecondition,

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::instance::Instance;
 
 /// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
-/// 1 s. All that depends on etcd has to recover within two seconds of etcd's return. Fewer
+/// 1 s. Everything that depends on etcd has to recover within two seconds of etcd's return. Fewer
 /// members are tried more often, because about 20 attempts a second in all, on loopback or in a
 /// rack, cost neither side anything.
 fn max_backoff(members: usize) -> Duration {
@@ -70,8 +70,8 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
     let mut builder = BalancedChannel::builder(source)
         .connect_timeout(config.dial_timeout)
         .max_connect_backoff(max_backoff(config.endpoints.len()))
-        // Enough for a member to restart, and early enough for the caller to get the reason instead
-        // of its own timeout.
+        // Enough for a member to restart, and early enough that the caller gets the reason before
+        // the call times out.
         .ready_timeout(config.request_timeout / 2)
         .http2_keep_alive_interval(Some(config.keep_alive_interval))
         .keep_alive_timeout(config.keep_alive_timeout);
@@ -182,7 +182,7 @@ fn usable<'a>(config: &Config, members: impl Iterator<Item = MemberInfo<'a>>) ->
     members
         .filter(|member| !member.is_learner && !member.name.is_empty())
         .flat_map(|member| member.client_urls)
-        // A URL of the other scheme is left out, so that TLS is neither dropped nor added.
+        // A URL of the other scheme is left out, so that a member cannot turn TLS on or off.
         .filter_map(|url| match address(config, url) {
             Ok(address) => Some(address),
             Err(error) => {

@@ -95,8 +95,8 @@ impl Codec {
         Ok(compressed.into())
     }
 
-    /// Checks that the response's encoding is one that this client decodes, and removes the header,
-    /// because etcd-client gets plain messages.
+    /// Checks that the client can decode the response's encoding, and removes the header, because
+    /// etcd-client gets plain messages.
     pub(super) fn take_encoding(&self, headers: &mut HeaderMap) -> Result<(), Status> {
         match headers.remove(ENCODING) {
             None => Ok(()),
@@ -183,8 +183,8 @@ fn message_length(bytes: &[u8]) -> Option<usize> {
     Some(u32::from_be_bytes([a, b, c, d]) as usize)
 }
 
-/// The body of a streaming request, whose messages are checked against the limit. They are not
-/// compressed, because the messages that etcd takes as a stream have a few bytes each.
+/// The body of a streaming request, whose messages are checked against the limit. The messages are
+/// not compressed, because etcd's streams take messages of a few bytes each.
 pub(super) struct RequestStream {
     pub(super) codec: Codec,
     pub(super) body: Body,

@@ -46,8 +46,8 @@ impl CallKind {
     }
 
     /// Whether a unary call needs a leader, so that a member without one should refuse the call
-    /// instead of letting it wait. Reads are sent to other members anyway, and maintenance is meant
-    /// for one member whatever its state.
+    /// instead of letting it wait. Reads are sent to other members anyway, and a maintenance call
+    /// is meant for a particular member in any state.
     pub(super) fn needs_leader(self, path: &str) -> bool {
         matches!(self, Self::Write | Self::Authenticate)
             && path.starts_with("/etcdserverpb.")

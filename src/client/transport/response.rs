@@ -16,7 +16,7 @@ use crate::client::etcd_error::EtcdError;
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// A complete unary response. A connection that breaks in the middle of the response therefore has
-/// the same effect as one that breaks before it.
+/// the same effect as a connection that breaks before the response.
 pub(super) struct UnaryResponse {
     head: response::Parts,
     data: Bytes,
@@ -59,9 +59,9 @@ impl UnaryResponse {
         })
     }
 
-    /// The response to `Authenticate` that stands in for the refusal of an etcd that has
-    /// authentication disabled. It carries an empty token. etcd ignores the token, and once
-    /// authentication is enabled rejects it as expired, after which etcd-client renews it.
+    /// A response to `Authenticate` with an empty token, which replaces the refusal by an etcd that
+    /// has authentication disabled. etcd ignores the token. Once authentication is enabled, etcd
+    /// rejects the token as expired, and etcd-client renews it.
     pub(super) fn empty_token() -> Self {
         let (mut head, _) = Response::new(()).into_parts();
         let grpc = HeaderValue::from_static("application/grpc");

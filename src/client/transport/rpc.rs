@@ -5,12 +5,12 @@
 //! while etcd-client's method runs: see [`CallOptions`].
 //!
 //! The service stands between etcd-client, which encodes the messages and adds the user's token,
-//! and the [`BalancedChannel`], which keeps the members connected and picks one. It adds what
-//! depends on etcd:
+//! and the [`BalancedChannel`], which keeps the members connected and picks one. The service adds
+//! the parts that depend on etcd:
 //!
 //! - A failed read is sent to another member, and a slow read to another member beside the first. A
-//!   member that hangs therefore costs a read a fifth of its timeout. The channel alone repeats
-//!   writes, and only those that no member can have received.
+//!   member that hangs therefore costs a read a fifth of its timeout. A write is sent again only if
+//!   no member can have executed it.
 //! - The limits of messages, gzip, and the debug log.
 
 use std::future::Future;
@@ -115,8 +115,8 @@ impl RpcService {
         self.state.channel.store(None);
     }
 
-    /// Renews the user's token by `renew`, for a caller whose call from after `since` was refused.
-    /// Callers that wait at the same time share one renewal.
+    /// Renews the user's token by `renew`, unless etcd has issued one after `since`, the start of
+    /// the call that was refused. Callers that wait at the same time share one renewal.
     pub(in crate::client) async fn renew_token<E>(
         &self,
         since: Instant,

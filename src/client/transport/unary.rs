@@ -41,7 +41,7 @@ const READ_ATTEMPTS: u32 = 5;
 pub(super) struct Budget {
     /// How long a call is repeated.
     pub(super) timeout: Duration,
-    /// The message of the last transient error, for the errors of calls that time out.
+    /// The message of the last transient error. `Error::Unreachable` quotes it.
     pub(super) last_transient_error: ArcSwapOption<String>,
 }
 
@@ -66,8 +66,8 @@ impl UnaryCall<'_> {
         let part = self.budget.timeout / READ_ATTEMPTS;
         match self.kind {
             CallKind::Read => self.hedged(&[part; READ_ATTEMPTS as usize - 1]).await,
-            // Checking a password costs etcd much, and the more so under load. Attempts therefore
-            // start at 0, 2 and 4 fifths of the timeout, and the waiting calls have the rest.
+            // Checking a password costs etcd much, above all under load. Attempts therefore start
+            // at 0, 2 and 4 fifths of the timeout, and the waiting calls have the rest.
             CallKind::Authenticate => {
                 let response = self.hedged(&[part * 2, part * 2]).await;
                 response.map(ignore_auth_disabled)
@@ -112,7 +112,7 @@ impl UnaryCall<'_> {
     }
 
     /// Sends the call until a member with a leader takes it. A write to a member that is cut off
-    /// from the others would hang, and might be executed later all the same.
+    /// from the others would hang, and might still be executed later.
     async fn send_via_leader(&mut self) -> Result<UnaryResponse, Status> {
         let mut backoff = None;
         loop {
