@@ -1,9 +1,10 @@
-# Everything here first sees to protoc and etcd (scripts/tools), so a fresh machine needs Rust alone.
+# Each target first finds or fetches protoc and etcd (scripts/tools), so a new machine needs only
+# Rust.
 SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help tools demo chaos test check fuzz
 
-# Put before a recipe's commands, in the same shell.
+# The start of a recipe, in the same shell as its commands.
 WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4 ETCD_NEWEST;
 
 help: ## list the targets
@@ -12,11 +13,11 @@ help: ## list the targets
 tools: ## find or fetch protoc and etcd, and print where they are
 	@scripts/tools
 
-demo: ## a fleet of greeters on a real etcd, and what happens to it, in about 20 seconds
+demo: ## a fleet of greeters on a real etcd: joining, leaving, crashing; about 20 seconds
 	@$(WITH_TOOLS) cargo build --quiet --examples; cargo run --quiet --example demo
 
-# `SECONDS` is a variable of bash as well, but make reads it from its own command line and environment.
-chaos: ## faults of every kind on etcd, servers and clients, judged; SEED=, SECONDS= (180)
+# bash has a variable `SECONDS` too; make takes it from its command line and environment.
+chaos: ## random faults on etcd, servers and clients, and a verdict; SEED=, SECONDS= (180)
 	@$(WITH_TOOLS) cargo run --quiet --package chaos -- \
 	$(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(LOGS),--logs '$(LOGS)')
 
@@ -31,7 +32,7 @@ check: ## formatting, lints and documentation, warnings as errors
 	cargo clippy --workspace --all-targets --all-features -- -D warnings; \
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --all-features
 
-# How long, for each decoder.
+# The time for each decoder.
 FUZZ_SECONDS ?= 300
 
 fuzz: ## fuzz each decoder for FUZZ_SECONDS (300); needs nightly Rust and cargo-fuzz
