@@ -11,7 +11,9 @@ use tower_service::Service;
 
 use super::call::{Dispatcher, RetryPolicy};
 use super::channel::BalancedChannel;
-use super::connection::{BoxError, Connector, CustomConnector, Settings, Tls, wrap_connector};
+use super::connection::{
+    BoxError, ConnectionSettings, Connector, CustomConnector, Tls, wrap_connector,
+};
 use super::pick::BalancePolicy;
 use super::pool::{
     ConnectPlan, DEFAULT_KEEP_FOR, DEFAULT_WINDOW, MassDeletionGuard, Pool, View, window_for_ttl,
@@ -47,7 +49,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct BalancedChannelBuilder {
     source: Source,
     policy: BalancePolicy,
-    settings: Settings,
+    settings: ConnectionSettings,
     plan: ConnectPlan,
     tls: Option<TlsConfig>,
     connector: Option<CustomConnector>,
@@ -85,7 +87,7 @@ impl BalancedChannelBuilder {
         Self {
             source,
             policy: BalancePolicy::default(),
-            settings: Settings::default(),
+            settings: ConnectionSettings::default(),
             plan: ConnectPlan::default(),
             tls: None,
             connector: None,
@@ -321,8 +323,8 @@ impl BalancedChannelBuilder {
         let user_agent = user_agent(self.user_agent.as_deref())?;
         let tls = self.tls.as_ref().map(load_tls).transpose()?;
         let guard = MassDeletionGuard::new(self.keep_for(), self.window());
-        let settings = self.settings.validated()?;
-        let plan = self.plan.validated()?;
+        let settings = self.settings.validate()?;
+        let plan = self.plan.validate()?;
 
         let connector = Arc::new(Connector::new(settings, tls, self.connector));
         let view = Arc::new(View::new(Arc::clone(self.source.name())));

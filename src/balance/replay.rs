@@ -96,10 +96,10 @@ impl Replay {
     /// The body of the first attempt.
     pub(super) fn first_attempt(&self) -> AttemptBody {
         match self {
-            Self::Whole(bytes) => AttemptBody::whole(bytes),
+            Self::Whole(bytes) => AttemptBody::from_bytes(bytes),
             Self::Streamed(streamed) => {
                 let attempt = streamed.lock().start_attempt();
-                AttemptBody::streamed(streamed, attempt)
+                AttemptBody::from_stream(streamed, attempt)
             }
         }
     }
@@ -109,11 +109,11 @@ impl Replay {
     /// The attempt before cannot read the body any more.
     pub(super) fn next_attempt(&self) -> Option<AttemptBody> {
         match self {
-            Self::Whole(bytes) => Some(AttemptBody::whole(bytes)),
+            Self::Whole(bytes) => Some(AttemptBody::from_bytes(bytes)),
             Self::Streamed(streamed) => {
                 let mut state = streamed.lock();
                 let attempt = state.is_replayable().then(|| state.start_attempt())?;
-                Some(AttemptBody::streamed(streamed, attempt))
+                Some(AttemptBody::from_stream(streamed, attempt))
             }
         }
     }
@@ -156,11 +156,11 @@ pub(super) enum AttemptBody {
 }
 
 impl AttemptBody {
-    fn whole(bytes: &Bytes) -> Self {
+    fn from_bytes(bytes: &Bytes) -> Self {
         Self::Whole((!bytes.is_empty()).then(|| bytes.clone()))
     }
 
-    fn streamed(streamed: &Arc<Mutex<Streamed>>, attempt: u32) -> Self {
+    fn from_stream(streamed: &Arc<Mutex<Streamed>>, attempt: u32) -> Self {
         Self::Streamed {
             streamed: Arc::clone(streamed),
             attempt,
@@ -269,7 +269,7 @@ mod tests {
 
     use super::*;
 
-    fn streamed() -> (mpsc::UnboundedSender<Bytes>, Body) {
+    fn streaming_body() -> (mpsc::UnboundedSender<Bytes>, Body) {
         let (sender, receiver) = mpsc::unbounded();
         let frames = receiver.map(|bytes| Ok::<_, Status>(Frame::data(bytes)));
         (sender, Body::new(StreamBody::new(frames)))
@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn stream_is_replayed_and_continues() {
-        let (sender, body) = streamed();
+        let (sender, body) = streaming_body();
         sender.unbounded_send("a".into()).unwrap();
         let replay = replay(body);
         let mut first = replay.first_attempt();
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn unread_frames_are_replayable_whatever_their_size() {
-        let (sender, body) = streamed();
+        let (sender, body) = streaming_body();
         let chunk = Bytes::from(vec![7; LIMIT]);
         for _ in 0..3 {
             sender.unbounded_send(chunk.clone()).unwrap();
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn over_the_limit_nothing_is_recorded_or_lost() {
-        let (sender, body) = streamed();
+        let (sender, body) = streaming_body();
         let replay = replay(body);
         let mut first = replay.first_attempt();
         let chunk = Bytes::from(vec![7; LIMIT / 2]);
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn after_commit_nothing_is_recorded_or_lost() {
-        let (sender, body) = streamed();
+        let (sender, body) = streaming_body();
         sender.unbounded_send("a".into()).unwrap();
         sender.unbounded_send("b".into()).unwrap();
         let replay = replay(body);

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
-use crate::balance::connection::{Fate, Incoming, ReservedStream, SendError};
+use crate::balance::connection::{Incoming, ReservedStream, SendError, SendErrorKind};
 use crate::balance::grpc_status::{self, is_failure, status_of_head};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
@@ -105,13 +105,13 @@ impl<'a> Attempt<'a> {
 
     fn on_error(mut self, error: &SendError, may_retry: impl Fn(Code) -> bool) -> Outcome {
         let endpoint = Arc::clone(self.in_flight.endpoint());
-        match error.fate {
-            Fate::Rejected => {
+        match error.kind {
+            SendErrorKind::Rejected => {
                 self.in_flight.discard();
                 let message = format!("cannot send the request: {}", error.error);
                 return Outcome::Final(Status::internal(message));
             }
-            Fate::Unsent => {
+            SendErrorKind::Unsent => {
                 let elapsed = self.in_flight.elapsed();
                 self.in_flight.discard();
                 return Outcome::NotSent {
@@ -120,7 +120,7 @@ impl<'a> Attempt<'a> {
                     elapsed,
                 };
             }
-            Fate::Unknown => {}
+            SendErrorKind::Unknown => {}
         }
         if let Some(status) = self.body_error.as_ref().and_then(RequestBodyError::get) {
             // The caller's own body failed, which is no failure of the endpoint.
@@ -141,8 +141,8 @@ impl<'a> Attempt<'a> {
     /// The status of a call whose deadline fired on the server first.
     fn deadline_status(&self, status: &Status) -> Option<Status> {
         self.deadline
-            .filter(|deadline| deadline.caused(status))
-            .map(|deadline| deadline.exceeded("no response"))
+            .filter(|deadline| deadline.is_cause_of(status))
+            .map(|deadline| deadline.exceeded_status("no response"))
     }
 }
 
@@ -165,9 +165,9 @@ mod tests {
         Arc::new(Endpoint::new(target, &instance, 1))
     }
 
-    fn error(fate: Fate, reason: Reason) -> SendError {
+    fn error(kind: SendErrorKind, reason: Reason) -> SendError {
         SendError {
-            fate,
+            kind,
             error: reason.into(),
             close_reason: None,
         }
@@ -178,7 +178,10 @@ mod tests {
         let endpoint = endpoint();
         let attempt = Attempt::begin(Arc::clone(&endpoint), None, None);
         assert_eq!(endpoint.load.in_flight(), 1);
-        let outcome = attempt.on_error(&error(Fate::Unsent, Reason::REFUSED_STREAM), |_| false);
+        let outcome = attempt.on_error(
+            &error(SendErrorKind::Unsent, Reason::REFUSED_STREAM),
+            |_| false,
+        );
         assert!(matches!(outcome, Outcome::NotSent { .. }), "{outcome:?}");
         assert_eq!(endpoint.load.in_flight(), 0);
         assert_eq!(endpoint.load.latency(Instant::now()), None);
@@ -188,7 +191,10 @@ mod tests {
     fn rejected_is_the_caller_s_fault() {
         let endpoint = endpoint();
         let attempt = Attempt::begin(Arc::clone(&endpoint), None, None);
-        let outcome = attempt.on_error(&error(Fate::Rejected, Reason::INTERNAL_ERROR), |_| true);
+        let outcome = attempt.on_error(
+            &error(SendErrorKind::Rejected, Reason::INTERNAL_ERROR),
+            |_| true,
+        );
         let Outcome::Final(status) = outcome else {
             panic!("{outcome:?}");
         };
@@ -198,7 +204,7 @@ mod tests {
 
     #[test]
     fn unknown_fate_is_retried_if_the_policy_allows() {
-        let unknown = error(Fate::Unknown, Reason::INTERNAL_ERROR);
+        let unknown = error(SendErrorKind::Unknown, Reason::INTERNAL_ERROR);
         let outcome = Attempt::begin(endpoint(), None, None).on_error(&unknown, |_| true);
         assert!(matches!(outcome, Outcome::Retryable { .. }), "{outcome:?}");
         let outcome = Attempt::begin(endpoint(), None, None).on_error(&unknown, |_| false);
@@ -211,7 +217,7 @@ mod tests {
         let own = RequestBodyError::default();
         own.set(Status::data_loss("the caller's disk"));
         let attempt = Attempt::begin(Arc::clone(&endpoint), None, Some(own));
-        let outcome = attempt.on_error(&error(Fate::Unknown, Reason::CANCEL), |_| true);
+        let outcome = attempt.on_error(&error(SendErrorKind::Unknown, Reason::CANCEL), |_| true);
         let Outcome::Final(status) = outcome else {
             panic!("{outcome:?}");
         };

@@ -37,14 +37,14 @@ impl Deadline {
     }
 
     /// The status of a call that this deadline has ended while `reason` held.
-    pub(super) fn exceeded(&self, reason: &str) -> Status {
+    pub(super) fn exceeded_status(&self, reason: &str) -> Status {
         Status::deadline_exceeded(format!("deadline of {:?} exceeded: {reason}", self.timeout))
     }
 
     /// Whether `status` comes from the server's timer for this deadline, which fired just before
     /// the client's: tonic's server then responds with CANCELLED, and other servers reset the
     /// stream with CANCEL.
-    pub(super) fn caused(&self, status: &Status) -> bool {
+    pub(super) fn is_cause_of(&self, status: &Status) -> bool {
         status.code() == Code::Cancelled && Instant::now() + CLOCK_SKEW >= self.at
     }
 }
@@ -132,9 +132,9 @@ mod tests {
     async fn cancelled_near_the_deadline_is_the_server_s_timer() {
         let deadline = Deadline::after(Instant::now(), Duration::from_secs(1));
         let cancelled = Status::cancelled("Timeout expired");
-        assert!(!deadline.caused(&cancelled));
+        assert!(!deadline.is_cause_of(&cancelled));
         tokio::time::advance(Duration::from_millis(998)).await;
-        assert!(deadline.caused(&cancelled));
-        assert!(!deadline.caused(&Status::unavailable("closing")));
+        assert!(deadline.is_cause_of(&cancelled));
+        assert!(!deadline.is_cause_of(&Status::unavailable("closing")));
     }
 }

@@ -87,9 +87,11 @@ impl Dispatcher {
 
     fn deadline_status(&self, deadline: &Deadline, waiting_for: WaitingFor) -> Status {
         match waiting_for {
-            WaitingFor::Permit => deadline.exceeded("the channel's concurrency limit is reached"),
-            WaitingFor::Endpoint => deadline.exceeded(&self.view.describe_unavailable()),
-            WaitingFor::Response => deadline.exceeded("no response"),
+            WaitingFor::Permit => {
+                deadline.exceeded_status("the channel's concurrency limit is reached")
+            }
+            WaitingFor::Endpoint => deadline.exceeded_status(&self.view.describe_unavailable()),
+            WaitingFor::Response => deadline.exceeded_status("no response"),
         }
     }
 
@@ -193,7 +195,7 @@ impl Dispatcher {
         progress: &mut Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
     ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
-        if let Some(picked) = self.pick(progress.excluded(), attempted) {
+        if let Some(picked) = self.pick(progress.excluded_endpoint(), attempted) {
             return Ok(picked);
         }
         progress.set_waiting_for(WaitingFor::Endpoint);
@@ -213,7 +215,7 @@ impl Dispatcher {
             // Registered before the pick, so that no notification is lost between the two.
             ready.as_mut().enable();
             capacity.as_mut().enable();
-            if let Some(picked) = self.pick(progress.excluded(), attempted) {
+            if let Some(picked) = self.pick(progress.excluded_endpoint(), attempted) {
                 // `capacity` wakes one call at a time, and there may be room for more.
                 self.view.capacity.notify_one();
                 return Ok(picked);
@@ -243,7 +245,7 @@ impl Dispatcher {
     fn unavailable(&self, progress: &Progress<'_>, waited: &str) -> Status {
         let reason = format!("{}{waited}", self.view.describe_unavailable());
         match progress.deadline() {
-            Some(deadline) if deadline.at <= Instant::now() => deadline.exceeded(&reason),
+            Some(deadline) if deadline.at <= Instant::now() => deadline.exceeded_status(&reason),
             _ => Status::unavailable(reason),
         }
     }

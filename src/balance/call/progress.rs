@@ -103,7 +103,7 @@ impl<'a> Progress<'a> {
     }
 
     /// The endpoint of the latest attempt, which the next attempt avoids if there is another.
-    pub(super) fn excluded(&self) -> Option<&Arc<Endpoint>> {
+    pub(super) fn excluded_endpoint(&self) -> Option<&Arc<Endpoint>> {
         self.exclude.as_ref()
     }
 

@@ -67,7 +67,7 @@ impl ResponseBody {
 
     fn end_at_deadline(&mut self, deadline: Deadline) -> Status {
         self.end(false);
-        deadline.exceeded(RESPONSE_NOT_ENDED)
+        deadline.exceeded_status(RESPONSE_NOT_ENDED)
     }
 
     /// Ends the response after an error of its stream. Returns the call's status, or `None` if the
@@ -88,8 +88,8 @@ impl ResponseBody {
         let address = &call.in_flight.endpoint().target.address;
         let status = grpc_status::status_of_error(address, error, close_reason.as_deref());
         match &self.deadline {
-            Some((deadline, _)) if deadline.caused(&status) => {
-                (deadline.exceeded(RESPONSE_NOT_ENDED), false)
+            Some((deadline, _)) if deadline.is_cause_of(&status) => {
+                (deadline.exceeded_status(RESPONSE_NOT_ENDED), false)
             }
             _ => (status, true),
         }

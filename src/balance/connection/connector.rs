@@ -17,7 +17,7 @@ use super::driver;
 use super::io::{BoxError, BoxIo};
 use super::monitor::MonitoredIo;
 use super::sender::Sender;
-use super::settings::Settings;
+use super::settings::ConnectionSettings;
 use super::state::ConnectionState;
 use super::target::Target;
 use super::tls::Tls;
@@ -34,7 +34,7 @@ const REMEMBERED_RESETS: usize = 1_000;
 
 /// Opens the connections of a channel's endpoints.
 pub(crate) struct Connector {
-    settings: Settings,
+    settings: ConnectionSettings,
     tls: Option<Tls>,
     custom: Option<CustomConnector>,
 }
@@ -99,7 +99,7 @@ impl Connect for Connector {
 
 impl Connector {
     pub(crate) fn new(
-        settings: Settings,
+        settings: ConnectionSettings,
         tls: Option<Tls>,
         custom: Option<CustomConnector>,
     ) -> Self {
@@ -161,7 +161,7 @@ impl Connector {
                 biased;
                 Ok(reason) = going_away => reason,
                 reason = closed => or_lost(reason),
-                () = state.exhausted() => "the connection accepts no more streams".to_owned(),
+                () = state.wait_until_exhausted() => "the connection accepts no more streams".to_owned(),
             }
         });
         Ok(Connection { sender, ended })

@@ -23,7 +23,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// HTTP/2 keep-alive: ping after `interval` without traffic, give up `timeout` later.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct KeepAlive {
+pub(crate) struct KeepAliveSettings {
     /// `None` sends no pings.
     pub(crate) interval: Option<Duration>,
     pub(crate) timeout: Duration,
@@ -36,7 +36,7 @@ pub(crate) struct KeepAlive {
 pub(crate) fn spawn(
     connection: Connection<MonitoredIo<BoxIo>, Bytes>,
     state: Arc<ConnectionState>,
-    keep_alive: KeepAlive,
+    keep_alive: KeepAliveSettings,
     write_failed: oneshot::Receiver<String>,
 ) -> oneshot::Receiver<String> {
     let (closed_tx, closed) = oneshot::channel();
@@ -50,7 +50,7 @@ pub(crate) fn spawn(
 async fn drive(
     mut connection: Connection<MonitoredIo<BoxIo>, Bytes>,
     state: &ConnectionState,
-    settings: KeepAlive,
+    settings: KeepAliveSettings,
     write_failed: oneshot::Receiver<String>,
 ) -> String {
     let pings = connection.ping_pong();
@@ -104,7 +104,7 @@ async fn drain_reads(write_failed: oneshot::Receiver<String>) -> String {
 
 /// Resolves when nothing arrived for the keep-alive interval and a ping then got no response within
 /// the timeout.
-async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, settings: KeepAlive) {
+async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, settings: KeepAliveSettings) {
     let (Some(mut pings), Some(interval)) = (pings, settings.interval) else {
         return std::future::pending().await;
     };

@@ -35,7 +35,7 @@ pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
 pub(super) use fake::{FakeConnector, Script};
 pub(super) use io::BoxError;
-pub(super) use sender::{Fate, Incoming, ReservedStream, SendError, Sender};
-pub(super) use settings::Settings;
+pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};
+pub(super) use settings::ConnectionSettings;
 pub(super) use target::Target;
 pub(super) use tls::Tls;

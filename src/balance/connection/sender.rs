@@ -34,7 +34,7 @@ impl fmt::Debug for Sender {
 /// A call that failed before its response began.
 #[derive(Debug)]
 pub(crate) struct SendError {
-    pub(crate) fate: Fate,
+    pub(crate) kind: SendErrorKind,
     pub(crate) error: h2::Error,
     /// Why the connection closed, if it did.
     pub(crate) close_reason: Option<String>,
@@ -42,7 +42,7 @@ pub(crate) struct SendError {
 
 /// How far a call without a response got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fate {
+pub(crate) enum SendErrorKind {
     /// No server can have acted on the call.
     Unsent,
     /// The request itself is invalid; no connection can send it.
@@ -132,20 +132,20 @@ impl ReservedStream {
         if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
             // The connection is closing, or has used up its stream ids.
             state.mark_exhausted();
-            return Err(send_error(state, Fate::Unsent, error));
+            return Err(send_error(state, SendErrorKind::Unsent, error));
         }
         match self.h2.send_request(request, end_of_stream) {
             Ok(opened) => Ok(opened),
             Err(error) => {
                 // The request is to blame only if the connection still accepts others.
                 let usable = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await;
-                let fate = if usable.is_ok() {
-                    Fate::Rejected
+                let kind = if usable.is_ok() {
+                    SendErrorKind::Rejected
                 } else {
                     state.mark_exhausted();
-                    Fate::Unsent
+                    SendErrorKind::Unsent
                 };
-                Err(send_error(state, fate, error))
+                Err(send_error(state, kind, error))
             }
         }
     }
@@ -165,19 +165,19 @@ async fn await_response(
         })),
         Err(error) => {
             permit.closed = true;
-            let fate = if grpc_status::is_refused(&error) {
-                Fate::Unsent
+            let kind = if grpc_status::is_refused(&error) {
+                SendErrorKind::Unsent
             } else {
-                Fate::Unknown
+                SendErrorKind::Unknown
             };
-            Err(send_error(&permit.state, fate, error))
+            Err(send_error(&permit.state, kind, error))
         }
     }
 }
 
-fn send_error(state: &ConnectionState, fate: Fate, error: h2::Error) -> SendError {
+fn send_error(state: &ConnectionState, kind: SendErrorKind, error: h2::Error) -> SendError {
     SendError {
-        fate,
+        kind,
         error,
         close_reason: state.close_reason.get(),
     }

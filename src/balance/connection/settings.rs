@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::driver::KeepAlive;
+use super::driver::KeepAliveSettings;
 use crate::error::{Error, Result};
 use crate::time::MAX_DURATION;
 
@@ -14,18 +14,18 @@ const WINDOW_SIZES: std::ops::Range<u32> = 1..1 << 31;
 
 /// HTTP/2 and TCP settings, named as in tonic's `Endpoint`.
 #[derive(Debug, Clone)]
-pub(crate) struct Settings {
+pub(crate) struct ConnectionSettings {
     pub(crate) connect_timeout: Duration,
     pub(crate) tcp_nodelay: bool,
     pub(crate) tcp_keepalive: Option<Duration>,
-    pub(crate) keep_alive: KeepAlive,
+    pub(crate) keep_alive: KeepAliveSettings,
     pub(crate) initial_stream_window_size: u32,
     pub(crate) initial_connection_window_size: u32,
     pub(crate) max_header_list_size: u32,
     pub(crate) max_frame_size: Option<u32>,
 }
 
-impl Default for Settings {
+impl Default for ConnectionSettings {
     fn default() -> Self {
         Self {
             // The dial timeout of an etcd client.
@@ -35,7 +35,7 @@ impl Default for Settings {
             // gRPC servers may treat pings more often than every 5 minutes as abuse (gRFC A8). The
             // servers that this channel usually calls do not: tonic accepts any, etcd every 5 s. A
             // peer that stops responding must be detected soon.
-            keep_alive: KeepAlive {
+            keep_alive: KeepAliveSettings {
                 interval: Some(Duration::from_secs(10)),
                 timeout: Duration::from_secs(3),
                 while_idle: true,
@@ -51,9 +51,9 @@ impl Default for Settings {
     }
 }
 
-impl Settings {
+impl ConnectionSettings {
     /// Checks the settings, and limits durations to [`MAX_DURATION`].
-    pub(crate) fn validated(mut self) -> Result<Self> {
+    pub(crate) fn validate(mut self) -> Result<Self> {
         self.limit_durations();
         let interval = self.keep_alive.interval;
         let durations = [
@@ -107,10 +107,10 @@ impl Settings {
 mod tests {
     use super::*;
 
-    fn invalid_field(change: impl FnOnce(&mut Settings)) -> Option<&'static str> {
-        let mut settings = Settings::default();
+    fn invalid_field(change: impl FnOnce(&mut ConnectionSettings)) -> Option<&'static str> {
+        let mut settings = ConnectionSettings::default();
         change(&mut settings);
-        match settings.validated() {
+        match settings.validate() {
             Ok(_) => None,
             Err(Error::Invalid { field, .. }) => Some(field),
             Err(other) => panic!("{other:?}"),
@@ -160,10 +160,10 @@ mod tests {
 
     #[test]
     fn durations_are_limited() {
-        let settings = Settings {
+        let settings = ConnectionSettings {
             connect_timeout: Duration::MAX,
-            ..Settings::default()
+            ..ConnectionSettings::default()
         };
-        assert_eq!(settings.validated().unwrap().connect_timeout, MAX_DURATION);
+        assert_eq!(settings.validate().unwrap().connect_timeout, MAX_DURATION);
     }
 }

@@ -78,7 +78,7 @@ impl ConnectionState {
     }
 
     /// Resolves after [`mark_exhausted`](Self::mark_exhausted).
-    pub(crate) async fn exhausted(&self) {
+    pub(crate) async fn wait_until_exhausted(&self) {
         self.exhausted.notified().await;
     }
 

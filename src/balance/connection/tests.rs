@@ -8,7 +8,7 @@ use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
-use super::driver::KeepAlive;
+use super::driver::KeepAliveSettings;
 use super::io::BoxIo;
 use super::*;
 use crate::balance::replay::AttemptBody;
@@ -17,23 +17,23 @@ use crate::instance::Instance;
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
-const KEEP_ALIVE: KeepAlive = KeepAlive {
+const KEEP_ALIVE: KeepAliveSettings = KeepAliveSettings {
     interval: Some(Duration::from_secs(10)),
     timeout: Duration::from_secs(3),
     while_idle: true,
 };
 
 /// A connector whose connections are pipes, and the servers' ends of them.
-fn pipes(keep_alive: KeepAlive) -> (Connector, mpsc::UnboundedReceiver<DuplexStream>) {
+fn pipes(keep_alive: KeepAliveSettings) -> (Connector, mpsc::UnboundedReceiver<DuplexStream>) {
     let (accept, accepted) = mpsc::unbounded_channel();
     let open: CustomConnector = Arc::new(move |_| {
         let (client, server) = tokio::io::duplex(64 * 1024);
         let _ = accept.send(server);
         Box::pin(async move { Ok(Box::new(client) as BoxIo) })
     });
-    let settings = Settings {
+    let settings = ConnectionSettings {
         keep_alive,
-        ..Settings::default()
+        ..ConnectionSettings::default()
     };
     (Connector::new(settings, None, Some(open)), accepted)
 }
@@ -99,7 +99,7 @@ async fn serve(
 }
 
 /// A connection and its server.
-async fn connect(keep_alive: KeepAlive) -> (Connection, Server) {
+async fn connect(keep_alive: KeepAliveSettings) -> (Connection, Server) {
     let (connector, mut accepted) = pipes(keep_alive);
     let serving = async { Server::new(accepted.recv().await.unwrap(), 1) };
     let target = target();
@@ -140,7 +140,7 @@ mod keep_alive {
 
     #[tokio::test(start_paused = true)]
     async fn idle_connection_gets_no_pings_unless_configured() {
-        let keep_alive = KeepAlive {
+        let keep_alive = KeepAliveSettings {
             while_idle: false,
             ..KEEP_ALIVE
         };
@@ -153,7 +153,7 @@ mod keep_alive {
         let reason = connection.ended.await;
         assert_eq!(reason, "connection lost: keep-alive ping timed out");
         let error = call.await.unwrap().err().unwrap();
-        assert_eq!(error.fate, Fate::Unknown);
+        assert_eq!(error.kind, SendErrorKind::Unknown);
         assert_eq!(
             error.close_reason.as_deref(),
             Some("keep-alive ping timed out")
@@ -162,7 +162,7 @@ mod keep_alive {
 
     #[tokio::test(start_paused = true)]
     async fn disabled_keep_alive_waits_forever() {
-        let keep_alive = KeepAlive {
+        let keep_alive = KeepAliveSettings {
             interval: None,
             ..KEEP_ALIVE
         };
@@ -185,7 +185,7 @@ mod connecting {
     #[tokio::test(start_paused = true)]
     async fn timeout_names_the_step_that_hangs() {
         let open: CustomConnector = Arc::new(|_| Box::pin(std::future::pending()));
-        let hung = Connector::new(Settings::default(), None, Some(open));
+        let hung = Connector::new(ConnectionSettings::default(), None, Some(open));
         let (error, waited) = error_of(hung).await;
         assert_eq!(error, "connecting took more than 5s");
         assert!((5 * SECOND..6 * SECOND).contains(&waited), "{waited:?}");

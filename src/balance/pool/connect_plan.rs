@@ -33,7 +33,7 @@ impl Default for ConnectPlan {
 
 impl ConnectPlan {
     /// Checks the plan, and limits the backoff to [`MAX_DURATION`].
-    pub(crate) fn validated(self) -> Result<Self> {
+    pub(crate) fn validate(self) -> Result<Self> {
         let count = self.connections.to_string();
         if self.connections == 0 {
             let reason = "must be at least 1";

@@ -133,7 +133,7 @@ impl<K: Ord + Clone, M> MassDeletionGuard<K, M> {
     }
 
     /// The members in service.
-    pub(crate) fn retained(&self) -> impl Iterator<Item = &M> + Clone {
+    pub(crate) fn retained_members(&self) -> impl Iterator<Item = &M> + Clone {
         let is_serving = |held: &&Retained<M>| matches!(held.stage, Stage::Serving { .. });
         let serving = self.held.values().filter(is_serving);
         serving.map(|held| &held.member)
@@ -164,14 +164,14 @@ mod tests {
         let mut guard = MassDeletionGuard::new(KEEP, DEFAULT_WINDOW);
         assert_eq!(guard.on_vanished(1, 1, true, now), None);
         assert_eq!(guard.evaluate(4, now).1.len(), 0);
-        assert_eq!(guard.retained().count(), 0);
+        assert_eq!(guard.retained_members().count(), 0);
         // With the third of five within the window, most have vanished.
         let later = now + DEFAULT_WINDOW / 2;
         guard.on_vanished(2, 2, true, later);
         assert_eq!(guard.evaluate(3, later).1.len(), 0);
         guard.on_vanished(3, 3, true, later);
         assert_eq!(guard.evaluate(2, later), (3, vec![&1, &2, &3]));
-        assert_eq!(guard.retained().count(), 3);
+        assert_eq!(guard.retained_members().count(), 3);
         assert_eq!(guard.next_release_at(), Some(later + KEEP));
         assert_eq!(guard.reclaim(|key, _| *key == 2), Some(2));
         assert_eq!(guard.release(|member| *member != 1, later), [1]);
@@ -201,7 +201,7 @@ mod tests {
             guard.evaluate(9 - key as usize, now);
             assert_eq!(guard.release(|_| true, now).len(), 0);
         }
-        assert_eq!(guard.retained().count(), 10);
+        assert_eq!(guard.retained_members().count(), 10);
         assert!(window_for_ttl(Duration::from_secs(10)) >= DEFAULT_WINDOW);
     }
 
@@ -260,7 +260,7 @@ mod tests {
                             for (key, at) in &vanished_at {
                                 let due = !known.contains(key) && connected.contains(key)
                                     && now < *at + DEFAULT_WINDOW;
-                                let is_retained = guard.retained().any(|member| member == key);
+                                let is_retained = guard.retained_members().any(|of| of == key);
                                 prop_assert!(!due || is_retained, "{key}");
                             }
                         }

@@ -230,7 +230,7 @@ impl<C: Connect> Pool<C> {
         let remaining = self.members.len();
         // Leases that expire together are deleted in several transactions, and seen in as many
         // snapshots.
-        let is_first = self.guard.retained().next().is_none();
+        let is_first = self.guard.retained_members().next().is_none();
         let (vanished, retained) = self.guard.evaluate(remaining, Instant::now());
         if retained.is_empty() {
             return;
@@ -286,7 +286,10 @@ impl<C: Connect> Pool<C> {
     }
 
     fn publish(&self) {
-        let retained = self.guard.retained().map(|vanished| &vanished.member);
+        let retained = self
+            .guard
+            .retained_members()
+            .map(|vanished| &vanished.member);
         let members = self.members.values().chain(retained);
         let candidates: Vec<ReadyEndpoint> = members
             .clone()
@@ -310,7 +313,7 @@ impl<C: Connect> Pool<C> {
     }
 
     fn report_retained(&mut self) {
-        let retained = self.guard.retained().count();
+        let retained = self.guard.retained_members().count();
         if retained != self.reported_retained {
             let service = &self.view.status().range;
             telemetry::report_kept_endpoints(service, self.reported_retained, retained);

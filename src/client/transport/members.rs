@@ -29,7 +29,7 @@ fn max_backoff(members: usize) -> Duration {
 pub(super) type Addresses = BTreeSet<String>;
 
 /// The addresses of the configured endpoints.
-pub(super) fn configured(config: &Config) -> Result<Addresses> {
+pub(super) fn configured_addresses(config: &Config) -> Result<Addresses> {
     config
         .endpoints
         .iter()

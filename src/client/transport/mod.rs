@@ -88,7 +88,7 @@ impl Transport {
         raw: etcd_client::Client,
         authenticated: OnceCell<()>,
     ) -> Result<Self> {
-        let configured = members::configured(config)?;
+        let configured = members::configured_addresses(config)?;
         let auto_sync = config.auto_sync.then(|| {
             let cluster = raw.cluster_client();
             let sync = members::auto_sync(config.clone(), configured, cluster, members);
@@ -139,7 +139,7 @@ fn rpc_service(
     config: &Config,
     closed: &CancellationToken,
 ) -> Result<(watch::Sender<Addresses>, RpcService)> {
-    let (members, current) = watch::channel(members::configured(config)?);
+    let (members, current) = watch::channel(members::configured_addresses(config)?);
     let rpc = RpcService::new(members::channel(config, current)?, config, closed);
     Ok((members, rpc))
 }

@@ -65,11 +65,11 @@ impl UnaryCall<'_> {
     pub(super) async fn send(&mut self) -> Result<UnaryResponse, Status> {
         let part = self.budget.timeout / READ_ATTEMPTS;
         match self.kind {
-            CallKind::Read => self.hedged(&[part; READ_ATTEMPTS as usize - 1]).await,
+            CallKind::Read => self.send_hedged(&[part; READ_ATTEMPTS as usize - 1]).await,
             // Checking a password costs etcd much, above all under load. Attempts therefore start
             // at 0, 2 and 4 fifths of the timeout, and the waiting calls have the rest.
             CallKind::Authenticate => {
-                let response = self.hedged(&[part * 2, part * 2]).await;
+                let response = self.send_hedged(&[part * 2, part * 2]).await;
                 response.map(ignore_auth_disabled)
             }
             CallKind::Idempotent => self.retry_transient().await,
@@ -79,7 +79,7 @@ impl UnaryCall<'_> {
 
     /// Sends the call to a member, and after each pause to another one beside those before. Returns
     /// the first success, or the last failure once all attempts have failed.
-    async fn hedged(&self, pauses: &[Duration]) -> Result<UnaryResponse, Status> {
+    async fn send_hedged(&self, pauses: &[Duration]) -> Result<UnaryResponse, Status> {
         let mut pauses = pauses.iter();
         let mut next_pause = move || pauses.next().map_or(Duration::MAX, |pause| *pause);
         // On the stack, because most reads need one attempt only.
