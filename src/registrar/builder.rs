@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::handle::Registrar;
-use super::settings::Settings;
+use super::settings::RegistrarSettings;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::format::{EtcdNaming, Layout};
@@ -136,7 +136,7 @@ impl RegistrarBuilder {
         let ttl = self.effective_ttl();
         let mut layouts = vec![self.layout.override_prefix(self.prefix)];
         layouts.extend(self.more_layouts);
-        let settings = Settings {
+        let settings = RegistrarSettings {
             ttl,
             layouts,
             leave_grace: self.leave_grace,

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::executor::Executor;
 use super::key_watch::KeyWatches;
-use super::state::{Action, Event, Outcome, Reconciler, Step, Timestamp};
+use super::state::{Action, ActionOutcome, Event, Reconciler, Step, Timestamp};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::time::sleep_until;
@@ -74,7 +74,7 @@ impl LeaseGroup {
                 if reconciler.is_empty() {
                     return Ok(());
                 }
-                if let Some(error) = reconciler.closed() {
+                if let Some(error) = reconciler.close_error() {
                     return Err(error.clone());
                 }
             }
@@ -102,7 +102,7 @@ fn now() -> Timestamp {
     }
 }
 
-type RunningAction<'a> = BoxFuture<'a, (Action, Result<Outcome>)>;
+type RunningAction<'a> = BoxFuture<'a, (Action, Result<ActionOutcome>)>;
 
 /// Drives a group's reconciler until no handle is left or the client is closed.
 pub(super) async fn run(group: Arc<LeaseGroup>, client: Client, ttl: Duration) {
@@ -136,7 +136,7 @@ pub(super) async fn run(group: Arc<LeaseGroup>, client: Client, ttl: Duration) {
                 let ends = is_abandoned && is_cleanup && result.is_err();
                 let outcome = result.unwrap_or_else(|error| {
                     tracing::debug!(%action, %error, "a request of the registrar failed");
-                    Outcome::Failed(error)
+                    ActionOutcome::Failed(error)
                 });
                 group.on_event(Event::Finished { action, outcome });
                 if ends {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-use super::state::{Action, Ensure, Outcome, StoredKey, WritePlan};
+use super::state::{Action, ActionOutcome, Ensure, StoredKey, WritePlan};
 use crate::client::etcd_error::EtcdError;
 use crate::client::{Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse};
 use crate::error::{Error, Result};
@@ -34,11 +34,11 @@ impl Executor {
 
     /// Performs one action within a third of the lease's TTL, which leaves time for another attempt
     /// before the lease expires.
-    pub(super) async fn perform(&self, action: Action) -> (Action, Result<Outcome>) {
+    pub(super) async fn perform(&self, action: Action) -> (Action, Result<ActionOutcome>) {
         let limit = self.ttl / 3;
         let result = match timeout(limit, self.execute(&action)).await {
             Ok(Err(error)) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
-                Ok(Outcome::LeaseGone)
+                Ok(ActionOutcome::LeaseGone)
             }
             Ok(Err(error)) => Err(name_keys(error, &action)),
             Ok(Ok(outcome)) => Ok(outcome),
@@ -50,7 +50,7 @@ impl Executor {
         (action, result)
     }
 
-    async fn execute(&self, action: &Action) -> Result<Outcome> {
+    async fn execute(&self, action: &Action) -> Result<ActionOutcome> {
         match action {
             Action::Grant => self.grant().await,
             Action::Renew { lease } => self.renew(*lease).await,
@@ -63,26 +63,26 @@ impl Executor {
             } => {
                 let is_deleted = self.delete(keys, own_leases).await?;
                 is_deleted
-                    .then_some(Outcome::Done)
+                    .then_some(ActionOutcome::Done)
                     .ok_or_else(|| conflict_error(action))
             }
             Action::Revoke { lease } => {
                 self.client.revoke(*lease).await?;
-                Ok(Outcome::Done)
+                Ok(ActionOutcome::Done)
             }
         }
     }
 
-    async fn grant(&self) -> Result<Outcome> {
+    async fn grant(&self) -> Result<ActionOutcome> {
         let ttl = self.ttl.as_secs().try_into().unwrap_or(i64::MAX);
         let granted = self.client.grant(ttl).await?;
-        Ok(Outcome::Granted {
+        Ok(ActionOutcome::Granted {
             lease: granted.id(),
             ttl: Duration::from_secs(granted.ttl().max(1).unsigned_abs()),
         })
     }
 
-    async fn renew(&self, lease: i64) -> Result<Outcome> {
+    async fn renew(&self, lease: i64) -> Result<ActionOutcome> {
         let open = self.renewals.lock().take();
         let stream = open.and_then(|(of, stream)| (of == lease).then_some(stream));
         // Half of the action's time limit, which leaves time for a second member if the first
@@ -90,19 +90,19 @@ impl Executor {
         let limit = self.ttl / 6;
         let stream = self.client.renew(lease, stream, limit).await?;
         *self.renewals.lock() = Some((lease, stream));
-        Ok(Outcome::Renewed)
+        Ok(ActionOutcome::Renewed)
     }
 
     /// Brings an entry's keys into etcd; `None` after too many conflicts.
-    async fn ensure(&self, ensure: &Ensure) -> Result<Option<Outcome>> {
+    async fn ensure(&self, ensure: &Ensure) -> Result<Option<ActionOutcome>> {
         let record_keys = ensure.records.iter().map(|(key, _)| key);
         let keys: Vec<&String> = record_keys.chain(&ensure.stale_keys).collect();
         for _ in 0..MAX_CONFLICTS {
             let (revision, mut found) = self.read(&keys).await?;
             let stale = found.split_off(ensure.records.len());
             let (put, delete) = match ensure.plan(&found, &stale) {
-                WritePlan::UpToDate => return Ok(Some(Outcome::Ensured { revision })),
-                WritePlan::Superseded { by } => return Ok(Some(Outcome::Superseded { by })),
+                WritePlan::UpToDate => return Ok(Some(ActionOutcome::Ensured { revision })),
+                WritePlan::Superseded { by } => return Ok(Some(ActionOutcome::Superseded { by })),
                 WritePlan::Write { put, delete } => (put, delete),
             };
             let as_read = keys.iter().zip(found.iter().chain(&stale));
@@ -113,7 +113,7 @@ impl Executor {
             let stale_keys = delete.iter().filter_map(|at| ensure.stale_keys.get(*at));
             let deletes = stale_keys.map(|key| TxnOp::delete(key.as_str(), None));
             if let Some(revision) = self.commit(as_read, puts.chain(deletes)).await? {
-                return Ok(Some(Outcome::Ensured { revision }));
+                return Ok(Some(ActionOutcome::Ensured { revision }));
             }
         }
         Ok(None)

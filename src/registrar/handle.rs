@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use super::lease_groups::LeaseGroups;
 use super::registration::{Registration, WeakRegistration};
-use super::settings::Settings;
+use super::settings::RegistrarSettings;
 use super::state::{Desired, RegistrationState};
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -50,7 +50,7 @@ struct Registrations {
 
 impl Registrations {
     /// The registrations that are held and not deregistered.
-    fn held(&self) -> Vec<Registration> {
+    fn list_held(&self) -> Vec<Registration> {
         let held = self.handles.iter().filter_map(WeakRegistration::upgrade);
         held.filter(|held| held.state() != RegistrationState::Deregistered)
             .collect()
@@ -63,7 +63,7 @@ impl Registrations {
 }
 
 impl Registrar {
-    pub(super) fn from_settings(client: Client, settings: Settings) -> Self {
+    pub(super) fn from_settings(client: Client, settings: RegistrarSettings) -> Self {
         Self {
             groups: Arc::new(LeaseGroups::new(client, settings)),
             registrations: Arc::default(),
@@ -153,7 +153,7 @@ impl Registrar {
     /// A registration is missing once its last clone was dropped. The returned clones keep their
     /// instances registered while they are held.
     pub fn registrations(&self) -> Vec<Registration> {
-        self.registrations.lock().held()
+        self.registrations.lock().list_held()
     }
 
     /// Ends all registrations gracefully: [drains](Registration::drain) them at the same time, with
@@ -179,7 +179,7 @@ impl Registrar {
         let registrations = {
             let mut registrations = self.registrations.lock();
             registrations.closed = true;
-            registrations.held()
+            registrations.list_held()
         };
         let results = join_all(registrations.iter().map(Registration::end)).await;
         results.into_iter().collect::<Result<()>>()?;

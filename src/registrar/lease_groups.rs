@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::time::timeout;
 
 use super::driver::{self, LeaseGroup};
-use super::settings::Settings;
+use super::settings::RegistrarSettings;
 use super::state::{Desired, EntryHandle, Overlap, Target};
 use crate::client::Client;
 use crate::error::{Error, Result};
@@ -21,12 +21,12 @@ const KEYS_PER_LEASE: usize = 100;
 #[derive(Debug)]
 pub(super) struct LeaseGroups {
     client: Client,
-    settings: Settings,
+    settings: RegistrarSettings,
     groups: Mutex<Vec<Arc<LeaseGroup>>>,
 }
 
 impl LeaseGroups {
-    pub(super) fn new(client: Client, settings: Settings) -> Self {
+    pub(super) fn new(client: Client, settings: RegistrarSettings) -> Self {
         Self {
             client,
             settings,
@@ -34,7 +34,7 @@ impl LeaseGroups {
         }
     }
 
-    pub(super) fn settings(&self) -> &Settings {
+    pub(super) fn settings(&self) -> &RegistrarSettings {
         &self.settings
     }
 

@@ -8,13 +8,13 @@ use crate::format::Layout;
 use crate::instance::Instance;
 
 #[derive(Debug)]
-pub(super) struct Settings {
+pub(super) struct RegistrarSettings {
     pub(super) ttl: Duration,
     pub(super) layouts: Vec<Layout>,
     pub(super) leave_grace: Duration,
 }
 
-impl Settings {
+impl RegistrarSettings {
     /// Encodes an instance as one record per format.
     pub(super) fn encode(&self, instance: &Instance) -> Result<Target> {
         let layouts = self.layouts.iter();

@@ -108,7 +108,7 @@ impl Ensure {
 mod tests {
     use super::*;
 
-    fn stored(lease: i64, value: &str) -> Option<StoredKey> {
+    fn stored_key(lease: i64, value: &str) -> Option<StoredKey> {
         Some(StoredKey {
             lease,
             mod_revision: 7,
@@ -141,18 +141,24 @@ mod tests {
     #[test]
     fn only_records_that_differ_are_written() {
         let plan = |a, b| ensure(false).plan(&[a, b], &[None]);
-        assert_eq!(plan(stored(2, "v"), stored(2, "w")), WritePlan::UpToDate);
+        assert_eq!(
+            plan(stored_key(2, "v"), stored_key(2, "w")),
+            WritePlan::UpToDate
+        );
         assert_eq!(plan(None, None), put(&[0, 1]));
-        assert_eq!(plan(stored(2, "v"), None), put(&[1]));
-        assert_eq!(plan(stored(2, "by hand"), stored(2, "w")), put(&[0]));
+        assert_eq!(plan(stored_key(2, "v"), None), put(&[1]));
+        assert_eq!(
+            plan(stored_key(2, "by hand"), stored_key(2, "w")),
+            put(&[0])
+        );
         // The value is right, but the key would outlive the lease.
-        assert_eq!(plan(stored(0, "v"), stored(2, "w")), put(&[0]));
-        assert_eq!(plan(stored(1, "v"), stored(2, "w")), put(&[0]));
+        assert_eq!(plan(stored_key(0, "v"), stored_key(2, "w")), put(&[0]));
+        assert_eq!(plan(stored_key(1, "v"), stored_key(2, "w")), put(&[0]));
     }
 
     #[test]
     fn only_a_new_entry_takes_keys_from_others() {
-        let found = [stored(2, "v"), stored(9, "w")];
+        let found = [stored_key(2, "v"), stored_key(9, "w")];
         assert_eq!(
             ensure(false).plan(&found, &[None]),
             WritePlan::Superseded { by: 9 }
@@ -162,11 +168,11 @@ mod tests {
 
     #[test]
     fn only_own_stale_keys_are_deleted() {
-        let found = [stored(2, "v"), stored(2, "w")];
+        let found = [stored_key(2, "v"), stored_key(2, "w")];
         let plan = |stale| ensure(false).plan(&found, &[stale]);
-        assert_eq!(plan(stored(9, "")), WritePlan::UpToDate);
+        assert_eq!(plan(stored_key(9, "")), WritePlan::UpToDate);
         assert_eq!(
-            plan(stored(1, "")),
+            plan(stored_key(1, "")),
             WritePlan::Write {
                 put: Vec::new(),
                 delete: vec![0]

@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::action::{Action, Timestamp};
 use super::ensure::{Ensure, EntryId, Target};
 use super::presence::{Desired, Presence};
-use super::schedule::Schedule;
+use super::retry_schedule::RetrySchedule;
 use super::status::{EntryHandle, RegistrationState, StatusSender};
 
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(super) struct Entry {
     /// Whether a write with a lost response can still arrive. A paused process or network can
     /// deliver the write at any time, until the lease is gone that the write names.
     pub(super) late_write: bool,
-    pub(super) schedule: Schedule,
+    pub(super) retry_schedule: RetrySchedule,
     pub(super) status: StatusSender,
 }
 
@@ -74,7 +74,7 @@ impl Entry {
             established: false,
             needs_check: false,
             late_write: inherited.late_write,
-            schedule: Schedule::default(),
+            retry_schedule: RetrySchedule::default(),
             status,
         };
         (entry, handle)
@@ -111,7 +111,7 @@ impl Entry {
     /// one failing entry cannot starve the rest. Among entries never tried, deletions precede
     /// writes, because a full etcd still accepts deletions.
     pub(super) fn priority(&self) -> impl Ord + use<> {
-        (self.schedule.last_attempt(), self.should_exist())
+        (self.retry_schedule.last_attempt(), self.should_exist())
     }
 
     /// All keys that the entry may have in etcd.
@@ -126,7 +126,7 @@ impl Entry {
         own_leases: Vec<i64>,
         now: Instant,
     ) -> Action {
-        self.schedule.record_attempt(now);
+        self.retry_schedule.record_attempt(now);
         self.presence.mark_maybe_written();
         self.needs_check = false;
         Action::Ensure(Ensure {
@@ -142,7 +142,7 @@ impl Entry {
 
     /// Begins to delete the entry's keys from etcd.
     pub(super) fn begin_delete(&mut self, own_leases: Vec<i64>, now: Instant) -> Action {
-        self.schedule.record_attempt(now);
+        self.retry_schedule.record_attempt(now);
         self.presence.mark_deleting();
         Action::Delete {
             key: self.id.key.clone(),

@@ -12,7 +12,10 @@ pub(in crate::registrar) enum Event {
     /// The watch of `key` started, or saw a change.
     Key { key: String, event: KeyEvent },
     /// An action has finished.
-    Finished { action: Action, outcome: Outcome },
+    Finished {
+        action: Action,
+        outcome: ActionOutcome,
+    },
     /// The client was closed; no further request can reach etcd.
     ClientClosed(Error),
 }
@@ -31,7 +34,7 @@ pub(in crate::registrar) enum KeyEvent {
 
 /// The outcome of an action.
 #[derive(Debug)]
-pub(in crate::registrar) enum Outcome {
+pub(in crate::registrar) enum ActionOutcome {
     /// etcd granted a lease, with the TTL that etcd chose.
     Granted { lease: i64, ttl: Duration },
     /// The lease was renewed.

@@ -74,7 +74,7 @@ impl Entry {
         };
         if self.presence.generation().is_some() {
             self.report_recovering(fault, now);
-            self.schedule.pause_after_conflict(now.instant);
+            self.retry_schedule.pause_after_conflict(now.instant);
         }
     }
 }

@@ -5,8 +5,8 @@
 //! keys are under. The handles change the desired state ([`register`](Reconciler::register),
 //! [`update`](Reconciler::update), [`set_ready`](Reconciler::set_ready),
 //! [`deregister`](Reconciler::deregister)). The driver calls [`step`](Reconciler::step), performs
-//! the returned [`Action`], and reports its [`Outcome`] and the changes seen by the watches to
-//! [`on_event`](Reconciler::on_event). The state machine does no I/O and reads no clock.
+//! the returned [`Action`], and reports its [`ActionOutcome`] and the changes that the watches saw
+//! to [`on_event`](Reconciler::on_event). The state machine does no I/O and reads no clock.
 //!
 //! No entry is ever given up: a failed action is retried, and after the loss of a lease all entries
 //! are written again under a new one.
@@ -89,13 +89,13 @@ mod outcome;
 mod presence;
 mod reconciler;
 mod request;
-mod schedule;
+mod retry_schedule;
 mod status;
 mod stored_key;
 
 pub(super) use action::{Action, Step, Timestamp};
 pub(super) use ensure::{Ensure, EntryId, Records, Target, WritePlan};
-pub(super) use event::{Event, KeyEvent, Outcome};
+pub(super) use event::{ActionOutcome, Event, KeyEvent};
 pub(super) use presence::Desired;
 pub(super) use reconciler::Reconciler;
 pub(super) use request::Overlap;

@@ -33,7 +33,7 @@ enum Op {
     /// Perform one action; the late writes and all events arrive before its response.
     WorkLate,
     /// Perform one action whose response is lost.
-    LoseResponse(Fate),
+    LoseResponse(ActionEffect),
     /// Apply the late writes.
     ApplyLateWrites,
     /// Deliver up to this number of watch events.
@@ -58,7 +58,7 @@ enum Op {
 
 /// The effect of an action whose response is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+enum ActionEffect {
     Applied,
     Dropped,
     Late,
@@ -67,7 +67,11 @@ enum Fate {
 fn op() -> impl Strategy<Value = Op> {
     use Op::*;
     let (id, key) = (0u8..3, 0u8..KEYS);
-    let fate = prop_oneof![Just(Fate::Applied), Just(Fate::Dropped), Just(Fate::Late)];
+    let effect = prop_oneof![
+        Just(ActionEffect::Applied),
+        Just(ActionEffect::Dropped),
+        Just(ActionEffect::Late)
+    ];
     prop_oneof![
         4 => (id.clone(), any::<bool>()).prop_map(|(id, ready)| Register(id, ready)),
         2 => (id.clone(), any::<u8>()).prop_map(|(id, value)| Update(id, value)),
@@ -75,7 +79,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (id, any::<bool>()).prop_map(|(id, ready)| SetReady(id, ready)),
         8 => (1u8..5).prop_map(Work),
         3 => Just(WorkLate),
-        5 => fate.prop_map(LoseResponse),
+        5 => effect.prop_map(LoseResponse),
         3 => Just(ApplyLateWrites),
         6 => (1u8..6).prop_map(DeliverEvents),
         2 => Just(RestartWatches),
@@ -220,16 +224,16 @@ impl Harness {
     }
 
     /// The executor's part of an action: the result of a read, or a write.
-    fn plan(&self, action: &Action) -> std::result::Result<Outcome, Write> {
+    fn plan(&self, action: &Action) -> std::result::Result<ActionOutcome, Write> {
         match action {
             Action::Ensure(ensure) => {
                 let record_keys = || ensure.records.iter().map(|(key, _)| key.clone());
                 let stale_keys = || ensure.stale_keys.iter().cloned();
                 match ensure.plan(&self.read(record_keys()), &self.read(stale_keys())) {
-                    WritePlan::UpToDate => Ok(Outcome::Ensured {
+                    WritePlan::UpToDate => Ok(ActionOutcome::Ensured {
                         revision: self.revision,
                     }),
-                    WritePlan::Superseded { by } => Ok(Outcome::Superseded { by }),
+                    WritePlan::Superseded { by } => Ok(ActionOutcome::Superseded { by }),
                     WritePlan::Write { put, delete } => {
                         let deletes = delete.iter().map(|at| ensure.stale_keys[*at].clone());
                         Err(Write {
@@ -248,7 +252,7 @@ impl Harness {
                 let is_own = |key: &&String| stored(key).is_some_and(|k| k.is_own(own_leases));
                 let own: Vec<String> = keys.iter().filter(is_own).cloned().collect();
                 if own.is_empty() {
-                    return Ok(Outcome::Done);
+                    return Ok(ActionOutcome::Done);
                 }
                 Err(Write {
                     unchanged: self.comparisons(own.iter().cloned()),
@@ -257,30 +261,30 @@ impl Harness {
                     lease: 0,
                 })
             }
-            _ => Ok(Outcome::Done),
+            _ => Ok(ActionOutcome::Done),
         }
     }
 
-    fn perform(&mut self, action: &Action) -> Outcome {
+    fn perform(&mut self, action: &Action) -> ActionOutcome {
         match action {
             Action::Grant => {
                 let lease = self.next_lease;
                 self.next_lease += 1;
                 self.leases.insert(lease);
-                Outcome::Granted { lease, ttl: TTL }
+                ActionOutcome::Granted { lease, ttl: TTL }
             }
-            Action::Renew { lease } if self.leases.contains(lease) => Outcome::Renewed,
-            Action::Renew { .. } => Outcome::LeaseGone,
+            Action::Renew { lease } if self.leases.contains(lease) => ActionOutcome::Renewed,
+            Action::Renew { .. } => ActionOutcome::LeaseGone,
             Action::Revoke { lease } => {
                 self.end_lease(*lease);
-                Outcome::Done
+                ActionOutcome::Done
             }
             Action::Ensure(_) | Action::Delete { .. } => match self.plan(action) {
                 Ok(outcome) => outcome,
                 Err(write) => match self.apply_write(&write) {
-                    None => Outcome::LeaseGone,
-                    Some(_) if matches!(action, Action::Delete { .. }) => Outcome::Done,
-                    Some(_) => Outcome::Ensured {
+                    None => ActionOutcome::LeaseGone,
+                    Some(_) if matches!(action, Action::Delete { .. }) => ActionOutcome::Done,
+                    Some(_) => ActionOutcome::Ensured {
                         revision: self.revision,
                     },
                 },
@@ -310,7 +314,7 @@ impl Harness {
             .on_event(Event::Key { key, event }, self.now);
     }
 
-    fn finish(&mut self, action: Action, outcome: Outcome) {
+    fn finish(&mut self, action: Action, outcome: ActionOutcome) {
         self.reconciler
             .on_event(Event::Finished { action, outcome }, self.now);
     }
@@ -343,12 +347,12 @@ impl Harness {
         self.finish(action, outcome);
     }
 
-    fn lose_response(&mut self, fate: Fate) {
+    fn lose_response(&mut self, effect: ActionEffect) {
         let Some(action) = self.step() else { return };
-        match fate {
-            Fate::Applied => drop(self.perform(&action)),
-            Fate::Dropped => {}
-            Fate::Late => {
+        match effect {
+            ActionEffect::Applied => drop(self.perform(&action)),
+            ActionEffect::Dropped => {}
+            ActionEffect::Late => {
                 if let Err(write) = self.plan(&action) {
                     self.late_writes.push(write);
                 }
@@ -356,7 +360,7 @@ impl Harness {
         }
         let (operation, after) = ("test".into(), Duration::ZERO);
         let error = Error::Timeout { operation, after };
-        self.finish(action, Outcome::Failed(error));
+        self.finish(action, ActionOutcome::Failed(error));
     }
 
     fn apply_late_writes(&mut self) {
@@ -404,7 +408,7 @@ impl Harness {
             }
             Op::Work(actions) => self.work(actions),
             Op::WorkLate => self.work_late(),
-            Op::LoseResponse(fate) => self.lose_response(fate),
+            Op::LoseResponse(effect) => self.lose_response(effect),
             Op::ApplyLateWrites => self.apply_late_writes(),
             Op::DeliverEvents(events) => self.deliver_events(events.into()),
             Op::RestartWatches => self.restart_watches(),

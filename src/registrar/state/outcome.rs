@@ -4,14 +4,14 @@ use tokio::time::Instant;
 
 use super::action::{Action, Timestamp};
 use super::ensure::Ensure;
-use super::event::Outcome;
+use super::event::ActionOutcome;
 use super::lease::Lease;
 use super::presence::Presence;
 use super::reconciler::Reconciler;
 use crate::error::Error;
 
 impl Reconciler {
-    pub(super) fn on_finished(&mut self, action: &Action, outcome: Outcome, now: Timestamp) {
+    pub(super) fn on_finished(&mut self, action: &Action, outcome: ActionOutcome, now: Timestamp) {
         let started = match action {
             Action::Renew { .. } => self.renewal_started.take(),
             _ => self.mutation_started.take(),
@@ -26,32 +26,38 @@ impl Reconciler {
         }
     }
 
-    fn on_grant_finished(&mut self, outcome: Outcome, started: Instant, now: Timestamp) {
+    fn on_grant_finished(&mut self, outcome: ActionOutcome, started: Instant, now: Timestamp) {
         match outcome {
-            Outcome::Granted { lease, ttl } => {
+            ActionOutcome::Granted { lease, ttl } => {
                 self.set_lease(Lease::new(lease, ttl, started));
                 self.on_success();
             }
-            Outcome::Failed(error) => self.on_failure(&error, now),
+            ActionOutcome::Failed(error) => self.on_failure(&error, now),
             _ => {}
         }
     }
 
-    fn on_renewal_finished(&mut self, id: i64, outcome: Outcome, started: Instant, now: Timestamp) {
+    fn on_renewal_finished(
+        &mut self,
+        id: i64,
+        outcome: ActionOutcome,
+        started: Instant,
+        now: Timestamp,
+    ) {
         let Some(lease) = self.lease.as_mut().filter(|lease| lease.id() == id) else {
             // The renewed lease has been replaced.
             return;
         };
         match outcome {
-            Outcome::Renewed => {
+            ActionOutcome::Renewed => {
                 lease.on_renewed(started);
                 self.renewal_backoff.reset();
                 for entry in self.entries.values().filter(|entry| !entry.needs_check) {
                     entry.report_present();
                 }
             }
-            Outcome::LeaseGone => self.on_lease_lost(now),
-            Outcome::Failed(error) => {
+            ActionOutcome::LeaseGone => self.on_lease_lost(now),
+            ActionOutcome::Failed(error) => {
                 lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
                 let entries = self.entries.values();
                 for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
@@ -62,14 +68,14 @@ impl Reconciler {
         }
     }
 
-    fn on_ensure_finished(&mut self, ensure: &Ensure, outcome: Outcome, now: Timestamp) {
+    fn on_ensure_finished(&mut self, ensure: &Ensure, outcome: ActionOutcome, now: Timestamp) {
         let lease = self.lease.as_ref().map(Lease::id);
         let is_current = lease == Some(ensure.lease);
         match outcome {
-            Outcome::Ensured { revision } => self.on_ensured(ensure, revision, is_current),
-            Outcome::Superseded { by } => self.on_superseded(ensure, by, now),
-            Outcome::LeaseGone if is_current => self.on_lease_lost(now),
-            Outcome::Failed(error) => self.on_ensure_failed(ensure, error, now),
+            ActionOutcome::Ensured { revision } => self.on_ensured(ensure, revision, is_current),
+            ActionOutcome::Superseded { by } => self.on_superseded(ensure, by, now),
+            ActionOutcome::LeaseGone if is_current => self.on_lease_lost(now),
+            ActionOutcome::Failed(error) => self.on_ensure_failed(ensure, error, now),
             _ => {}
         }
     }
@@ -77,7 +83,7 @@ impl Reconciler {
     fn on_ensured(&mut self, ensure: &Ensure, revision: i64, is_current: bool) {
         // Keys under a lease that has been lost meanwhile are gone with that lease.
         if let Some(entry) = self.entry_mut(&ensure.entry).filter(|_| is_current) {
-            entry.schedule.clear_refusal();
+            entry.retry_schedule.clear_refusal();
             entry.stale_keys.clear();
             entry.presence = Presence::Present {
                 generation: ensure.generation,
@@ -91,7 +97,7 @@ impl Reconciler {
 
     fn on_superseded(&mut self, ensure: &Ensure, by: i64, now: Timestamp) {
         if let Some(entry) = self.entry_mut(&ensure.entry) {
-            entry.schedule.clear_refusal();
+            entry.retry_schedule.clear_refusal();
             entry.presence.mark_superseded();
             entry.report_superseded(by, now);
         }
@@ -116,9 +122,9 @@ impl Reconciler {
         self.on_failure(&error, now);
     }
 
-    fn on_delete_finished(&mut self, key: &str, outcome: Outcome, now: Timestamp) {
+    fn on_delete_finished(&mut self, key: &str, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
-            Outcome::Done => {
+            ActionOutcome::Done => {
                 if let Some(entry) = self.entries.get_mut(key) {
                     entry.presence.mark_deleted();
                     // A later return counts as a new registration, which takes the keys from
@@ -128,15 +134,17 @@ impl Reconciler {
                 }
                 self.on_success();
             }
-            Outcome::Failed(error) if is_entry_error(&error) => self.on_refused(key, error, now),
-            Outcome::Failed(error) => self.on_failure(&error, now),
+            ActionOutcome::Failed(error) if is_entry_error(&error) => {
+                self.on_refused(key, error, now)
+            }
+            ActionOutcome::Failed(error) => self.on_failure(&error, now),
             _ => {}
         }
     }
 
-    fn on_revoke_finished(&mut self, outcome: Outcome, now: Timestamp) {
+    fn on_revoke_finished(&mut self, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
-            Outcome::Done | Outcome::LeaseGone => {
+            ActionOutcome::Done | ActionOutcome::LeaseGone => {
                 self.drop_lease();
                 for entry in self.entries.values_mut() {
                     if !entry.should_exist() {
@@ -146,7 +154,7 @@ impl Reconciler {
                 }
                 self.on_success();
             }
-            Outcome::Failed(error) => self.on_failure(&error, now),
+            ActionOutcome::Failed(error) => self.on_failure(&error, now),
             _ => {}
         }
     }
@@ -184,14 +192,14 @@ impl Reconciler {
                 Error::Conflict { .. } => "another client keeps changing the keys",
                 _ => "etcd refused the request",
             };
-            entry.schedule.pause_after_refusal(now.instant);
+            entry.retry_schedule.pause_after_refusal(now.instant);
             entry.status.set_error(Some(error));
             entry.report_recovering(fault, now);
         }
     }
 
     pub(super) fn on_client_closed(&mut self, error: &Error, now: Timestamp) {
-        self.closed = Some(error.clone());
+        self.close_error = Some(error.clone());
         for entry in self.entries.values() {
             entry.status.set_terminal();
             entry.status.set_error(Some(error.clone()));

@@ -46,7 +46,7 @@ pub(in crate::registrar) struct Reconciler {
     pub(super) renewal_backoff: Backoff,
     pub(super) next_token: u64,
     /// The error that closed the client. No request can reach etcd any more.
-    pub(super) closed: Option<Error>,
+    pub(super) close_error: Option<Error>,
 }
 
 impl Reconciler {
@@ -62,7 +62,7 @@ impl Reconciler {
             mutation_backoff: Backoff::for_etcd(),
             renewal_backoff: Backoff::for_etcd(),
             next_token: 0,
-            closed: None,
+            close_error: None,
         }
     }
 
@@ -80,8 +80,8 @@ impl Reconciler {
     }
 
     /// The error that closed the client.
-    pub(in crate::registrar) fn closed(&self) -> Option<&Error> {
-        self.closed.as_ref()
+    pub(in crate::registrar) fn close_error(&self) -> Option<&Error> {
+        self.close_error.as_ref()
     }
 
     /// The keys to watch, because they should exist or because a late write can create them.
@@ -106,7 +106,7 @@ impl Reconciler {
     /// Chooses the next action. A returned action counts as started; its outcome must be reported
     /// as [`Event::Finished`].
     pub(in crate::registrar) fn step(&mut self, now: Timestamp) -> Step {
-        if self.closed.is_some() {
+        if self.close_error.is_some() {
             return Step::SleepUntil(None);
         }
         self.check_overdue(now);
@@ -158,7 +158,7 @@ impl Reconciler {
         let entry = self
             .entries
             .values_mut()
-            .filter(|entry| entry.is_pending() && entry.schedule.is_due(now))
+            .filter(|entry| entry.is_pending() && entry.retry_schedule.is_due(now))
             .min_by_key(|entry| entry.priority())?;
         Some(if entry.should_exist() {
             entry.begin_ensure(lease, own_leases, now)
@@ -213,7 +213,7 @@ impl Reconciler {
             None => {
                 let pending = self.entries.values().filter(|entry| entry.is_pending());
                 pending
-                    .filter_map(|entry| entry.schedule.not_before())
+                    .filter_map(|entry| entry.retry_schedule.not_before())
                     .min()
             }
         };

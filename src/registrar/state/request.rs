@@ -40,7 +40,7 @@ impl Reconciler {
         target: Target,
         desired: Desired,
     ) -> Result<EntryHandle> {
-        if let Some(error) = &self.closed {
+        if let Some(error) = &self.close_error {
             return Err(error.clone());
         }
         if let Overlap::Active(key) = self.find_overlap(&target) {
@@ -86,13 +86,13 @@ impl Reconciler {
     /// Changes the value of an entry. Returns the generation that has the change; `None` if the
     /// entry is being deregistered, or was replaced.
     pub(in crate::registrar) fn update(&mut self, id: &EntryId, target: Target) -> Option<u64> {
-        let is_closed = self.closed.is_some();
+        let is_closed = self.close_error.is_some();
         let entry = self.active_entry_mut(id)?;
         // A draining mark counts as a change even where no format expresses it.
         if entry.target != target {
             entry.generation += 1;
             entry.target = target;
-            entry.schedule.clear_refusal();
+            entry.retry_schedule.clear_refusal();
             // While another registration owns the key, the change does not reach etcd soon, and the
             // error keeps saying why.
             if !is_closed && !entry.presence.is_superseded() {
@@ -105,14 +105,14 @@ impl Reconciler {
     /// Records whether the instance's server is ready. Returns `false` if the entry is being
     /// deregistered, or was replaced: further reports have no effect.
     pub(in crate::registrar) fn set_ready(&mut self, id: &EntryId, is_ready: bool) -> bool {
-        let is_closed = self.closed.is_some();
+        let is_closed = self.close_error.is_some();
         let Some(entry) = self.active_entry_mut(id) else {
             return false;
         };
         if entry.should_exist() == is_ready {
             return true;
         }
-        entry.schedule.reset();
+        entry.retry_schedule.reset();
         entry.status.set_held_back(!is_ready);
         if is_ready {
             entry.desired = Desired::Registered;
@@ -132,12 +132,12 @@ impl Reconciler {
 
     /// Deregisters an entry: its keys are deleted, and then the entry is removed.
     pub(in crate::registrar) fn deregister(&mut self, id: &EntryId) {
-        let is_closed = self.closed.is_some();
+        let is_closed = self.close_error.is_some();
         let Some(entry) = self.entry_mut(id) else {
             return;
         };
         entry.desired = Desired::Deregistered;
-        entry.schedule.reset();
+        entry.retry_schedule.reset();
         entry.status.set_terminal();
         if !is_closed {
             entry.status.set_error(None);

@@ -12,7 +12,7 @@ const STABLE_AFTER: Duration = Duration::from_secs(10);
 
 /// The pauses of one entry. Other entries continue meanwhile.
 #[derive(Debug, Default)]
-pub(super) struct Schedule {
+pub(super) struct RetrySchedule {
     /// etcd refused the entry's last write or deletion.
     refusal_pause: Option<Pause>,
     /// Another client changed the entry's keys.
@@ -40,7 +40,7 @@ impl Pause {
     }
 }
 
-impl Schedule {
+impl RetrySchedule {
     /// The time before which no action is started for the entry.
     pub(super) fn not_before(&self) -> Option<Instant> {
         let pauses = [&self.refusal_pause, &self.conflict_pause];

@@ -28,7 +28,7 @@ fn refused_entry_delays_no_other() {
     let status = Box::new(tonic::Status::permission_denied("no"));
     let operation = "put".into();
     let error = Error::Rpc { operation, status };
-    harness.finish(&refused, Outcome::Failed(error));
+    harness.finish(&refused, ActionOutcome::Failed(error));
     assert!(a.status.borrow().error.is_some());
     assert_eq!(harness.settle(1), ["take b @1 #0"]);
     assert_eq!(state(&b), RegistrationState::Registered);
@@ -46,7 +46,7 @@ fn full_etcd_deletes_first_and_no_entry_starves() {
         let status = Box::new(tonic::Status::resource_exhausted("database space exceeded"));
         let operation = "put".into();
         let error = Error::Rpc { operation, status };
-        harness.finish(action, Outcome::Failed(error));
+        harness.finish(action, ActionOutcome::Failed(error));
         harness.advance(MAX_BACKOFF / 2);
     };
     let (c, d) = (harness.register("c"), harness.register("d"));

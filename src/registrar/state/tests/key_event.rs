@@ -5,8 +5,8 @@ use super::*;
 #[test]
 fn manual_change_is_restored() {
     for (change, wait) in [
-        (stored(0, "a"), Duration::ZERO),
-        (stored(0, "else"), Duration::ZERO),
+        (stored_key(0, "a"), Duration::ZERO),
+        (stored_key(0, "else"), Duration::ZERO),
         // The lease may have expired, so the restoration is jittered.
         (None, MAX_RECOVERY_JITTER),
     ] {
@@ -18,7 +18,7 @@ fn manual_change_is_restored() {
         assert_eq!(state(&handle), RegistrationState::Registered);
         // An event older than the last read, and one with the desired value, cause nothing.
         harness.key_changed("a", 10, None);
-        harness.key_changed("a", 11, stored(1, "a"));
+        harness.key_changed("a", 11, stored_key(1, "a"));
         harness.idle();
         assert_eq!(state(&handle), RegistrationState::Registered);
     }
@@ -45,7 +45,7 @@ fn repeated_conflicts_back_off_and_delay_no_other() {
     let (mut conflicts, started) = (0, harness.now.instant);
     let mut revision = 11;
     while harness.now.instant < started + Duration::from_secs(20) {
-        harness.key_changed("a", revision, stored(0, "theirs"));
+        harness.key_changed("a", revision, stored_key(0, "theirs"));
         revision += 1;
         if conflicts == 5 {
             let new = target_with_value("b", "new", false);
@@ -56,11 +56,11 @@ fn repeated_conflicts_back_off_and_delay_no_other() {
             match harness.step() {
                 Step::SleepUntil(at) => harness.advance(at.unwrap() - harness.now.instant),
                 Step::Perform(renew @ Action::Renew { .. }) => {
-                    harness.finish(&renew, Outcome::Renewed);
+                    harness.finish(&renew, ActionOutcome::Renewed);
                 }
                 Step::Perform(action) => {
                     assert_eq!(short(&action), "put a @1 #0");
-                    harness.finish(&action, Outcome::Ensured { revision });
+                    harness.finish(&action, ActionOutcome::Ensured { revision });
                     revision += 1;
                     break;
                 }
@@ -83,7 +83,7 @@ fn recovery_is_jittered_once() {
         waits.push(wait);
         harness.advance(wait);
         let check = harness.action();
-        harness.finish(&check, Outcome::LeaseGone);
+        harness.finish(&check, ActionOutcome::LeaseGone);
         assert_eq!(harness.settle(2), ["grant", "put b @2 #0", "put a @2 #0"]);
     }
     waits.sort();

@@ -21,7 +21,7 @@ fn arrival_after_the_deletion_is_deleted_as_well() {
     harness.advance(MAX_BACKOFF);
     assert_eq!(harness.settle(1), ["delete a", "take b @1 #0"]);
     assert_eq!(state(&a), RegistrationState::Deregistered);
-    harness.key_changed("a", 11, stored(1, "a"));
+    harness.key_changed("a", 11, stored_key(1, "a"));
     assert_eq!(harness.settle(1), ["delete a"]);
     // The write may also arrive while the watch is down, so a restarted watch causes a deletion.
     harness.advance(TTL * 100);
@@ -46,8 +46,8 @@ fn arrival_during_the_deletion_is_deleted_as_well() {
     let delete = harness.action();
     assert_eq!(short(&delete), "delete a");
     // The write arrives after etcd has executed the deletion, but before its response.
-    harness.key_changed("a", 11, stored(1, "a"));
-    harness.finish(&delete, Outcome::Done);
+    harness.key_changed("a", 11, stored_key(1, "a"));
+    harness.finish(&delete, ActionOutcome::Done);
     assert_eq!(harness.settle(1), ["take b @1 #0", "delete a"]);
     assert_eq!(state(&a), RegistrationState::Deregistered);
 }

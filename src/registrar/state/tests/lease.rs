@@ -54,7 +54,7 @@ fn no_renewal_for_the_ttl_is_recovering_until_one_succeeds() {
     harness.advance(MAX_BACKOFF);
     let renew = harness.action();
     // etcd was only restarted, and still has the lease and the key.
-    harness.finish(&renew, Outcome::Renewed);
+    harness.finish(&renew, ActionOutcome::Renewed);
     assert_eq!(state(&handle), RegistrationState::Registered);
     harness.advance(TTL / 3);
     assert_eq!(harness.settle(1), ["renew 1"]);
@@ -71,7 +71,7 @@ fn write_under_a_lost_lease_is_repeated_under_the_next() {
     assert_eq!(harness.settle(2), ["grant", "take a @2 #0"]);
     assert_eq!(state(&handle), RegistrationState::Registered);
     // The end of the old lease says nothing about the new one.
-    harness.finish(&slow_put, Outcome::LeaseGone);
+    harness.finish(&slow_put, ActionOutcome::LeaseGone);
     assert_eq!(state(&handle), RegistrationState::Registered);
 }
 
@@ -84,7 +84,7 @@ fn renewal_of_a_replaced_lease_is_ignored() {
     harness.settle(1);
     let handle = harness.register("a");
     assert_eq!(harness.settle(2), ["grant", "take a @2 #0"]);
-    harness.finish(&renew, Outcome::LeaseGone);
+    harness.finish(&renew, ActionOutcome::LeaseGone);
     assert_eq!(state(&handle), RegistrationState::Registered);
     assert_eq!(harness.idle(), Some(harness.now.instant + TTL / 3));
 }

@@ -24,7 +24,7 @@ const TTL: Duration = Duration::from_secs(9);
 /// The longest backoff.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
-const ENSURED: Outcome = Outcome::Ensured { revision: 10 };
+const ENSURED: ActionOutcome = ActionOutcome::Ensured { revision: 10 };
 
 /// A reconciler, and the current time.
 struct Harness {
@@ -48,7 +48,7 @@ impl Harness {
         let mut harness = Self::new();
         let handles = keys.map(|key| harness.register(key));
         let grant = harness.action();
-        harness.finish(&grant, Outcome::Granted { lease: 1, ttl: TTL });
+        harness.finish(&grant, ActionOutcome::Granted { lease: 1, ttl: TTL });
         (harness, handles)
     }
 
@@ -104,7 +104,7 @@ impl Harness {
         }
     }
 
-    fn finish(&mut self, action: &Action, outcome: Outcome) {
+    fn finish(&mut self, action: &Action, outcome: ActionOutcome) {
         let action = action.clone();
         let event = Event::Finished { action, outcome };
         self.reconciler.on_event(event, self.now);
@@ -113,7 +113,7 @@ impl Harness {
     fn fail(&mut self, action: &Action) {
         let (operation, after) = ("test".into(), Duration::ZERO);
         let error = Error::Timeout { operation, after };
-        self.finish(action, Outcome::Failed(error));
+        self.finish(action, ActionOutcome::Failed(error));
     }
 
     /// Waits for the next renewal, which finds that the lease is gone.
@@ -122,7 +122,7 @@ impl Harness {
         self.advance(renew_at - self.now.instant);
         let renew = self.action();
         assert!(matches!(renew, Action::Renew { .. }), "{renew:?}");
-        self.finish(&renew, Outcome::LeaseGone);
+        self.finish(&renew, ActionOutcome::LeaseGone);
     }
 
     /// Performs all due actions with success, a grant with the lease `lease`. Returns the actions.
@@ -130,10 +130,10 @@ impl Harness {
         let mut performed = Vec::new();
         while let Step::Perform(action) = self.step() {
             let outcome = match action {
-                Action::Grant => Outcome::Granted { lease, ttl: TTL },
-                Action::Renew { .. } => Outcome::Renewed,
+                Action::Grant => ActionOutcome::Granted { lease, ttl: TTL },
+                Action::Renew { .. } => ActionOutcome::Renewed,
                 Action::Ensure(_) => ENSURED,
-                _ => Outcome::Done,
+                _ => ActionOutcome::Done,
             };
             self.finish(&action, outcome);
             performed.push(short(&action));
@@ -179,7 +179,7 @@ fn short(action: &Action) -> String {
     }
 }
 
-fn stored(lease: i64, value: &str) -> Option<StoredKey> {
+fn stored_key(lease: i64, value: &str) -> Option<StoredKey> {
     Some(StoredKey {
         lease,
         mod_revision: 11,
