@@ -30,7 +30,7 @@ use crate::error::{Error, Result};
 /// The name that [`register_default`] uses.
 const DEFAULT: &str = "default";
 
-static CLIENTS: Registry = Registry(RwLock::new(Clients::new()));
+static CLIENTS: NamedClients = NamedClients(RwLock::new(Clients::new()));
 
 /// Connects a client and registers it under this name. Dropping the future registers nothing.
 ///
@@ -138,7 +138,7 @@ pub async fn ping() -> Result<()> {
 }
 
 /// The clients of the process. The lock is held for lookups in memory, never across an await.
-struct Registry(RwLock<Clients>);
+struct NamedClients(RwLock<Clients>);
 
 struct Clients {
     by_name: BTreeMap<String, Client>,
@@ -149,7 +149,7 @@ struct Clients {
     close_count: u64,
 }
 
-impl Registry {
+impl NamedClients {
     async fn register(&self, name: String, config: Config, as_default: bool) -> Result<()> {
         let close_count = {
             let clients = self.0.read();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::handle::Directory;
 use super::open::open;
-use super::registry::{Key, Registry};
+use super::registry::{Key, WatchRegistry};
 use crate::client::Client;
 use crate::error::Result;
 use crate::format::{EtcdNaming, Layout};
@@ -152,7 +152,7 @@ impl DirectoryBuilder {
         for layout in &layouts {
             validate_service(layout.service_name(&service))?;
         }
-        let registry = Registry::of(&client);
+        let registry = WatchRegistry::of(&client);
         let key = Key::new(&service, &layouts, cache_dir.as_ref());
         let open = || open(client, service, layouts, cache_dir);
         Ok(Directory::new(registry.get_or_open(key, open).await?))

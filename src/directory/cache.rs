@@ -78,21 +78,17 @@ impl Cache {
     /// # Errors
     ///
     /// [`Error::Invalid`] if the folder cannot be created.
-    pub(super) fn open<W>(
-        machine: &ListWatchState<W>,
-        client: &str,
-        folder: &Path,
-    ) -> Result<Self> {
+    pub(super) fn open<W>(state: &ListWatchState<W>, client: &str, folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|error| {
             Error::invalid("cache_dir", folder.display().to_string(), error.to_string())
         })?;
         let key = CacheKey {
             client: client.to_owned(),
-            format: machine.format_name().to_owned(),
-            range: machine.range_name().to_owned(),
-            by_address: machine.is_by_address(),
+            format: state.format_name().to_owned(),
+            range: state.range_name().to_owned(),
+            by_address: state.is_by_address(),
         };
-        let path = folder.join(key.file_name(machine.service()));
+        let path = folder.join(key.file_name(state.service()));
         Ok(Self { path, key })
     }
 

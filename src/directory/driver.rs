@@ -61,7 +61,7 @@ impl<S: ListWatch> Driver<S> {
     ) -> Result<()> {
         while !state.is_live() {
             let event = match self.perform(state.action()).await {
-                Err(error) if is_history_lost(&error) => lost(&error),
+                Err(error) if is_history_lost(&error) => lost_event(&error),
                 result => result?,
             };
             state.step(event, SystemTime::now());
@@ -91,7 +91,7 @@ impl<S: ListWatch> Driver<S> {
             let is_closed = result.as_ref().is_err_and(Error::is_closed);
             let event = result.unwrap_or_else(|error| {
                 tracing::debug!(service = state.service(), %error, "list or watch failed");
-                lost(&error)
+                lost_event(&error)
             });
             let changed = state.step(event, SystemTime::now());
             publisher.update(state, changed);
@@ -176,7 +176,7 @@ impl<S: ListWatch> Driver<S> {
     }
 }
 
-fn lost<W>(error: &Error) -> Event<W> {
+fn lost_event<W>(error: &Error) -> Event<W> {
     Event::Lost {
         reason: error.to_string(),
     }

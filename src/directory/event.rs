@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-/// A key in etcd, as a list page or a watch event shows it.
+/// A key and its value at one revision, from a list page or a watch event.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct KeyValueAt {
     pub(super) key: Vec<u8>,
     /// The revision that created the key. A key that was deleted and created again has another one.
     pub(super) create_revision: i64,
@@ -16,7 +16,7 @@ pub(super) struct Entry {
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Page {
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<KeyValueAt>,
     /// Whether the range has more keys after the last entry.
     pub(super) more: bool,
     /// etcd's revision when it responded, which may be newer than the revision of the entries.
@@ -26,7 +26,7 @@ pub(super) struct Page {
 /// Changes from a watch: all changes up to `revision` that were not sent before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Changes {
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<KeyValueAt>,
     pub(super) revision: i64,
 }
 

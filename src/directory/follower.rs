@@ -28,33 +28,33 @@ pub(super) struct Follower {
 /// The state that one task hands over to the next. The directory's streams end when the last
 /// layout's `input` is dropped.
 struct FollowState {
-    machine: ListWatchState<RawWatch>,
+    state: ListWatchState<RawWatch>,
     input: LayoutInput,
 }
 
 impl Follower {
-    /// Continues from `machine`, whose snapshot is published already.
+    /// Continues from `state`, whose snapshot is published already.
     pub(super) fn new(
         range: EtcdRange,
-        machine: ListWatchState<RawWatch>,
+        state: ListWatchState<RawWatch>,
         input: LayoutInput,
         cache: Option<Cache>,
     ) -> Arc<Self> {
         Arc::new(Self {
             range,
             cache,
-            state: Mutex::new(Some(FollowState { machine, input })),
+            state: Mutex::new(Some(FollowState { state, input })),
         })
     }
 
     /// Waits until no other task follows etcd, then follows it until the client is closed.
     pub(super) async fn run(self: Arc<Self>) {
         let mut guard = StaleOnDrop(self.state.lock().await);
-        if let Some(FollowState { machine, input }) = &mut *guard.0 {
+        if let Some(FollowState { state, input }) = &mut *guard.0 {
             let mut publisher = Publisher::new(input, self.cache.clone().map(CacheWriter::spawn));
-            publisher.write_cache(&machine.snapshot());
+            publisher.write_cache(&state.snapshot());
             let mut driver = Driver::new(self.range.clone());
-            driver.follow(machine, &mut publisher).await;
+            driver.follow(state, &mut publisher).await;
             *guard.0 = None;
         }
     }
@@ -66,9 +66,9 @@ struct StaleOnDrop<'a>(MutexGuard<'a, Option<FollowState>>);
 
 impl Drop for StaleOnDrop<'_> {
     fn drop(&mut self) {
-        if let Some(state) = &mut *self.0 {
-            state.machine.restart(NOT_FOLLOWED, SystemTime::now());
-            state.input.mark_stale(NOT_FOLLOWED);
+        if let Some(FollowState { state, input }) = &mut *self.0 {
+            state.restart(NOT_FOLLOWED, SystemTime::now());
+            input.mark_stale(NOT_FOLLOWED);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use super::event::{Entry, Fingerprint};
+use super::event::{Fingerprint, KeyValueAt};
 use crate::format::{DecodeError, Format, KeyContext, KeyRange};
 use crate::instance::Instance;
 use crate::snapshot::InstanceKey;
@@ -92,8 +92,8 @@ impl Decoder {
     ///
     /// A list starts with empty `keys`, so the last good value may be in `earlier`. A key that was
     /// deleted and created again has no last good value.
-    pub(super) fn upsert(&self, keys: &mut Keys, earlier: Option<&Keys>, entry: Entry) {
-        let Entry {
+    pub(super) fn upsert(&self, keys: &mut Keys, earlier: Option<&Keys>, entry: KeyValueAt) {
+        let KeyValueAt {
             key,
             create_revision,
             mod_revision,

@@ -3,7 +3,7 @@
 //! [`ListWatch`] is the seam between the driver and etcd. Unit tests drive a scripted fake through
 //! it.
 
-use super::event::{Changes, Entry, Fingerprint, Page};
+use super::event::{Changes, Fingerprint, KeyValueAt, Page};
 use crate::client::{
     Client, Event, EventType, GetOptions, RawWatch, SortOrder, SortTarget, WatchOptions,
 };
@@ -78,7 +78,7 @@ impl ListWatch for EtcdRange {
             .map(|kv| {
                 let (create_revision, mod_revision) = (kv.create_revision(), kv.mod_revision());
                 let (key, value) = kv.into_key_value();
-                Entry {
+                KeyValueAt {
                     key,
                     create_revision,
                     mod_revision,
@@ -129,7 +129,7 @@ impl WatchStream for RawWatch {
 
     async fn next(&mut self) -> Result<Changes> {
         let response = RawWatch::next(self).await?;
-        let entries: Vec<Entry> = response.events().iter().filter_map(to_entry).collect();
+        let entries: Vec<KeyValueAt> = response.events().iter().filter_map(to_entry).collect();
         // Not the revision in the response header: while a watch catches up, etcd sends its newest
         // revision there before it has sent all changes up to it.
         let revision = entries.iter().map(|entry| entry.mod_revision).max();
@@ -140,9 +140,9 @@ impl WatchStream for RawWatch {
     }
 }
 
-fn to_entry(event: &Event) -> Option<Entry> {
+fn to_entry(event: &Event) -> Option<KeyValueAt> {
     let kv = event.kv()?;
-    Some(Entry {
+    Some(KeyValueAt {
         key: kv.key().to_vec(),
         create_revision: kv.create_revision(),
         mod_revision: kv.mod_revision(),

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use proptest::prelude::*;
 
-use super::event::{Action, Changes, Entry, Event, Page};
+use super::event::{Action, Changes, Event, KeyValueAt, Page};
 use super::state::ListWatchState;
 use crate::format::EtcdNaming;
 use crate::snapshot::Snapshot;
@@ -19,7 +19,7 @@ const RANGE: &str = "services/a/";
 enum Op {
     /// A transaction that sets keys to a port, or deletes them (`None`).
     Write(BTreeMap<u8, Option<u16>>),
-    /// The machine's next exchange with etcd.
+    /// The next exchange of the state machine with etcd.
     Exchange(Sizes),
     /// The exchange fails.
     Loss,
@@ -54,7 +54,7 @@ type State = BTreeMap<u8, (i64, u16)>;
 /// An etcd that remembers its whole history.
 struct Etcd {
     /// The state at each revision from 1 on, with the changes of that revision.
-    history: Vec<(State, Vec<Entry>)>,
+    history: Vec<(State, Vec<KeyValueAt>)>,
 }
 
 impl Etcd {
@@ -69,7 +69,7 @@ impl Etcd {
         self.history.len() as i64
     }
 
-    fn at(&self, revision: i64) -> &(State, Vec<Entry>) {
+    fn at(&self, revision: i64) -> &(State, Vec<KeyValueAt>) {
         &self.history[revision as usize - 1]
     }
 
@@ -93,8 +93,8 @@ impl Etcd {
     }
 }
 
-fn entry(id: u8, mod_revision: i64, address: Option<u16>) -> Entry {
-    Entry {
+fn entry(id: u8, mod_revision: i64, address: Option<u16>) -> KeyValueAt {
+    KeyValueAt {
         key: format!("{RANGE}{id}").into_bytes(),
         // Irrelevant, because every value can be decoded.
         create_revision: 1,
@@ -103,10 +103,11 @@ fn entry(id: u8, mod_revision: i64, address: Option<u16>) -> Entry {
     }
 }
 
-/// The machine and a model of its driver. The open watch is the revision that it has sent last.
+/// The state machine and a model of its driver. The open watch is represented by the last revision
+/// that it has sent.
 struct Harness {
     etcd: Etcd,
-    machine: ListWatchState<i64>,
+    state: ListWatchState<i64>,
     /// Whether no live snapshot has shown this etcd yet: until then the revision may go back.
     fresh: bool,
     /// The revision of the last snapshot.
@@ -116,15 +117,15 @@ struct Harness {
 impl Harness {
     fn new(by_address: bool) -> Self {
         let format = Arc::new(EtcdNaming);
-        let machine = ListWatchState::new(format, "services".into(), "a".into());
-        let machine = if by_address {
-            machine.by_address()
+        let state = ListWatchState::new(format, "services".into(), "a".into());
+        let state = if by_address {
+            state.by_address()
         } else {
-            machine
+            state
         };
         Self {
             etcd: Etcd::new(),
-            machine,
+            state,
             fresh: true,
             last: 0,
         }
@@ -136,21 +137,21 @@ impl Harness {
             Op::Wipe => {
                 self.etcd = Etcd::new();
                 self.fresh = true;
-                self.step(lost())?;
+                self.step(lost_event())?;
             }
-            Op::Loss => self.step(lost())?,
+            Op::Loss => self.step(lost_event())?,
             Op::Exchange(sizes) => self.exchange(sizes)?,
         }
         Ok(())
     }
 
-    /// Performs the machine's next action as etcd would respond.
+    /// Performs the next action of the state machine as etcd would respond.
     fn exchange(&mut self, sizes: Sizes) -> Result<(), TestCaseError> {
-        let event = match self.machine.action() {
+        let event = match self.state.action() {
             Action::List { from, revision } => {
                 let now = self.etcd.revision();
-                let (state, _) = self.etcd.at(revision.unwrap_or(now));
-                let mut entries: Vec<Entry> = state
+                let (stored, _) = self.etcd.at(revision.unwrap_or(now));
+                let mut entries: Vec<KeyValueAt> = stored
                     .iter()
                     .map(|(id, (mod_revision, address))| entry(*id, *mod_revision, Some(*address)))
                     .filter(|entry| entry.key.as_slice() >= from)
@@ -169,7 +170,7 @@ impl Harness {
             Action::Receive(sent) => {
                 let up_to = (*sent + sizes.revisions as i64).min(self.etcd.revision());
                 let since = (*sent - sizes.repeated as i64).max(0);
-                let entries: Vec<Entry> = (since + 1..=up_to)
+                let entries: Vec<KeyValueAt> = (since + 1..=up_to)
                     .flat_map(|revision| self.etcd.at(revision).1.clone())
                     .collect();
                 *sent = up_to;
@@ -184,8 +185,8 @@ impl Harness {
     }
 
     fn step(&mut self, event: Event<i64>) -> Result<(), TestCaseError> {
-        if self.machine.step(event, SystemTime::now()) {
-            let snapshot = self.machine.snapshot();
+        if self.state.step(event, SystemTime::now()) {
+            let snapshot = self.state.snapshot();
             self.check(&snapshot)?;
         }
         Ok(())
@@ -203,12 +204,12 @@ impl Harness {
         }
         prop_assert!(snapshot.revision() >= self.last);
         self.last = snapshot.revision();
-        let (state, _) = self.etcd.at(snapshot.revision());
+        let (stored, _) = self.etcd.at(snapshot.revision());
         // By snapshot key. If several keys hold one address the newest one counts, and among keys
         // of one transaction the last one.
-        let mut written: Vec<(&u8, &(i64, u16))> = state.iter().collect();
+        let mut written: Vec<(&u8, &(i64, u16))> = stored.iter().collect();
         written.sort_by_key(|(_, (mod_revision, _))| *mod_revision);
-        let by_address = self.machine.is_by_address();
+        let by_address = self.state.is_by_address();
         let truth: BTreeMap<String, (String, String)> = written
             .into_iter()
             .map(|(id, (_, address))| {
@@ -229,7 +230,7 @@ impl Harness {
     }
 }
 
-fn lost() -> Event<i64> {
+fn lost_event() -> Event<i64> {
     let reason = "lost".into();
     Event::Lost { reason }
 }
@@ -244,11 +245,11 @@ proptest! {
         for op in ops {
             harness.apply(op)?;
         }
-        // Without further writes the machine catches up.
+        // Without further writes the state machine catches up.
         for _ in 0..200 {
             harness.exchange(Sizes { page: 2, revisions: 2, repeated: 1 })?;
         }
-        let snapshot = harness.machine.snapshot();
+        let snapshot = harness.state.snapshot();
         prop_assert!(snapshot.freshness().is_live());
         harness.check(&snapshot)?;
         let (truth, _) = harness.etcd.at(harness.etcd.revision());

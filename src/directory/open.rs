@@ -28,29 +28,25 @@ pub(super) async fn open(
     let mut opening = Vec::with_capacity(layouts.len());
     for layout in layouts {
         let name = layout.service_name(&service).to_owned();
-        let machine = ListWatchState::new(layout.format, layout.prefix, name);
-        let machine = if is_merged {
-            machine.by_address()
-        } else {
-            machine
-        };
+        let state = ListWatchState::new(layout.format, layout.prefix, name);
+        let state = if is_merged { state.by_address() } else { state };
         let cache = cache_dir
             .as_ref()
-            .map(|folder| Cache::open(&machine, client.name(), folder))
+            .map(|folder| Cache::open(&state, client.name(), folder))
             .transpose()?;
         opening.push(OpeningLayout {
-            range: EtcdRange::new(client.clone(), machine.range().clone()),
-            machine,
+            range: EtcdRange::new(client.clone(), state.range().clone()),
+            state,
             cache,
         });
     }
     futures::future::try_join_all(opening.iter_mut().map(OpeningLayout::list_or_restore)).await?;
-    let first = opening.iter_mut().map(|layout| layout.machine.snapshot());
+    let first = opening.iter_mut().map(|layout| layout.state.snapshot());
     let (inputs, snapshots) = MergedView::start(first.collect());
     let followers = opening
         .into_iter()
         .zip(inputs)
-        .map(|(layout, input)| Follower::new(layout.range, layout.machine, input, layout.cache))
+        .map(|(layout, input)| Follower::new(layout.range, layout.state, input, layout.cache))
         .collect();
     let watch = ServiceWatch::new(service, ttl, snapshots, followers);
     Ok(Arc::new(watch))
@@ -58,7 +54,7 @@ pub(super) async fn open(
 
 struct OpeningLayout {
     range: EtcdRange,
-    machine: ListWatchState<RawWatch>,
+    state: ListWatchState<RawWatch>,
     cache: Option<Cache>,
 }
 
@@ -80,18 +76,18 @@ impl OpeningLayout {
             *reason = format!("{reason}: {cause}").into();
         }
         tracing::warn!(
-            service = self.machine.service(),
+            service = self.state.service(),
             instances = cached.len(),
             cause,
             "starting with the cached instances"
         );
-        self.machine.restore(cached);
+        self.state.restore(cached);
         Ok(())
     }
 
     async fn list_and_watch(&mut self) -> Result<()> {
         let mut driver = Driver::new(self.range.clone());
-        driver.list_and_watch(&mut self.machine).await
+        driver.list_and_watch(&mut self.state).await
     }
 }
 

@@ -55,7 +55,7 @@ enum Slot {
 
 impl Slot {
     /// The open watch, unless it does not follow etcd any more.
-    fn followed(&self) -> Option<Arc<ServiceWatch>> {
+    fn open_watch(&self) -> Option<Arc<ServiceWatch>> {
         match self {
             Slot::Opening(..) => None,
             Slot::Open(watch) => watch.upgrade().filter(|watch| watch.is_followed()),
@@ -65,7 +65,7 @@ impl Slot {
     fn is_alive(&self) -> bool {
         match self {
             Slot::Opening(_, opening) => opening.upgrade().is_some(),
-            Slot::Open(_) => self.followed().is_some(),
+            Slot::Open(_) => self.open_watch().is_some(),
         }
     }
 }
@@ -78,11 +78,11 @@ enum Lookup {
 /// The watches of one client. The client owns the registry, and the registry holds only weak
 /// references, so neither keeps the other alive.
 #[derive(Default)]
-pub(super) struct Registry {
+pub(super) struct WatchRegistry {
     slots: Mutex<HashMap<Key, Slot>>,
 }
 
-impl Registry {
+impl WatchRegistry {
     pub(super) fn of(client: &Client) -> Arc<Self> {
         client.extension()
     }
@@ -113,7 +113,7 @@ impl Registry {
         let mut slots = self.slots.lock();
         match slots.get(key) {
             Some(slot @ Slot::Open(_)) => {
-                if let Some(watch) = slot.followed() {
+                if let Some(watch) = slot.open_watch() {
                     return Lookup::Open(watch);
                 }
             }
@@ -138,7 +138,7 @@ impl Registry {
     /// another runtime.
     fn insert_or_get(&self, key: Key, opened: Arc<ServiceWatch>) -> Arc<ServiceWatch> {
         let mut slots = self.slots.lock();
-        if let Some(watch) = slots.get(&key).and_then(Slot::followed) {
+        if let Some(watch) = slots.get(&key).and_then(Slot::open_watch) {
             return watch;
         }
         // Before the slot is visible, because other callers ignore a watch without tasks.
@@ -192,7 +192,7 @@ mod tests {
 
     #[tokio::test]
     async fn callers_with_one_key_share_the_watch() {
-        let (registry, openings) = (Registry::default(), Openings::default());
+        let (registry, openings) = (WatchRegistry::default(), Openings::default());
         let (first, second) = tokio::try_join!(
             registry.get_or_open(key(EtcdNaming), || openings.open()),
             registry.get_or_open(key(EtcdNaming), || openings.open()),
@@ -210,7 +210,7 @@ mod tests {
 
     #[tokio::test]
     async fn dropped_watch_is_opened_again() {
-        let (registry, openings) = (Registry::default(), Openings::default());
+        let (registry, openings) = (WatchRegistry::default(), Openings::default());
         for count in 1..=3 {
             let watch = registry.get_or_open(key(EtcdNaming), || openings.open());
             drop(watch.await.unwrap());
@@ -223,7 +223,7 @@ mod tests {
 
     #[tokio::test]
     async fn failure_is_shared_and_then_forgotten() {
-        let (registry, openings) = (Registry::default(), Openings::default());
+        let (registry, openings) = (WatchRegistry::default(), Openings::default());
         let fail = || async {
             tokio::task::yield_now().await;
             Err(Error::invalid("service", "greeter", "a test"))
@@ -240,7 +240,7 @@ mod tests {
 
     #[tokio::test]
     async fn cancelled_caller_does_not_stop_the_others() {
-        let registry = Registry::default();
+        let registry = WatchRegistry::default();
         let (finish, finished) = oneshot::channel();
         let mut first = Box::pin(registry.get_or_open(key(EtcdNaming), || async {
             finished.await.unwrap();

@@ -9,7 +9,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
 use super::*;
-use crate::directory::event::{Changes, Entry};
+use crate::directory::event::{Changes, KeyValueAt};
 use crate::directory::merge::MergedView;
 use crate::directory::publisher::PUBLISH_INTERVAL;
 use crate::format::EtcdNaming;
@@ -144,8 +144,8 @@ fn state() -> State {
     ListWatchState::new(Arc::new(EtcdNaming), "services".into(), "a".into())
 }
 
-fn entry(id: &str, mod_revision: i64) -> Entry {
-    Entry {
+fn entry(id: &str, mod_revision: i64) -> KeyValueAt {
+    KeyValueAt {
         key: format!("services/a/{id}").into_bytes(),
         create_revision: mod_revision,
         mod_revision,
@@ -178,11 +178,11 @@ fn rpc(status: Status) -> Error {
     }
 }
 
-fn unavailable() -> Error {
+fn unavailable_error() -> Error {
     rpc(Status::unavailable("the network is cut"))
 }
 
-fn compacted() -> Error {
+fn compacted_error() -> Error {
     rpc(Status::out_of_range(
         "etcdserver: mvcc: required revision has been compacted",
     ))
@@ -252,7 +252,7 @@ mod list_and_watch {
     #[tokio::test(start_paused = true)]
     async fn returns_the_error_of_the_first_list() {
         let etcd = FakeEtcd::default();
-        etcd.lists(Err(unavailable()));
+        etcd.lists(Err(unavailable_error()));
         let started = Instant::now();
         let result = Driver::new(etcd.clone()).list_and_watch(&mut state()).await;
         assert!(result.is_err_and(|error| error.code() == Some(Code::Unavailable)));
@@ -264,7 +264,7 @@ mod list_and_watch {
     async fn lists_again_after_a_compaction() {
         let etcd = FakeEtcd::default();
         etcd.lists(page(&[3], 10))
-            .refuses_watch(compacted())
+            .refuses_watch(compacted_error())
             .lists(page(&[15], 20))
             .watches(20);
         let mut state = state();
@@ -355,7 +355,7 @@ mod follow {
     async fn lists_until_it_succeeds() {
         let etcd = FakeEtcd::default();
         for _ in 0..3 {
-            etcd.lists(Err(unavailable()));
+            etcd.lists(Err(unavailable_error()));
         }
         let _changes = etcd.lists(page(&[3], 10)).watches(10);
         let mut following = Following::start(&etcd, state());
@@ -375,7 +375,7 @@ mod follow {
         let etcd = FakeEtcd::default();
         let (mut following, changes) = Following::start_live(&etcd).await;
         let lost_at = Instant::now();
-        changes.send(Err(unavailable())).unwrap();
+        changes.send(Err(unavailable_error())).unwrap();
         let stale = following.next().await;
         assert_eq!(lost_at.elapsed(), Duration::ZERO);
         let reason = stale_reason(&stale);
@@ -421,15 +421,15 @@ mod follow {
     async fn pause_after_a_watch_of(open_for: Duration) -> Duration {
         let etcd = FakeEtcd::default();
         for _ in 0..10 {
-            etcd.lists(Err(unavailable()));
+            etcd.lists(Err(unavailable_error()));
         }
         let changes = etcd.lists(page(&[3], 10)).watches(10);
         let mut following = Following::start(&etcd, state());
         following.until_live().await;
         sleep(open_for).await;
-        etcd.lists(Err(unavailable())).lists(page(&[3], 10));
+        etcd.lists(Err(unavailable_error())).lists(page(&[3], 10));
         let _changes = etcd.watches(10);
-        changes.send(Err(unavailable())).unwrap();
+        changes.send(Err(unavailable_error())).unwrap();
         following.next().await;
         following.until_live().await;
         let times = etcd.list_times();
@@ -478,7 +478,7 @@ mod follow {
         let (mut following, changes) = Following::start_live(&etcd).await;
         let started = Instant::now();
         changes.send(put(11)).unwrap();
-        changes.send(Err(unavailable())).unwrap();
+        changes.send(Err(unavailable_error())).unwrap();
         let stale = following.next().await;
         assert!(!stale.freshness().is_live());
         // With the pending change.

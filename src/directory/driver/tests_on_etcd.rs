@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::client::{Client, RawWatch};
 use crate::config::Config;
-use crate::directory::event::Entry;
+use crate::directory::event::KeyValueAt;
 use crate::directory::follower::Follower;
 use crate::directory::list_watch::EtcdRange;
 use crate::directory::merge::MergedView;
@@ -142,7 +142,7 @@ async fn compaction_between_list_and_watch_leaves_no_ghosts() {
     let mut state = self::state();
     let mut driver = Driver::new(range);
     let page = Page {
-        entries: vec![Entry {
+        entries: vec![KeyValueAt {
             key: b"services/a/".to_vec(),
             create_revision: 1,
             mod_revision: 1,

@@ -1,5 +1,5 @@
 use super::*;
-use crate::directory::event::Entry;
+use crate::directory::event::KeyValueAt;
 use crate::format::{EtcdNaming, GoMicro};
 use crate::instance::Instance;
 use crate::snapshot::InstanceKey;
@@ -10,8 +10,8 @@ fn state() -> State {
     State::new(Arc::new(EtcdNaming), "services".into(), "a".into())
 }
 
-fn put(id: &str, mod_revision: i64, address: &str) -> Entry {
-    Entry {
+fn put(id: &str, mod_revision: i64, address: &str) -> KeyValueAt {
+    KeyValueAt {
         key: format!("services/a/{id}").into_bytes(),
         create_revision: 1,
         mod_revision,
@@ -19,22 +19,22 @@ fn put(id: &str, mod_revision: i64, address: &str) -> Entry {
     }
 }
 
-fn raw(id: &str, mod_revision: i64, value: &str) -> Entry {
+fn raw(id: &str, mod_revision: i64, value: &str) -> KeyValueAt {
     let value = Some(value.as_bytes().to_vec());
-    Entry {
+    KeyValueAt {
         value,
         ..put(id, mod_revision, "")
     }
 }
 
-fn delete(id: &str, mod_revision: i64) -> Entry {
-    Entry {
+fn delete(id: &str, mod_revision: i64) -> KeyValueAt {
+    KeyValueAt {
         value: None,
         ..put(id, mod_revision, "")
     }
 }
 
-fn page(entries: Vec<Entry>, more: bool, revision: i64) -> Event<()> {
+fn page(entries: Vec<KeyValueAt>, more: bool, revision: i64) -> Event<()> {
     Event::Page(Page {
         entries,
         more,
@@ -42,16 +42,16 @@ fn page(entries: Vec<Entry>, more: bool, revision: i64) -> Event<()> {
     })
 }
 
-fn changes(entries: Vec<Entry>, revision: i64) -> Event<()> {
+fn changes(entries: Vec<KeyValueAt>, revision: i64) -> Event<()> {
     Event::Changes(Changes { entries, revision })
 }
 
-fn lost() -> Event<()> {
+fn lost_event() -> Event<()> {
     let reason = "cut".into();
     Event::Lost { reason }
 }
 
-fn opened() -> Event<()> {
+fn opened_event() -> Event<()> {
     Event::WatchOpened(())
 }
 
@@ -70,7 +70,7 @@ fn assert_watches_from(state: &mut State, revision: i64) {
 }
 
 /// The instances of the snapshot, as `id=address`.
-fn shown(state: &mut State) -> Vec<String> {
+fn shown_instances(state: &mut State) -> Vec<String> {
     state
         .snapshot()
         .iter()
@@ -92,7 +92,7 @@ fn pages_are_pinned_to_the_first_and_shown_when_complete() {
     let from = b"services/a/1\0".as_slice();
     let revision = Some(10);
     assert_eq!(state.action(), Action::List { from, revision });
-    assert!(shown(&mut state).is_empty());
+    assert!(shown_instances(&mut state).is_empty());
 
     // The response to a pinned page carries the newest revision; the pinned revision counts.
     assert!(step(&mut state, page(vec![put("2", 4, "h:2")], false, 15)));
@@ -106,12 +106,12 @@ fn pages_are_pinned_to_the_first_and_shown_when_complete() {
             }
         }
     );
-    assert_eq!(shown(&mut state), ["1=h:1", "2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1", "2=h:2"]);
     assert_eq!(state.snapshot().revision(), 10);
 
     // A list alone is not live, because its later changes go unnoticed.
     assert!(!state.snapshot().freshness().is_live());
-    assert!(step(&mut state, opened()));
+    assert!(step(&mut state, opened_event()));
     assert_eq!(state.action(), Action::Receive(&mut ()));
     assert!(state.snapshot().freshness().is_live());
 }
@@ -120,14 +120,14 @@ fn pages_are_pinned_to_the_first_and_shown_when_complete() {
 fn batch_is_one_snapshot_and_its_repetition_none() {
     let mut state = state();
     step(&mut state, page(vec![put("1", 3, "h:1")], false, 10));
-    step(&mut state, opened());
+    step(&mut state, opened_event());
     let batch = || changes(vec![put("2", 11, "h:2"), delete("1", 11)], 11);
     assert!(step(&mut state, batch()));
     assert_eq!(state.action(), Action::Receive(&mut ()));
-    assert_eq!(shown(&mut state), ["2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["2=h:2"]);
     assert!(!step(&mut state, batch()));
     assert_eq!(state.action(), Action::Receive(&mut ()));
-    assert_eq!(shown(&mut state), ["2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["2=h:2"]);
 }
 
 #[test]
@@ -135,15 +135,15 @@ fn lost_watch_keeps_the_stale_snapshot_until_the_next_list() {
     let mut state = state();
     let listed = vec![put("1", 3, "h:1"), put("2", 3, "h:2")];
     step(&mut state, page(listed, false, 10));
-    step(&mut state, opened());
+    step(&mut state, opened_event());
     let kept = Arc::clone(state.snapshot().instances().next().unwrap());
 
     let first = SystemTime::UNIX_EPOCH;
-    assert!(state.step(lost(), first));
+    assert!(state.step(lost_event(), first));
     assert_eq!(state.action(), Action::Backoff);
-    assert!(!step(&mut state, lost()));
+    assert!(!step(&mut state, lost_event()));
     assert_eq!(state.action(), Action::Backoff);
-    assert_eq!(shown(&mut state), ["1=h:1", "2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1", "2=h:2"]);
     let reason: Arc<str> = "cut".into();
     let since = first;
     assert_eq!(
@@ -157,10 +157,10 @@ fn lost_watch_keeps_the_stale_snapshot_until_the_next_list() {
         Action::List { revision: None, .. }
     ));
     step(&mut state, page(vec![put("1", 3, "h:1")], false, 20));
-    assert_eq!(shown(&mut state), ["1=h:1"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1"]);
     let still_stale = state.snapshot().freshness().clone();
     assert!(matches!(still_stale, Freshness::Stale { since, .. } if since == first));
-    step(&mut state, opened());
+    step(&mut state, opened_event());
     assert!(state.snapshot().freshness().is_live());
     // The unchanged instance is the same allocation, so nobody reconnects to it.
     assert!(Arc::ptr_eq(
@@ -173,17 +173,17 @@ fn lost_watch_keeps_the_stale_snapshot_until_the_next_list() {
 fn loss_between_pages_starts_the_list_over() {
     let mut state = state();
     step(&mut state, page(vec![put("1", 3, "h:1")], true, 10));
-    step(&mut state, lost());
+    step(&mut state, lost_event());
     step(&mut state, page(vec![put("2", 12, "h:2")], false, 12));
     assert_watches_from(&mut state, 13);
-    assert_eq!(shown(&mut state), ["2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["2=h:2"]);
 }
 
 #[test]
 fn restart_drops_the_watch_and_lists_without_a_backoff() {
     let mut state = state();
     step(&mut state, page(vec![put("1", 3, "h:1")], false, 10));
-    step(&mut state, opened());
+    step(&mut state, opened_event());
     state.restart("the task ended", SystemTime::UNIX_EPOCH);
     assert!(matches!(
         state.action(),
@@ -194,7 +194,7 @@ fn restart_drops_the_watch_and_lists_without_a_backoff() {
         *state.snapshot().freshness(),
         Freshness::Stale { since, reason }
     );
-    assert_eq!(shown(&mut state), ["1=h:1"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1"]);
 }
 
 #[test]
@@ -202,18 +202,18 @@ fn undecodable_value_keeps_the_last_good_one() {
     let mut state = state();
     let listed = vec![put("1", 3, "h:1"), raw("2", 3, "nonsense")];
     step(&mut state, page(listed, false, 10));
-    assert_eq!(shown(&mut state), ["1=h:1"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1"]);
     assert_eq!(state.snapshot().undecodable(), 1);
     step(&mut state, changes(vec![raw("1", 11, "nonsense")], 11));
-    assert_eq!(shown(&mut state), ["1=h:1"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1"]);
     assert_eq!(state.snapshot().undecodable(), 2);
     // A re-list keeps it as well.
-    step(&mut state, lost());
+    step(&mut state, lost_event());
     let listed = vec![raw("1", 11, "nonsense"), put("2", 12, "h:2")];
     step(&mut state, page(listed, false, 12));
-    assert_eq!(shown(&mut state), ["1=h:1", "2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:1", "2=h:2"]);
     step(&mut state, changes(vec![delete("1", 13)], 13));
-    assert_eq!(shown(&mut state), ["2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["2=h:2"]);
     assert_eq!(state.snapshot().undecodable(), 0);
 }
 
@@ -224,7 +224,7 @@ fn by_address_the_newest_key_of_an_address_counts() {
         let value = format!(r#"{{"Addr":"h:1","Metadata":{{"zone":"{zone}"}}}}"#);
         raw(id, mod_revision, &value)
     };
-    let shown = |state: &mut State| -> Vec<(String, Option<String>)> {
+    let shown_zones = |state: &mut State| -> Vec<(String, Option<String>)> {
         let zone = |(key, instance): (&InstanceKey, &Arc<Instance>)| {
             (key.to_string(), instance.zone.clone())
         };
@@ -233,16 +233,16 @@ fn by_address_the_newest_key_of_an_address_counts() {
     let at = |zone: &str| vec![("h:1".to_owned(), Some(zone.to_owned()))];
     let listed = vec![zone("1", 4, "new"), zone("2", 3, "old")];
     step(&mut state, page(listed, false, 10));
-    assert_eq!(shown(&mut state), at("new"));
+    assert_eq!(shown_zones(&mut state), at("new"));
     step(&mut state, changes(vec![zone("2", 11, "newer")], 11));
-    assert_eq!(shown(&mut state), at("newer"));
+    assert_eq!(shown_zones(&mut state), at("newer"));
     // A loss before the next snapshot does not swallow the change.
     step(&mut state, changes(vec![delete("2", 12)], 12));
-    step(&mut state, lost());
-    assert_eq!(shown(&mut state), at("new"));
+    step(&mut state, lost_event());
+    assert_eq!(shown_zones(&mut state), at("new"));
     // The instance is gone with its last key.
     step(&mut state, changes(vec![delete("1", 13)], 13));
-    assert_eq!(shown(&mut state), []);
+    assert_eq!(shown_zones(&mut state), []);
 }
 
 #[test]
@@ -255,45 +255,45 @@ fn instances_of_one_value_keep_their_keys() {
         let value = format!(r#"{{"nodes":[{}]}}"#, nodes.join(","));
         raw("1", mod_revision, &value)
     };
-    let shown = |state: &mut State| -> Vec<String> {
+    let shown_keys = |state: &mut State| -> Vec<String> {
         let snapshot = state.snapshot();
         snapshot.iter().map(|(key, _)| key.to_string()).collect()
     };
     let (first, second) = ("services/a/1#h:1", "services/a/1#h:2");
     step(&mut state, page(vec![nodes(3, &[1])], false, 10));
-    assert_eq!(shown(&mut state), [first]);
+    assert_eq!(shown_keys(&mut state), [first]);
     step(&mut state, changes(vec![nodes(11, &[2, 1])], 11));
-    assert_eq!(shown(&mut state), [first, second]);
+    assert_eq!(shown_keys(&mut state), [first, second]);
     step(&mut state, changes(vec![nodes(12, &[2])], 12));
-    assert_eq!(shown(&mut state), [second]);
+    assert_eq!(shown_keys(&mut state), [second]);
 }
 
 #[test]
 fn recreated_key_has_no_last_good_value() {
-    let recreated = |mod_revision| Entry {
+    let recreated = |mod_revision| KeyValueAt {
         create_revision: mod_revision,
         ..raw("1", mod_revision, "nonsense")
     };
     let mut state = state();
     step(&mut state, page(vec![put("1", 3, "h:1")], false, 10));
-    step(&mut state, lost());
+    step(&mut state, lost_event());
     step(&mut state, page(vec![recreated(12)], false, 12));
-    assert!(shown(&mut state).is_empty());
+    assert!(shown_instances(&mut state).is_empty());
     // The same holds for a key of another history.
     step(&mut state, changes(vec![put("2", 13, "h:2")], 13));
-    step(&mut state, lost());
+    step(&mut state, lost_event());
     step(&mut state, page(vec![raw("2", 3, "nonsense")], false, 4));
-    assert!(shown(&mut state).is_empty());
+    assert!(shown_instances(&mut state).is_empty());
 }
 
 #[test]
 fn wiped_etcd_is_followed_at_its_lower_revisions() {
     let mut state = state();
     step(&mut state, page(vec![put("1", 3, "h:1")], false, 10));
-    step(&mut state, lost());
+    step(&mut state, lost_event());
     step(&mut state, page(vec![put("1", 3, "h:9")], false, 4));
-    assert_eq!(shown(&mut state), ["1=h:9"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:9"]);
     assert_eq!(state.snapshot().revision(), 4);
     step(&mut state, changes(vec![put("2", 5, "h:2")], 5));
-    assert_eq!(shown(&mut state), ["1=h:9", "2=h:2"]);
+    assert_eq!(shown_instances(&mut state), ["1=h:9", "2=h:2"]);
 }
