@@ -58,7 +58,7 @@ impl Testbed {
     }
 
     /// The number of faults carried out.
-    pub fn played(&self) -> usize {
+    pub fn played_count(&self) -> usize {
         self.played.load(Ordering::Relaxed)
     }
 
@@ -358,7 +358,7 @@ impl ManualEdit {
                 let Some(kv) = response.kvs().first() else {
                     return Ok(Outcome::Skipped("the server has no key".to_owned()));
                 };
-                let value = damaged(*damage, kv.value());
+                let value = apply_damage(*damage, kv.value());
                 // The transaction does not create the key again if it was deleted in between.
                 let is_there = Compare::create_revision(key.as_str(), CompareOp::Greater, 0);
                 let put = TxnOp::put(key, value, None::<PutOptions>);
@@ -374,7 +374,7 @@ impl ManualEdit {
     }
 }
 
-fn damaged(damage: Damage, value: &[u8]) -> Vec<u8> {
+fn apply_damage(damage: Damage, value: &[u8]) -> Vec<u8> {
     match damage {
         Damage::Garbage => b"\xff garbage".to_vec(),
         Damage::Half => value[..value.len() / 2].to_vec(),

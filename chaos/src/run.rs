@@ -70,7 +70,7 @@ pub async fn run(
     println!(
         "chaos: seed={seed} seconds={} faults={} {}",
         length.as_secs(),
-        testbed.played(),
+        testbed.played_count(),
         verdict.summary(&record)
     );
     Ok(verdict.is_passed())
@@ -173,7 +173,7 @@ async fn settle(
             unsettled.unregistered.extend(unregistered);
         }
         waiting.retain(|index| {
-            let found = unconverged(&clients[*index], &truth);
+            let found = describe_differences(&clients[*index], &truth);
             let has_converged = found.is_none();
             unsettled
                 .diverged
@@ -191,7 +191,7 @@ async fn settle(
 }
 
 /// How a client's directory differs from etcd, if it does.
-fn unconverged(client: &ClientTask, truth: &[Change]) -> Option<String> {
+fn describe_differences(client: &ClientTask, truth: &[Change]) -> Option<String> {
     let snapshot = client.directory.snapshot();
     let mut found = check::differences_now(truth, &client.instances());
     if !snapshot.freshness().is_live() {

@@ -171,7 +171,7 @@ pub fn insufficient_coverage(length: Duration, coverage: Coverage) -> Option<Str
 
 /// The result of comparing a directory with history.
 #[derive(Debug, Default)]
-pub struct Verdict {
+pub struct HistoryVerdict {
     /// Snapshots that do not match any state.
     pub divergences: Vec<String>,
     /// Snapshots that cannot be checked: later than the last known revision of a wiped etcd.
@@ -185,9 +185,9 @@ pub struct Verdict {
 /// or in a later history that had begun before the snapshot. The earliest match is taken because it
 /// leaves the most choices for the following snapshots: if any reading of the whole sequence is in
 /// order, this one is.
-pub fn directory(client: usize, shown: &[ShownSnapshot], epochs: &[Epoch]) -> Verdict {
+pub fn directory(client: usize, shown: &[ShownSnapshot], epochs: &[Epoch]) -> HistoryVerdict {
     let states: Vec<States> = epochs.iter().map(|e| States::of(&e.changes)).collect();
-    let mut verdict = Verdict::default();
+    let mut verdict = HistoryVerdict::default();
     let (mut in_epoch, mut revision) = (0, 0);
     'snapshots: for snapshot in shown {
         let mut why = Vec::new();
@@ -246,13 +246,13 @@ pub fn is_allowed(failure: &Failure, lives: &[Life], stalls: &[(Duration, Durati
                 how: ExitKind::Killed,
                 signalled,
                 gone,
-            }) => failure.begun <= noticed(gone, stalls) && failure.ended >= signalled,
+            }) => failure.begun <= notice_deadline(gone, stalls) && failure.ended >= signalled,
             _ => false,
         })
 }
 
 /// The time by which a server's exit is noticed everywhere. Stalls of the machine do not count.
-fn noticed(gone: Duration, stalls: &[(Duration, Duration)]) -> Duration {
+fn notice_deadline(gone: Duration, stalls: &[(Duration, Duration)]) -> Duration {
     let mut noticed = gone + NOTICE;
     for (from, to) in stalls {
         if *to > gone && *from < noticed {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::{Findings, noticed};
+use super::{Findings, notice_deadline};
 use crate::record::{Change, Disturbance, Epoch, Exit, ExitKind, Extension, Life, decode, keys_of};
 use crate::schedule::Path;
 
@@ -44,7 +44,7 @@ pub fn leftover_keys(
         judged.windows.push(gone);
         for key in keys_of(life.name) {
             let changes = epoch.changes.iter().filter(|change| change.key == key);
-            if let Some(why) = missing_step(changes, signalled, noticed(gone, stalls)) {
+            if let Some(why) = missing_step(changes, signalled, notice_deadline(gone, stalls)) {
                 judged.violations.push(format!(
                     "{} was asked to leave at {:.3} s and ended at {:.3} s; {key} {why}",
                     life.name,
@@ -112,15 +112,15 @@ pub fn key_deadline(life: &Life, end: Exit, ttl: Duration, extensions: &[Extensi
             _ => {}
         }
     }
-    let standstills = merged(standstills).into_iter();
+    let standstills = merge_spans(standstills).into_iter();
     moments.extend(standstills.map(|(from, to)| (to, from, false)));
     moments.sort();
     let (mut counts_from, mut limit) = (gone, gone + ttl + EXPIRY_MARGIN);
-    for (to, from, anew) in moments {
-        if anew && to <= limit {
+    for (to, from, restarts) in moments {
+        if restarts && to <= limit {
             counts_from = to;
             limit = to + ttl + EXPIRY_MARGIN;
-        } else if !anew && from < limit {
+        } else if !restarts && from < limit {
             limit += to.saturating_sub(from.max(counts_from));
         }
     }
@@ -128,7 +128,7 @@ pub fn key_deadline(life: &Life, end: Exit, ttl: Duration, extensions: &[Extensi
 }
 
 /// Merges overlapping time spans.
-fn merged(mut spans: Vec<(Duration, Duration)>) -> Vec<(Duration, Duration)> {
+fn merge_spans(mut spans: Vec<(Duration, Duration)>) -> Vec<(Duration, Duration)> {
     spans.sort();
     let mut merged: Vec<(Duration, Duration)> = Vec::new();
     for (from, to) in spans {

@@ -20,7 +20,7 @@ const REST: (u64, u64) = (8_000, 9_000);
 const LEAVE_AFTER: Duration = Duration::from_secs(5);
 
 /// The minimum age of that server, so that it is registered.
-const GROWN_UP: Duration = Duration::from_secs(5);
+const MIN_AGE: Duration = Duration::from_secs(5);
 
 /// A server's server as the schedule plans it.
 pub(super) struct PlannedServer {
@@ -28,7 +28,7 @@ pub(super) struct PlannedServer {
     from: Duration,
     to: Option<Duration>,
     /// The only fault of this server is that it is asked to leave.
-    spared: bool,
+    only_leaves: bool,
 }
 
 impl PlannedServer {
@@ -37,7 +37,7 @@ impl PlannedServer {
             name,
             from,
             to: None,
-            spared: false,
+            only_leaves: false,
         }
     }
 }
@@ -158,7 +158,7 @@ impl Lane {
         while at < self.until {
             let there: Vec<Name> = servers
                 .iter()
-                .filter(|server| !server.spared)
+                .filter(|server| !server.only_leaves)
                 .filter(|server| server.from <= at && server.to.is_none_or(|to| at < to))
                 .map(|server| server.name)
                 .collect();
@@ -213,7 +213,7 @@ impl Lane {
                 .collect();
             // Excludes servers whose path may be cut, and servers that are still starting.
             let is_free = |server: &PlannedServer| {
-                server.name.path().is_none() && server.from + GROWN_UP <= at
+                server.name.path().is_none() && server.from + MIN_AGE <= at
             };
             let choices: Vec<usize> = there
                 .iter()
@@ -233,7 +233,7 @@ impl Lane {
                     };
                     let server = &mut servers[chosen];
                     server.to = Some(at);
-                    server.spared = rest.is_some();
+                    server.only_leaves = rest.is_some();
                     let successor = successor(server.name, there.len());
                     let fault = match kind {
                         End => Fault::TerminateServer(server.name, successor),

@@ -89,14 +89,14 @@ impl History {
         self.change(id, None, 0)
     }
 
-    fn wiped(mut self, at: f64, whole: bool) -> Self {
+    fn wipe(mut self, at: f64, whole: bool) -> Self {
         self.0.ended = Some(seconds(at));
         self.0.whole = whole;
         self
     }
 }
 
-fn shown(at: f64, revision: i64, instances: &[(&str, &str)]) -> ShownSnapshot {
+fn shown_snapshot(at: f64, revision: i64, instances: &[(&str, &str)]) -> ShownSnapshot {
     let instances = instances.iter().map(|(id, address)| {
         let instance = Instance::new(SERVICE, *address).id(*id);
         (key(id), Arc::new(instance))
@@ -127,7 +127,7 @@ fn life(end: Option<(ExitKind, f64, f64)>) -> Life {
 }
 
 /// A fault with this scope.
-fn disturbed(scope: Scope, from: f64, to: f64) -> Disturbance {
+fn disturbance(scope: Scope, from: f64, to: f64) -> Disturbance {
     Disturbance {
         from: seconds(from),
         to: seconds(to),
@@ -146,11 +146,11 @@ fn one_history() -> History {
 #[test]
 fn repeated_and_skipped_states_are_no_divergence() {
     let shown = [
-        shown(0.0, 1, &[]),
-        shown(1.0, 2, &[("a", "h:1")]),
-        shown(1.5, 2, &[("a", "h:1")]),
-        shown(4.0, 4, &[("b", "h:2")]),
-        shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]),
+        shown_snapshot(0.0, 1, &[]),
+        shown_snapshot(1.0, 2, &[("a", "h:1")]),
+        shown_snapshot(1.5, 2, &[("a", "h:1")]),
+        shown_snapshot(4.0, 4, &[("b", "h:2")]),
+        shown_snapshot(9.0, 5, &[("a", "h:3"), ("b", "h:2")]),
     ];
     assert_eq!(divergences(&shown, vec![one_history()]), [""; 0]);
 }
@@ -168,7 +168,7 @@ fn missing_extra_and_wrong_instances_are_found() {
             "services/chaos/b is shown at h:8",
         ),
     ] {
-        let found = divergences(&[shown(3.0, 3, &instances)], vec![one_history()]);
+        let found = divergences(&[shown_snapshot(3.0, 3, &instances)], vec![one_history()]);
         assert_eq!(found.len(), 1);
         assert!(found[0].contains("revision 3"), "{found:?}");
         assert!(found[0].contains(said), "{found:?}");
@@ -178,7 +178,7 @@ fn missing_extra_and_wrong_instances_are_found() {
 #[test]
 fn state_under_a_wrong_revision_is_found() {
     let found = divergences(
-        &[shown(3.0, 4, &[("a", "h:1"), ("b", "h:2")])],
+        &[shown_snapshot(3.0, 4, &[("a", "h:1"), ("b", "h:2")])],
         vec![one_history()],
     );
     assert_eq!(found.len(), 1);
@@ -187,8 +187,8 @@ fn state_under_a_wrong_revision_is_found() {
 #[test]
 fn decreasing_revision_is_found() {
     let back = [
-        shown(3.0, 3, &[("a", "h:1"), ("b", "h:2")]),
-        shown(4.0, 2, &[("a", "h:1")]),
+        shown_snapshot(3.0, 3, &[("a", "h:1"), ("b", "h:2")]),
+        shown_snapshot(4.0, 2, &[("a", "h:1")]),
     ];
     let found = divergences(&back, vec![one_history()]);
     assert_eq!(found.len(), 1);
@@ -198,7 +198,7 @@ fn decreasing_revision_is_found() {
 #[test]
 fn unknown_revision_is_found() {
     let instances = [("a", "h:3"), ("b", "h:2")];
-    let found = divergences(&[shown(9.0, 6, &instances)], vec![one_history()]);
+    let found = divergences(&[shown_snapshot(9.0, 6, &instances)], vec![one_history()]);
     assert!(found[0].contains("history 0 ends at 5"), "{found:?}");
 }
 
@@ -206,12 +206,12 @@ fn unknown_revision_is_found() {
 fn revision_may_fall_once_after_a_wipe() {
     let histories = || {
         vec![
-            one_history().wiped(10.0, true),
+            one_history().wipe(10.0, true),
             History::from(10.0).put("a", "h:4"),
         ]
     };
-    let old = |at| shown(at, 5, &[("a", "h:3"), ("b", "h:2")]);
-    let new = |at| shown(at, 2, &[("a", "h:4")]);
+    let old = |at| shown_snapshot(at, 5, &[("a", "h:3"), ("b", "h:2")]);
+    let new = |at| shown_snapshot(at, 2, &[("a", "h:4")]);
     assert_eq!(divergences(&[old(9.0), new(12.0)], histories()), [""; 0]);
     // A directory that is cut off shows the old history for longer.
     assert_eq!(
@@ -227,7 +227,7 @@ fn revision_may_fall_once_after_a_wipe() {
 
 #[test]
 fn mixture_of_two_histories_is_found() {
-    let first = one_history().wiped(10.0, true);
+    let first = one_history().wipe(10.0, true);
     let second = History::from(10.0)
         .put("x", "h:5")
         .put("x", "h:6")
@@ -235,8 +235,8 @@ fn mixture_of_two_histories_is_found() {
         .put("x", "h:8")
         .put("x", "h:9");
     // A watch that continues in the new history on top of the old state shows this mixture.
-    let mixed = shown(16.0, 6, &[("a", "h:3"), ("b", "h:2"), ("x", "h:9")]);
-    let old = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
+    let mixed = shown_snapshot(16.0, 6, &[("a", "h:3"), ("b", "h:2"), ("x", "h:9")]);
+    let old = shown_snapshot(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
     let found = divergences(&[old, mixed], vec![first, second]);
     assert_eq!(found.len(), 1);
     assert!(
@@ -247,9 +247,9 @@ fn mixture_of_two_histories_is_found() {
 
 #[test]
 fn unjudged_only_if_the_end_is_uncertain() {
-    let late = [shown(9.9, 6, &[("c", "h:1")])];
+    let late = [shown_snapshot(9.9, 6, &[("c", "h:1")])];
     for (whole, divergences, unjudged) in [(true, 1, 0), (false, 0, 1)] {
-        let epochs = [one_history().wiped(10.0, whole).0, History::from(10.0).0];
+        let epochs = [one_history().wipe(10.0, whole).0, History::from(10.0).0];
         let verdict = directory(0, &late, &epochs);
         assert_eq!(verdict.divergences.len(), divergences);
         assert_eq!(verdict.unjudged, unjudged);
@@ -269,18 +269,21 @@ fn invalid_value_keeps_an_earlier_instance_of_the_key() {
         ]
     };
     for allowed in [&[][..], &[("a", "h:2")], &[("a", "h:3")]] {
-        assert_eq!(divergences(&[shown(9.0, 6, allowed)], history()), [""; 0]);
+        assert_eq!(
+            divergences(&[shown_snapshot(9.0, 6, allowed)], history()),
+            [""; 0]
+        );
     }
-    let before_it_was_deleted = shown(9.0, 6, &[("a", "h:1")]);
+    let before_it_was_deleted = shown_snapshot(9.0, 6, &[("a", "h:1")]);
     assert_eq!(divergences(&[before_it_was_deleted], history()).len(), 1);
 }
 
 #[test]
 fn differences_now_names_the_missing_key() {
     let changes = one_history().0.changes;
-    let truth = shown(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
+    let truth = shown_snapshot(9.0, 5, &[("a", "h:3"), ("b", "h:2")]);
     assert_eq!(differences_now(&changes, &truth.instances), [""; 0]);
-    let behind = shown(9.0, 4, &[("b", "h:2")]);
+    let behind = shown_snapshot(9.0, 4, &[("b", "h:2")]);
     let found = differences_now(&changes, &behind.instances);
     assert_eq!(found, ["services/chaos/a is missing"]);
 }

@@ -15,8 +15,8 @@ fn server_registered_too_late_is_found() {
         quiescence::unregistered_servers(&[life], &[history.0], disturbances, seconds(30.0))
             .violations
     };
-    let manual_edits = disturbed(Scope::Server(NAMED), 2.0, 2.0);
-    let next = |scope, at| [manual_edits, disturbed(scope, at, at + 1.0)];
+    let manual_edits = disturbance(Scope::Server(NAMED), 2.0, 2.0);
+    let next = |scope, at| [manual_edits, disturbance(scope, at, at + 1.0)];
 
     let found = unregistered(back(12), &next(Scope::All, 8.0), life(None));
     assert_eq!(found.len(), 1);
@@ -71,10 +71,10 @@ fn second_key_is_checked() {
 fn directory_that_converges_too_late_is_found() {
     // "a" at 1 s, "b" at 2 s.
     let epochs = [History::from(0.0).put("a", "h:1").put("b", "h:2").0];
-    let first = || shown(1.1, 2, &[("a", "h:1")]);
-    let second = |at| shown(at, 3, &[("a", "h:1"), ("b", "h:2")]);
+    let first = || shown_snapshot(1.1, 2, &[("a", "h:1")]);
+    let second = |at| shown_snapshot(at, 3, &[("a", "h:1"), ("b", "h:2")]);
     let diverged = |shown: &[ShownSnapshot], scope| {
-        let next = disturbed(scope, 8.0, 9.0);
+        let next = disturbance(scope, 8.0, 9.0);
         quiescence::diverged_directories(0, shown, &epochs, &[next], seconds(13.0)).violations
     };
     let found = diverged(&[first(), second(8.5)], Scope::All);
@@ -99,11 +99,11 @@ fn directory_that_stops_updating_is_found() {
         .put("b", "h:2")
         .0];
     let others = [("other", "h:1"), ("a", "h:1")];
-    let first = || shown(5.1, 6, &others);
+    let first = || shown_snapshot(5.1, 6, &others);
     let diverged = |shown: &[ShownSnapshot], until| {
         let faults = [
-            disturbed(Scope::All, 1.0, 2.0),
-            disturbed(Scope::All, until, 30.0),
+            disturbance(Scope::All, 1.0, 2.0),
+            disturbance(Scope::All, until, 30.0),
         ];
         quiescence::diverged_directories(0, shown, &epochs, &faults, seconds(30.0)).violations
     };
@@ -111,7 +111,7 @@ fn directory_that_stops_updating_is_found() {
     assert_eq!(found.len(), 1);
     assert!(found[0].contains("from 6.000 s to 11.000 s"), "{found:?}");
     // The directory shows the change within 5 s, or the period ends before that.
-    let second = shown(10.9, 7, &[("other", "h:1"), ("a", "h:1"), ("b", "h:2")]);
+    let second = shown_snapshot(10.9, 7, &[("other", "h:1"), ("a", "h:1"), ("b", "h:2")]);
     assert_eq!(diverged(&[first(), second], 12.0), [""; 0]);
     assert_eq!(diverged(&[first()], 10.9), [""; 0]);
 }
@@ -119,7 +119,7 @@ fn directory_that_stops_updating_is_found() {
 #[test]
 fn coverage_is_counted_and_none_is_insufficient() {
     let epochs = [History::from(0.0).put("a", "h:1").others(6).0];
-    let shown = [shown(0.5, 1, &[])];
+    let shown = [shown_snapshot(0.5, 1, &[])];
     let windows = |disturbances: &[Disturbance]| {
         let judged =
             quiescence::diverged_directories(0, &shown, &epochs, disturbances, seconds(20.0));
@@ -128,7 +128,7 @@ fn coverage_is_counted_and_none_is_insufficient() {
     // Windows begin at 0.5 s and after each change from 1 s to 5 s; three of them end by 7 s.
     assert_eq!(windows(&[]), (6, 3));
     // The machine stalled too often.
-    let stalls = [4.0, 8.0, 12.0, 16.0].map(|at| disturbed(Scope::All, at, at + 1.0));
+    let stalls = [4.0, 8.0, 12.0, 16.0].map(|at| disturbance(Scope::All, at, at + 1.0));
     assert_eq!(windows(&stalls), (0, 0));
 
     let said = |seconds, [directories, registrations, leavings]: [usize; 3]| {

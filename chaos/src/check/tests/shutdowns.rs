@@ -7,7 +7,7 @@ use crate::schedule::{Fault, Path};
 
 const RIGHT: &str = "127.0.0.1:1000";
 
-fn named(name: Name, how: ExitKind, signalled: f64, gone: f64) -> Life {
+fn named_life(name: Name, how: ExitKind, signalled: f64, gone: f64) -> Life {
     Life {
         name,
         ..life(Some((how, signalled, gone)))
@@ -19,7 +19,7 @@ fn leader(at: f64) -> Extension {
     Extension::Leader { at }
 }
 
-fn delayed(from: f64, to: f64, path: Option<Path>) -> Extension {
+fn delayed_extension(from: f64, to: f64, path: Option<Path>) -> Extension {
     let (from, to) = (seconds(from), seconds(to));
     Extension::Delayed { from, to, path }
 }
@@ -40,7 +40,7 @@ fn limit(extensions: &[Extension]) -> f64 {
 
 /// The overdue keys of that server, last observed at 60 s.
 fn overdue_keys_of(name: Name, history: History) -> Vec<String> {
-    let lives = [named(name, ExitKind::Killed, 1.0, 1.0)];
+    let lives = [named_life(name, ExitKind::Killed, 1.0, 1.0)];
     overdue_keys(&lives, &[history.0], &[], TTL, seconds(60.0))
 }
 
@@ -61,7 +61,7 @@ fn key_that_outlives_its_lease_is_found() {
 #[test]
 fn both_keys_must_expire() {
     let both = || History::from(0.0).put("s00-0", RIGHT).put("s00-0-b", RIGHT);
-    let lives = [named(TWICE, ExitKind::Killed, 1.0, 1.0)];
+    let lives = [named_life(TWICE, ExitKind::Killed, 1.0, 1.0)];
     for (left, gone) in [("s00-0", "s00-0-b"), ("s00-0-b", "s00-0")] {
         let history = both().delete(gone);
         assert!(any_dead_registered(&lives, &history.0.changes));
@@ -91,19 +91,25 @@ fn each_new_leader_restarts_the_ttl() {
 fn message_delayed_across_the_exit_extends_once() {
     let mine = NAMED.path();
     for path in [None, mine] {
-        assert_eq!(limit(&[delayed(0.5, 4.0, path)]), 10.0);
+        assert_eq!(limit(&[delayed_extension(0.5, 4.0, path)]), 10.0);
         // A dead server sends no message that could be delayed.
-        assert_eq!(limit(&[delayed(1.5, 4.0, path)]), 7.0);
+        assert_eq!(limit(&[delayed_extension(1.5, 4.0, path)]), 7.0);
         assert_eq!(
-            limit(&[delayed(0.5, 4.0, path), delayed(5.0, 9.0, path)]),
+            limit(&[
+                delayed_extension(0.5, 4.0, path),
+                delayed_extension(5.0, 9.0, path)
+            ]),
             10.0
         );
         // The delay ended before the exit.
-        assert_eq!(limit(&[delayed(0.2, 0.9, path)]), 7.0);
+        assert_eq!(limit(&[delayed_extension(0.2, 0.9, path)]), 7.0);
         // The key had to be gone before the delay ended.
-        assert_eq!(limit(&[delayed(0.5, 7.5, path)]), 7.0);
+        assert_eq!(limit(&[delayed_extension(0.5, 7.5, path)]), 7.0);
     }
-    assert_eq!(limit(&[delayed(0.5, 4.0, Some(Path::Server(0)))]), 7.0);
+    assert_eq!(
+        limit(&[delayed_extension(0.5, 4.0, Some(Path::Server(0)))]),
+        7.0
+    );
 }
 
 #[test]
@@ -165,7 +171,7 @@ fn any_dead_registered_follows_the_last_change() {
 
 /// The violations of a server that was asked to leave at 4.5 s and exited at 6.5 s.
 fn leaving_problems(name: Name, history: History, disturbances: &[Disturbance]) -> Vec<String> {
-    let lives = [named(name, ExitKind::Terminated, 4.5, 6.5)];
+    let lives = [named_life(name, ExitKind::Terminated, 4.5, 6.5)];
     leftover_keys(&lives, &[history.0], disturbances, &[]).violations
 }
 
@@ -205,7 +211,7 @@ fn leaving_must_drain_and_then_delete() {
 fn leaving_with_a_fault_in_the_way_is_skipped() {
     let history = || History::from(0.0).put(&NAMED.to_string(), RIGHT);
     let said =
-        |scope, from, to| leaving_problems(NAMED, history(), &[disturbed(scope, from, to)]).len();
+        |scope, from, to| leaving_problems(NAMED, history(), &[disturbance(scope, from, to)]).len();
     let mine = Scope::Path(Path::Server(NAMED.slot));
     for scope in [Scope::All, mine, Scope::Server(NAMED)] {
         assert_eq!(said(scope, 4.0, 5.0), 0);
@@ -218,7 +224,7 @@ fn leaving_with_a_fault_in_the_way_is_skipped() {
     assert_eq!(said(Scope::Server(TWICE), 4.0, 5.0), 1);
 
     // A killed server does not leave, and a server that never had a key has none to delete.
-    let killed = [named(NAMED, ExitKind::Killed, 4.5, 6.5)];
+    let killed = [named_life(NAMED, ExitKind::Killed, 4.5, 6.5)];
     let judged = leftover_keys(&killed, &[history().0], &[], &[]);
     assert!(judged.violations.is_empty() && judged.windows.is_empty());
     assert_eq!(leaving_problems(NAMED, History::from(0.0), &[]), [""; 0]);
