@@ -64,7 +64,7 @@ async fn measure() {
         (BalancePolicy::RoundRobin, "RoundRobin"),
     ] {
         for count in [1, 3, 10, 100] {
-            let channel = balanced(&servers.addresses[..count], policy).await;
+            let channel = connect_balanced(&servers.addresses[..count], policy).await;
             let name = format!("BalancedChannel {name}, {count}");
             contenders.push(Contender::new(name, channel));
         }
@@ -116,7 +116,7 @@ fn endpoint(address: &String) -> Endpoint {
     Endpoint::from_shared(format!("http://{address}")).expect("an address")
 }
 
-async fn balanced(addresses: &[String], policy: BalancePolicy) -> BalancedChannel {
+async fn connect_balanced(addresses: &[String], policy: BalancePolicy) -> BalancedChannel {
     let instances = addresses
         .iter()
         .map(|address| goo_etcd::Instance::new("echo", address));

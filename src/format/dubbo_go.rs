@@ -310,13 +310,13 @@ mod tests {
 
     #[test]
     fn ignores_entries_of_other_services() {
-        let named = |name: &str| {
+        let decode_named = |name: &str| {
             let fields = r#""Host":"h","Port":1,"Enable":true,"Healthy":true"#;
             decode(&format!(r#"{{"ServiceName":"{name}",{fields}}}"#)).unwrap()
         };
-        assert_eq!(named("svc/b"), []);
-        assert_eq!(named("svc").len(), 1);
-        assert_eq!(named("").len(), 1);
+        assert_eq!(decode_named("svc/b"), []);
+        assert_eq!(decode_named("svc").len(), 1);
+        assert_eq!(decode_named("").len(), 1);
     }
 
     #[test]

@@ -109,7 +109,7 @@ pub(super) fn in_range(format: &dyn Format, prefix: &str, service: &str, key: &s
     (range.start.as_slice()..range.end.as_slice()).contains(&key.as_bytes())
 }
 
-pub(super) fn all() -> Vec<Box<dyn Format>> {
+pub(super) fn all_formats() -> Vec<Box<dyn Format>> {
     vec![
         Box::new(EtcdNaming),
         Box::new(GoZero),
@@ -120,13 +120,13 @@ pub(super) fn all() -> Vec<Box<dyn Format>> {
     ]
 }
 
-pub(super) fn named(name: &str) -> Box<dyn Format> {
-    let mut all = all().into_iter();
+pub(super) fn format_by_name(name: &str) -> Box<dyn Format> {
+    let mut all = all_formats().into_iter();
     all.find(|format| format.name() == name).unwrap()
 }
 
 /// The fields of an instance that a format carries: all, except for go-zero.
-fn carried_by(format: &dyn Format, instance: &Instance) -> Instance {
+fn carried_fields(format: &dyn Format, instance: &Instance) -> Instance {
     match format.name() {
         "go-zero" => Instance::new(&instance.service, &instance.address),
         _ => instance.clone(),
@@ -141,7 +141,7 @@ fn refuses(format: &dyn Format, instance: &Instance) -> bool {
 proptest! {
     #[test]
     fn decode_reverses_encode(instance in instance()) {
-        for format in all() {
+        for format in all_formats() {
             let format = format.as_ref();
             let name = format.name();
             let service = instance.service.as_str();
@@ -156,7 +156,7 @@ proptest! {
                 }
                 let value = format.encode(&instance).unwrap();
                 let decoded = decode(format, prefix, service, &key, &value).unwrap();
-                prop_assert_eq!(decoded, vec![carried_by(format, &instance)], "{}", name);
+                prop_assert_eq!(decoded, vec![carried_fields(format, &instance)], "{}", name);
             }
         }
     }
@@ -168,7 +168,7 @@ proptest! {
         other in "[ab-]{1,3}",
     ) {
         prop_assume!(own != other);
-        for format in all() {
+        for format in all_formats() {
             let format = format.as_ref();
             let foreign = Instance { service: other.clone(), ..instance.clone() };
             let key = format.key(format.default_prefix(), &foreign);
@@ -186,7 +186,7 @@ proptest! {
             ".{0,60}".prop_map(String::into_bytes),
         ],
     ) {
-        for format in all() {
+        for format in all_formats() {
             let _ = decode(format.as_ref(), format.default_prefix(), "svc", "svc/1", &value);
         }
     }
@@ -195,8 +195,8 @@ proptest! {
 #[test]
 fn pointers_delegate_to_their_format() {
     let instance = Instance::new("svc", "h:1").id("7");
-    for format in all() {
-        let shared: Arc<dyn Format> = Arc::from(named(format.name()));
+    for format in all_formats() {
+        let shared: Arc<dyn Format> = Arc::from(format_by_name(format.name()));
         let pointers: [&dyn Format; 2] = [&shared, &format];
         for pointer in pointers {
             let direct = format.as_ref();
@@ -225,9 +225,11 @@ fn pointers_delegate_to_their_format() {
 
 #[test]
 fn each_format_has_its_own_identity() {
-    let identities: std::collections::HashSet<_> =
-        all().iter().map(|format| format.identity()).collect();
-    assert_eq!(identities.len(), all().len());
+    let identities: std::collections::HashSet<_> = all_formats()
+        .iter()
+        .map(|format| format.identity())
+        .collect();
+    assert_eq!(identities.len(), all_formats().len());
 }
 
 #[test]

@@ -225,7 +225,7 @@ pub(crate) fn validate_address(address: &str) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn refused(instance: Instance) -> String {
+    fn validation_error(instance: Instance) -> String {
         instance.validate().unwrap_err().to_string()
     }
 
@@ -267,7 +267,7 @@ mod tests {
             "unix:relative",
             "unix:/",
         ] {
-            let message = refused(Instance::new("greeter", address));
+            let message = validation_error(Instance::new("greeter", address));
             assert!(message.starts_with("invalid address"), "{message}");
             assert!(message.contains(&format!("{address:?}")), "{message}");
         }
@@ -275,13 +275,15 @@ mod tests {
 
     #[test]
     fn refuses_invalid_service_id_and_metadata() {
-        assert!(refused(Instance::new("", "a:1")).contains("invalid service \"\""));
-        assert!(refused(Instance::new("a/b", "a:1")).contains("invalid service \"a/b\""));
-        assert!(refused(Instance::new("a\n", "a:1")).contains("invalid service \"a\\n\""));
-        assert!(refused(Instance::new("a", "a:1").id("")).contains("invalid id \"\""));
-        assert!(refused(Instance::new("a", "a:1").id("\0")).contains("invalid id \"\\0\""));
+        assert!(validation_error(Instance::new("", "a:1")).contains("invalid service \"\""));
+        assert!(validation_error(Instance::new("a/b", "a:1")).contains("invalid service \"a/b\""));
+        assert!(validation_error(Instance::new("a\n", "a:1")).contains("invalid service \"a\\n\""));
+        assert!(validation_error(Instance::new("a", "a:1").id("")).contains("invalid id \"\""));
         assert!(
-            refused(Instance::new("a", "a:1").metadata("weight", "1"))
+            validation_error(Instance::new("a", "a:1").id("\0")).contains("invalid id \"\\0\"")
+        );
+        assert!(
+            validation_error(Instance::new("a", "a:1").metadata("weight", "1"))
                 .contains("invalid metadata \"weight\"")
         );
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use goo_etcd::{Config, Error, TlsConfig};
 
 /// The field and value that an error names.
-fn refused(config: Config) -> (&'static str, String) {
+fn refused_field(config: Config) -> (&'static str, String) {
     match config.validate() {
         Err(Error::Invalid { field, value, .. }) => (field, value),
         other => panic!("{other:?}"),
@@ -283,7 +283,7 @@ fn contradiction_names_field_and_value() {
             "0",
         ),
     ] {
-        assert_eq!(refused(config), (field, value.to_owned()));
+        assert_eq!(refused_field(config), (field, value.to_owned()));
     }
 }
 
@@ -322,7 +322,7 @@ fn tls_contradiction_names_field_and_value() {
             "",
         ),
     ] {
-        assert_eq!(refused(config), (field, value.to_owned()));
+        assert_eq!(refused_field(config), (field, value.to_owned()));
     }
 }
 

@@ -248,7 +248,7 @@ async fn echo_behind_a_proxy() -> TestResult<Proxy> {
     Ok(proxy)
 }
 
-async fn echoed(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
+async fn echo(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
     stream.write_all(text.as_bytes()).await?;
     let mut answer = vec![0; text.len()];
     stream.read_exact(&mut answer).await?;
@@ -259,7 +259,7 @@ async fn echoed(stream: &mut TcpStream, text: &str) -> std::io::Result<String> {
 async fn proxy_forwards_both_ways_and_counts() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
-    assert_eq!(echoed(&mut stream, "hello").await?, "hello");
+    assert_eq!(echo(&mut stream, "hello").await?, "hello");
     assert_eq!((proxy.bytes_up(), proxy.bytes_down()), (5, 5));
     assert_eq!((proxy.connections(), proxy.accepted()), (1, 1));
     // The end of one direction is forwarded; the other stays open.
@@ -275,10 +275,10 @@ async fn proxy_forwards_both_ways_and_counts() -> TestResult {
 async fn cut_proxy_refuses_connections_until_restored() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
-    echoed(&mut stream, "hello").await?;
+    echo(&mut stream, "hello").await?;
     proxy.cut().await;
     assert_eq!(proxy.connections(), 0);
-    assert!(echoed(&mut stream, "hello").await.is_err());
+    assert!(echo(&mut stream, "hello").await.is_err());
     // While another test starts a process, the child may hold a copy of the listener.
     let mut refused = None;
     wait_until("connections are refused", async || {
@@ -291,15 +291,15 @@ async fn cut_proxy_refuses_connections_until_restored() -> TestResult {
 
     proxy.restore().await?;
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
-    assert_eq!(echoed(&mut stream, "again").await?, "again");
+    assert_eq!(echo(&mut stream, "again").await?, "again");
     proxy.disconnect().await?;
-    assert!(echoed(&mut stream, "hello").await.is_err());
+    assert!(echo(&mut stream, "hello").await.is_err());
     let mut stream = TcpStream::connect(proxy.endpoint()).await?;
-    assert_eq!(echoed(&mut stream, "again").await?, "again");
+    assert_eq!(echo(&mut stream, "again").await?, "again");
 
     let endpoint = proxy.endpoint();
     drop(proxy);
-    assert!(echoed(&mut stream, "hello").await.is_err());
+    assert!(echo(&mut stream, "hello").await.is_err());
     while TcpStream::connect(&endpoint).await.is_ok() {
         tokio::task::yield_now().await;
     }
@@ -310,11 +310,11 @@ async fn cut_proxy_refuses_connections_until_restored() -> TestResult {
 async fn blackhole_keeps_connections_open_and_silent() -> TestResult {
     let proxy = echo_behind_a_proxy().await?;
     let mut old = TcpStream::connect(proxy.endpoint()).await?;
-    echoed(&mut old, "hello").await?;
+    echo(&mut old, "hello").await?;
     proxy.blackhole();
     let mut new = TcpStream::connect(proxy.endpoint()).await?;
     {
-        let pending = futures::future::join(echoed(&mut old, "old"), echoed(&mut new, "new"));
+        let pending = futures::future::join(echo(&mut old, "old"), echo(&mut new, "new"));
         tokio::pin!(pending);
         assert!(tokio::time::timeout(SILENCE, &mut pending).await.is_err());
         assert_eq!(proxy.bytes_up(), 5);
@@ -332,7 +332,7 @@ async fn proxy_delays_and_redirects() -> TestResult {
     let delay = Duration::from_millis(200);
     proxy.delay(delay);
     let begin = std::time::Instant::now();
-    echoed(&mut stream, "hello").await?;
+    echo(&mut stream, "hello").await?;
     assert!(begin.elapsed() >= delay * 2);
 
     proxy.restore().await?;
@@ -341,7 +341,7 @@ async fn proxy_delays_and_redirects() -> TestResult {
     let mut client = etcd_client::Client::connect([proxy.endpoint()], None).await?;
     client.put("key", "value", None).await?;
     // The old stream still reaches the old target.
-    assert_eq!(echoed(&mut stream, "hello").await?, "hello");
+    assert_eq!(echo(&mut stream, "hello").await?, "hello");
     Ok(())
 }
 

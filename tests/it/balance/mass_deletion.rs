@@ -78,7 +78,7 @@ impl Fleet {
     }
 }
 
-fn retained(channel: &BalancedChannel) -> usize {
+fn count_retained(channel: &BalancedChannel) -> usize {
     let endpoints = channel.endpoints();
     endpoints
         .iter()
@@ -101,7 +101,7 @@ async fn healthy_fleet_is_retained_for_a_limited_time() -> TestResult {
     let started = Instant::now();
     fleet.expire().await?;
     wait_until("all endpoints are retained", async || {
-        retained(&channel) == 5
+        count_retained(&channel) == 5
     })
     .await;
     // All servers are called, even those removed before the guard could know of a mass deletion.
@@ -127,7 +127,7 @@ async fn lost_connections_are_not_retained() -> TestResult {
         .await?;
     fleet.expire().await?;
     wait_until("all endpoints are retained", async || {
-        retained(&channel) == 3
+        count_retained(&channel) == 3
     })
     .await;
     call(&channel).await?;
@@ -155,13 +155,16 @@ async fn registering_again_keeps_the_connections() -> TestResult {
     let load = Load::start(&channel, 8);
     fleet.expire().await?;
     wait_until("all endpoints are retained", async || {
-        retained(&channel) == 4
+        count_retained(&channel) == 4
     })
     .await;
     for server in &fleet.servers {
         fleet.register(server).await?;
     }
-    wait_until("no endpoint is retained", async || retained(&channel) == 0).await;
+    wait_until("no endpoint is retained", async || {
+        count_retained(&channel) == 0
+    })
+    .await;
     assert_eq!(channel.endpoints().len(), 4);
     for server in &fleet.servers {
         load.wait_until_called(server.address()).await;
@@ -238,7 +241,7 @@ async fn replaced_fleet_is_not_retained() -> TestResult {
         endpoints.len() == 3 && endpoints.iter().all(|endpoint| is_new(&endpoint.address))
     })
     .await;
-    assert_eq!(retained(&channel), 0);
+    assert_eq!(count_retained(&channel), 0);
     Ok(())
 }
 
@@ -252,7 +255,7 @@ async fn disabled_guard_retains_nothing() -> TestResult {
         channel.endpoints().is_empty()
     })
     .await;
-    assert_eq!(retained(&channel), 0);
+    assert_eq!(count_retained(&channel), 0);
     assert_fails_as_empty(&channel).await;
     Ok(())
 }
@@ -297,12 +300,12 @@ async fn metrics_count_mass_deletions_and_retained_endpoints() -> TestResult {
         })
         .await;
     }
-    assert_eq!(retained(&channel), 3);
+    assert_eq!(count_retained(&channel), 3);
     assert_eq!(read("goo_etcd_mass_deletions_total"), Some(1.0));
     assert_eq!(read("goo_etcd_kept_endpoints"), Some(3.0));
     fleet.register(&fleet.servers[0]).await?;
     wait_until("one endpoint is registered again", async || {
-        retained(&channel) == 2
+        count_retained(&channel) == 2
     })
     .await;
     assert_eq!(read("goo_etcd_kept_endpoints"), Some(2.0));

@@ -25,7 +25,7 @@ fn three() -> [EchoServer; 3] {
 }
 
 /// A channel to both servers with these weights.
-async fn weighted(
+async fn weighted_channel(
     servers: &[EchoServer; 2],
     weights: [u32; 2],
     policy: BalancePolicy,
@@ -52,7 +52,7 @@ async fn shares(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usi
 #[tokio::test]
 async fn round_robin_follows_weights_exactly() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [99, 1], BalancePolicy::RoundRobin).await;
+    let channel = weighted_channel(&servers, [99, 1], BalancePolicy::RoundRobin).await;
     let shares = shares(&channel, 1_000).await;
     assert_eq!(shares[servers[0].address()], 990);
     assert_eq!(shares[servers[1].address()], 10);
@@ -61,7 +61,7 @@ async fn round_robin_follows_weights_exactly() {
 #[tokio::test]
 async fn least_request_follows_weights_when_idle() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [100, 50], BalancePolicy::LeastRequest).await;
+    let channel = weighted_channel(&servers, [100, 50], BalancePolicy::LeastRequest).await;
     let shares = shares(&channel, 600).await;
     let heavy = shares[servers[0].address()];
     // Within eight standard deviations of 600 random draws.
@@ -104,7 +104,7 @@ async fn every_policy_uses_all_endpoints() {
 #[tokio::test]
 async fn least_request_follows_weights_under_load() {
     let servers = [EchoServer::start(), EchoServer::start()];
-    let channel = weighted(&servers, [300, 100], BalancePolicy::LeastRequest).await;
+    let channel = weighted_channel(&servers, [300, 100], BalancePolicy::LeastRequest).await;
     let mut client = EchoClient::new(channel.clone());
     let mut open = Vec::new();
     for _ in 0..80 {

@@ -47,7 +47,7 @@ impl Authority {
     }
 
     /// The settings of a client that trusts this authority.
-    fn trusted(&self) -> TlsConfig {
+    fn client_tls(&self) -> TlsConfig {
         let mut tls = TlsConfig::new();
         tls.ca_pem = Some(self.0.pem());
         tls
@@ -87,7 +87,7 @@ async fn assert_refused(server: &EchoServer, channel: &BalancedChannel, causes: 
 async fn trusted_certificate_is_accepted() {
     let authority = Authority::new();
     let server = serve(authority.server(&["127.0.0.1"]));
-    let channel = channel(server.address(), authority.trusted());
+    let channel = channel(server.address(), authority.client_tls());
     assert_eq!(call(&channel).await.unwrap(), server.address());
     let large = EchoRequest {
         payload: vec![1; 3 << 20],
@@ -100,7 +100,7 @@ async fn trusted_certificate_is_accepted() {
 async fn server_name_is_checked_instead_of_the_address() {
     let authority = Authority::new();
     let server = serve(authority.server(&["echo.internal"]));
-    let mut tls = authority.trusted();
+    let mut tls = authority.client_tls();
     tls.server_name = Some("echo.internal".to_owned());
     let called = call(&channel(server.address(), tls)).await;
     assert_eq!(called.unwrap(), server.address());
@@ -110,10 +110,10 @@ async fn server_name_is_checked_instead_of_the_address() {
 async fn certificate_for_another_name_is_refused() {
     let authority = Authority::new();
     let server = serve(authority.server(&["echo.internal"]));
-    let by_address = channel(server.address(), authority.trusted());
+    let by_address = channel(server.address(), authority.client_tls());
     let causes = ["TLS failed", "certificate not valid for name"];
     assert_refused(&server, &by_address, &causes).await;
-    let mut tls = authority.trusted();
+    let mut tls = authority.client_tls();
     tls.server_name = Some("other.internal".to_owned());
     let by_name = channel(server.address(), tls);
     assert_refused(&server, &by_name, &["other.internal"]).await;
@@ -122,7 +122,7 @@ async fn certificate_for_another_name_is_refused() {
 #[tokio::test]
 async fn certificate_of_another_authority_is_refused() {
     let server = serve(Authority::new().server(&["127.0.0.1"]));
-    let channel = channel(server.address(), Authority::new().trusted());
+    let channel = channel(server.address(), Authority::new().client_tls());
     assert_refused(&server, &channel, &["TLS failed", "UnknownIssuer"]).await;
 }
 
@@ -133,19 +133,19 @@ async fn mutual_tls_requires_a_client_certificate() {
         .server(&["127.0.0.1"])
         .client_ca_root(Certificate::from_pem(authority.0.pem()));
     let server = serve(mutual);
-    let without = channel(server.address(), authority.trusted());
+    let without = channel(server.address(), authority.client_tls());
     assert_refused(&server, &without, &["CertificateRequired"]).await;
 
     let client = |authority: &Authority| {
         let (cert, key) = authority.sign(&["client"], ExtendedKeyUsagePurpose::ClientAuth);
         (Some(cert), Some(key))
     };
-    let mut wrong = authority.trusted();
+    let mut wrong = authority.client_tls();
     (wrong.cert_pem, wrong.key_pem) = client(&Authority::new());
     let wrong = channel(server.address(), wrong);
     assert_refused(&server, &wrong, &["received fatal alert"]).await;
 
-    let mut right = authority.trusted();
+    let mut right = authority.client_tls();
     (right.cert_pem, right.key_pem) = client(&authority);
     let right = channel(server.address(), right);
     assert_eq!(call(&right).await.unwrap(), server.address());
@@ -155,7 +155,7 @@ async fn mutual_tls_requires_a_client_certificate() {
 async fn tls_on_one_side_only_is_refused() {
     let authority = Authority::new();
     let plain = EchoServer::start();
-    let secure = channel(plain.address(), authority.trusted());
+    let secure = channel(plain.address(), authority.client_tls());
     assert_refused(&plain, &secure, &["TLS failed"]).await;
 
     let server = serve(authority.server(&["127.0.0.1"]));
@@ -180,7 +180,7 @@ async fn tls_runs_over_a_custom_connector() {
         }
     });
     let channel = static_channel(["echo.internal:443"], |builder| {
-        builder.tls(authority.trusted()).connector(connector)
+        builder.tls(authority.client_tls()).connector(connector)
     });
     assert_eq!(call(&channel).await.unwrap(), server.address());
 }
@@ -200,14 +200,14 @@ async fn invalid_certificates_are_named() {
 
     let authority = Authority::new();
     let (cert, key) = authority.sign(&["client"], ExtendedKeyUsagePurpose::ClientAuth);
-    let mut no_key = authority.trusted();
+    let mut no_key = authority.client_tls();
     no_key.cert_pem = Some(cert);
     let error = build(no_key);
     assert!(
         error.contains("cert_pem \"[redacted]\": requires key_file or key_pem"),
         "{error}"
     );
-    let mut wrong_key = authority.trusted();
+    let mut wrong_key = authority.client_tls();
     wrong_key.cert_pem = Some(authority.0.pem());
     wrong_key.key_pem = Some(key.clone());
     let error = build(wrong_key);

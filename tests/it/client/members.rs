@@ -9,7 +9,7 @@ use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error};
 use tokio::time::timeout;
 
-fn synced(endpoints: Vec<String>) -> Config {
+fn auto_sync_config(endpoints: Vec<String>) -> Config {
     let mut config = config(endpoints);
     config.auto_sync = true;
     config.auto_sync_interval = Duration::from_millis(200);
@@ -37,7 +37,7 @@ async fn auto_sync_follows_the_member_list() -> TestResult {
     let cluster = EtcdCluster::start().await?;
     // The client is configured with a proxy to one member, and finds the members.
     let proxy = Proxy::start(cluster.member(0).endpoint()).await?;
-    let client = Client::new("main", synced(vec![proxy.endpoint()])).await?;
+    let client = Client::new("main", auto_sync_config(vec![proxy.endpoint()])).await?;
     for member in cluster.members() {
         wait_until("the member is used", async || {
             is_used(&client, member).await
@@ -124,7 +124,7 @@ async fn auto_sync_ignores_lists_without_client_urls() -> TestResult {
         .args(["--advertise-client-urls", "https://127.0.0.1:1"])
         .start_cluster(3)
         .await?;
-    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    let client = Client::new("main", auto_sync_config(cluster.endpoints())).await?;
     // A member that has not started has no URL at all. etcd refuses until its members have been
     // connected for long enough.
     wait_until("the member is added", async || {
@@ -175,7 +175,7 @@ async fn auto_sync_ignores_lists_without_client_urls() -> TestResult {
 #[tokio::test]
 async fn learner_gets_no_calls() -> TestResult {
     let cluster = EtcdCluster::start().await?;
-    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    let client = Client::new("main", auto_sync_config(cluster.endpoints())).await?;
     // The learner never starts, so it has no name and no URL, and cannot be promoted.
     // etcd refuses until its members have been connected for long enough.
     let mut id = 0;
@@ -204,7 +204,7 @@ async fn learner_gets_no_calls() -> TestResult {
 #[tokio::test]
 async fn promoted_learner_is_used() -> TestResult {
     let cluster = EtcdCluster::start().await?;
-    let client = Client::new("main", synced(cluster.endpoints())).await?;
+    let client = Client::new("main", auto_sync_config(cluster.endpoints())).await?;
     cluster.replace_with_learner(2).await?;
     let learner = cluster.member(2);
     let list = client.member_list().await?;

@@ -25,7 +25,7 @@ fn instance(id: &str) -> Instance {
     Instance::new("greeter", "10.0.0.1:80").id(id)
 }
 
-fn registered(registrar: &Registrar) -> Vec<String> {
+fn registration_keys(registrar: &Registrar) -> Vec<String> {
     let registrations = registrar.registrations();
     let keys = registrations.iter().map(|held| held.key().to_owned());
     keys.collect()
@@ -39,7 +39,7 @@ async fn drains_every_registration_and_revokes_the_lease() -> TestResult {
     let a = registrar.register(instance("a")).await?;
     let b = registrar.register(instance("b")).await?;
     drop(registrar.register(instance("dropped")).await?);
-    assert_eq!(registered(&registrar), [key("a"), key("b")]);
+    assert_eq!(registration_keys(&registrar), [key("a"), key("b")]);
     let states = tokio::spawn(a.states().collect::<Vec<_>>());
 
     wait_for("the registrar is closed", registrar.close()).await?;
@@ -76,7 +76,7 @@ async fn closed_registrar_accepts_no_registration() -> TestResult {
         matches!(update, Err(Error::Deregistered { .. })),
         "{update:?}"
     );
-    assert!(registered(&registrar).is_empty());
+    assert!(registration_keys(&registrar).is_empty());
     // Another call has nothing to wait for, even without etcd. The client stays open.
     client.put("key", "value", None).await?;
     etcd.kill().await?;
@@ -100,7 +100,7 @@ async fn dropped_call_can_be_repeated() -> TestResult {
             () = draining => {}
         }
     }
-    assert_eq!(registered(&registrar), [key("a")]);
+    assert_eq!(registration_keys(&registrar), [key("a")]);
     assert_eq!(a.state(), RegistrationState::Draining);
     let again = registrar.register(instance("b")).await;
     assert!(matches!(again, Err(Error::RegistrarClosed)), "{again:?}");
@@ -128,7 +128,7 @@ async fn fails_without_etcd_and_succeeds_once_it_is_back() -> TestResult {
 
     assert!(failed.is_err(), "{failed:?}");
     assert_ne!(a.state(), RegistrationState::Deregistered);
-    assert_eq!(registered(&registrar), [key("a")]);
+    assert_eq!(registration_keys(&registrar), [key("a")]);
     etcd.start_again().await?;
     wait_until("the registrar is closed", async || {
         registrar.close().await.is_ok()

@@ -64,7 +64,7 @@ impl StateRecorder {
         }
     }
 
-    fn seen(&self) -> Vec<&'static str> {
+    fn seen_states(&self) -> Vec<&'static str> {
         self.seen.lock().unwrap().clone()
     }
 
@@ -135,7 +135,10 @@ async fn registration_and_directory_recover_after_an_outage() -> TestResult {
     let took = available.elapsed();
 
     assert!(took <= BACK_WITHIN, "it took {took:?}");
-    assert_eq!(states.seen(), ["registered", "recovering", "registered"]);
+    assert_eq!(
+        states.seen_states(),
+        ["registered", "recovering", "registered"]
+    );
     for snapshot in seen.all() {
         assert_eq!(snapshot.len(), 1, "the instance is missing in {snapshot:?}");
     }
@@ -201,7 +204,7 @@ async fn registration_recovers_under_another_lease() -> TestResult {
     assert_ne!(second, first);
     assert_eq!(lease_of(&etcd, b.key()).await?, Some(second));
     wait_until("the states are recorded", async || {
-        states.seen() == ["registered", "recovering", "registered"]
+        states.seen_states() == ["registered", "recovering", "registered"]
     })
     .await;
     Ok(())
@@ -232,7 +235,7 @@ async fn registration_is_held_for_several_ttls() -> TestResult {
     let history = history(&etcd).await?;
     assert_eq!(history.len(), 1, "{history:?}");
     assert!(stored_value(&etcd, registered.key()).await?.is_some());
-    assert_eq!(states.seen(), ["registered"]);
+    assert_eq!(states.seen_states(), ["registered"]);
     Ok(())
 }
 
@@ -246,7 +249,7 @@ async fn deregister_deletes_the_key_and_revokes_the_lease() -> TestResult {
     assert_eq!(leases(&etcd).await?.len(), 1);
     let states = StateRecorder::new(&registered);
     wait_until("the first state is recorded", async || {
-        !states.seen().is_empty()
+        !states.seen_states().is_empty()
     })
     .await;
     registered.deregister().await?;
@@ -376,7 +379,7 @@ async fn leave_on_drains_and_deletes_before_it_resolves() -> TestResult {
     let leaving = tokio::spawn(leaving);
     // Before the signal it stays registered, even though no other handle exists.
     wait_until("the state is recorded", async || {
-        states.seen() == ["registered"]
+        states.seen_states() == ["registered"]
     })
     .await;
     assert_eq!(registered_keys(&client).await?, [key("a")]);
@@ -606,7 +609,7 @@ async fn register_eventually_waits_for_etcd() -> TestResult {
     let took = available.elapsed();
     assert!(took <= BACK_WITHIN, "it took {took:?}");
     wait_until("the states are recorded", async || {
-        states.seen() == ["registering", "registered"]
+        states.seen_states() == ["registering", "registered"]
     })
     .await;
     Ok(())
