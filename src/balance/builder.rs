@@ -26,7 +26,7 @@ use crate::time::MAX_DURATION;
 /// The channel's own part of the user agent.
 const USER_AGENT: &str = concat!("goo-etcd/", env!("CARGO_PKG_VERSION"));
 
-/// How long a call waits for an endpoint by default (G5).
+/// How long a call waits for an endpoint by default.
 const READY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Settings of a [`BalancedChannel`]. Settings that tonic's `Endpoint` has too have the same names.
@@ -190,8 +190,7 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets the scheme and authority of requests. Default: the
-    /// endpoint's.
+    /// Sets the scheme and authority of requests. Default: the endpoint's.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.origin = Some(origin);
         self
@@ -297,9 +296,8 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets the time within which the [`mass_deletion_guard`](Self::mass_deletion_guard) counts
-    /// deletions as one mass deletion. Default: a third of the TTL of the
-    /// directory's format plus 1.7 s, which is 5 s for the usual TTL of 10 s; and 5 s for other
-    /// sources.
+    /// deletions as one mass deletion. Default: a third of the TTL of the directory's format plus
+    /// 1.7 s, which is 5 s for the usual TTL of 10 s; and 5 s for other sources.
     ///
     /// Leases are renewed at a third of their TTL, so leases that end by one cause end within that
     /// time. Set a longer window if registrars use a longer TTL than the format's. An endpoint that

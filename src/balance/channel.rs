@@ -119,8 +119,7 @@ impl BalancedChannel {
     }
 }
 
-/// A stream of the states of a channel's endpoints, from
-/// [`BalancedChannel::endpoint_changes`].
+/// A stream of the states of a channel's endpoints, from [`BalancedChannel::endpoint_changes`].
 #[must_use = "streams do nothing unless polled"]
 pub struct EndpointStatuses(WatchStream<Arc<PoolStatus>>);
 

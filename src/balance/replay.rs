@@ -1,10 +1,10 @@
 //! Request bodies that can be sent again.
 //!
-//! A transparent retry sends a call to another endpoint (G7), so the call's body must still be
-//! available then. A unary call's body is one chunk that tonic has in memory, and of which each
-//! attempt gets a cheap clone. The body of a client stream is recorded while it is sent, up to
-//! [`LIMIT`] bytes and until the response begins. A call with a longer body, or whose response has
-//! begun, cannot be sent again.
+//! A transparent retry sends a call to another endpoint, so the call's body must still be available
+//! then. A unary call's body is one chunk that tonic has in memory, and each attempt gets a cheap
+//! clone of it. The body of a client stream is recorded while it is sent, up to [`LIMIT`] bytes and
+//! until the response begins. A call with a longer body, or whose response has begun, cannot be
+//! sent again.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};

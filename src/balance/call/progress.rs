@@ -26,7 +26,8 @@ pub(super) enum WaitingFor {
     Permit,
     /// No endpoint is ready, or all ready endpoints are full.
     Endpoint,
-    /// An attempt was sent and its response has not begun; or the backoff before the next attempt.
+    /// An attempt was sent and its response has not begun, or the call backs off before the next
+    /// attempt.
     Response,
 }
 

@@ -172,8 +172,8 @@ impl Connector {
         let mut http2 = h2::client::Builder::new();
         http2
             .enable_push(false)
-            // Cancelled calls are reset by this side, in any number. A response that crosses a
-            // reset is no fault of the server, which h2 would count it as.
+            // This side resets cancelled calls, in any number. h2 would count a response that
+            // crosses such a reset as the server's fault.
             .max_local_error_reset_streams(None)
             .max_concurrent_reset_streams(REMEMBERED_RESETS)
             // By default h2 closes a connection on which many small messages wait for a reader. The

@@ -117,8 +117,8 @@ impl ReservedStream {
         let (response, stream) = self.open_stream(request, body.is_end_stream()).await?;
         let upload = upload(stream, body);
         let Self { h2, permit } = self;
-        // h2 counts the handle as a reference to the connection, which a pending response needs
-        // not.
+        // h2 counts the handle as a reference to the connection. A pending response does not need
+        // that reference.
         drop(h2);
         await_response(permit, upload, response).await
     }

@@ -50,7 +50,7 @@ enum Command {
     ShutDown,
 }
 
-/// An HTTP/2 server that answers each call with an empty response. Dropping it closes the pipe.
+/// An HTTP/2 server that sends an empty response to each call. Dropping it closes the pipe.
 struct Server {
     commands: mpsc::UnboundedSender<Command>,
     /// Aborted on drop.

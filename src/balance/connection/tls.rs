@@ -69,7 +69,7 @@ mod with_rustls {
                 Some(name) => name.clone(),
                 None => {
                     let host = target.authority.host();
-                    // A URI has brackets around an IPv6 address, a certificate has not.
+                    // A URI puts an IPv6 address in brackets; a certificate does not.
                     let host = host.trim_start_matches('[').trim_end_matches(']');
                     ServerName::try_from(host.to_owned())
                         .map_err(|error| format!("{host:?} is not a server name: {error}"))?

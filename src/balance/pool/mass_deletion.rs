@@ -1,5 +1,5 @@
-//! The guard against mass deletion: keeps connected endpoints for a while whose instances
-//! disappeared together with most of the set.
+//! The guard against mass deletion: if most instances disappear together, it keeps their connected
+//! endpoints for a while.
 //!
 //! Registrations also expire when servers cannot reach etcd, or when etcd loses its data. Neither
 //! means that the servers are dead. An instance that disappears alone is removed at once.

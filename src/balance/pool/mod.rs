@@ -169,8 +169,8 @@ impl<C: Connect> Pool<C> {
                 .reclaim(|_, vanished| vanished.member.has_address(address));
             vanished.map(|vanished| vanished.member)
         });
-        // The instance has moved, so its old endpoint goes; but not a retained one, because nobody
-        // has said that the servers of a mass deletion are gone.
+        // The instance has moved, so its old endpoint is closed. A retained endpoint stays, because
+        // its server may still run.
         let old = self
             .guard
             .reclaim(|of, vanished| of == key && !vanished.member.current().endpoint.is_retained());

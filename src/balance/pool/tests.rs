@@ -89,7 +89,7 @@ impl Harness {
     }
 }
 
-/// Lets every task run until it waits for a later time: paused time moves on only then.
+/// Runs every task until it waits. Paused time advances only then.
 async fn settle() {
     sleep(Duration::from_millis(1)).await;
 }
@@ -433,8 +433,7 @@ mod view {
         let message = harness.view.describe_unavailable();
         assert!(message.contains(limit), "{message}");
 
-        // A reserved stream that is dropped is freed by the driver, which a fake has not, so the
-        // server raises its limit.
+        // The fake has no driver to free a dropped stream, so the server raises its limit instead.
         let capacity = Arc::clone(&harness.view.capacity);
         settle().await;
         harness.connector.set_stream_limit("host:1", 2);
