@@ -80,10 +80,10 @@ impl Registrar {
     /// After an error the instance is not registered. To keep trying, use
     /// [`register_eventually`](Self::register_eventually).
     ///
-    /// - [`Error::Invalid`] if the instance cannot be registered, or not in
-    ///   one of the registrar's formats.
-    /// - [`Error::InstanceAlreadyRegistered`] if this
-    ///   registrar has a registration with one of the keys.
+    /// - [`Error::Invalid`] if the instance cannot be registered, or not in one of the registrar's
+    ///   formats.
+    /// - [`Error::InstanceAlreadyRegistered`] if this registrar has a registration with one of the
+    ///   keys.
     /// - [`Error::RegistrarClosed`] after [`close`](Self::close).
     /// - etcd's error if etcd refuses the write, for example because of a missing permission.
     /// - The last failure if etcd cannot be reached within the client's request timeout.

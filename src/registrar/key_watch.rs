@@ -103,7 +103,7 @@ async fn forward_events(
     }
 }
 
-/// The last change in a response; earlier ones are outdated by it.
+/// The last change in a response, which makes earlier changes obsolete.
 fn latest_change(response: &WatchResponse) -> Option<KeyEvent> {
     let event = response.events().last()?;
     let kv = event.kv()?;

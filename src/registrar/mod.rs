@@ -2,8 +2,8 @@
 //!
 //! A [`Registrar`] holds the instances that should be in etcd, and keeps working until etcd has
 //! them: it grants a lease, puts the instances' keys under the lease, and renews the lease after a
-//! third of its TTL. After a lost lease, a restart of etcd or a cut network it starts over, with
-//! jitter, until its process ends.
+//! third of its TTL. After a lost lease, a restart of etcd or a cut network the registrar registers
+//! again after a random pause, and keeps trying until the registration is deregistered or dropped.
 //!
 //! The instances of a registrar share a lease and its stream of renewals, up to a hundred keys per
 //! lease.

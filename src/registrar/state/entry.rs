@@ -27,7 +27,7 @@ pub(super) struct Entry {
     /// Whether the keys must be read again because another client may have changed them.
     pub(super) needs_check: bool,
     /// Whether a write with a lost response can still arrive. A paused process or network can
-    /// deliver the write at any time, until the lease is gone that the write names.
+    /// deliver the write at any time, until the lease that the write names is gone.
     pub(super) late_write: bool,
     pub(super) retry_schedule: RetrySchedule,
     pub(super) status: StatusSender,

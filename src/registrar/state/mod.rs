@@ -37,7 +37,7 @@
 //!
 //! # Faults
 //!
-//! **Lease lost.** etcd answers a renewal or a write with "lease not found", because the lease
+//! **Lease lost.** etcd responds to a renewal or a write with "lease not found", because the lease
 //! expired or was revoked. The keys are gone with the lease. All entries become `Recovering`; after
 //! a random pause of up to 500 ms ([`MAX_RECOVERY_JITTER`](reconciler::MAX_RECOVERY_JITTER)) a new
 //! lease is granted, and every entry is written under it.
