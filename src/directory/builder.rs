@@ -134,7 +134,7 @@ impl DirectoryBuilder {
     /// - [`Error::Invalid`](crate::Error::Invalid) for a service name that is empty or contains a
     ///   `/`, and for a cache folder that cannot be created.
     /// - The error of the first list of any format: etcd's, such as a missing permission, or a
-    ///   time-out if etcd does not respond.
+    ///   timeout if etcd does not respond.
     ///
     /// Later failures make the snapshot [`Stale`](crate::Freshness::Stale) instead.
     pub async fn watch(self) -> Result<Directory> {

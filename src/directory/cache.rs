@@ -37,8 +37,7 @@ pub(super) struct Cache {
     key: CacheKey,
 }
 
-/// The contents that belong into a file. The file also holds its key, because two keys may have the
-/// same file name.
+/// The client and the range whose snapshot a cache file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct CacheKey {
     client: String,
@@ -47,6 +46,8 @@ struct CacheKey {
     by_address: bool,
 }
 
+/// The contents of a cache file. They include the key, because two keys may have the same file
+/// name.
 #[derive(Debug, Serialize, Deserialize)]
 struct SavedSnapshot {
     key: CacheKey,
@@ -73,7 +74,8 @@ struct SavedInstance {
 }
 
 impl Cache {
-    /// The file for what `machine` lists. Creates the folder if it does not exist.
+    /// Opens the cache file of the range that `state` lists. Creates the folder if it does not
+    /// exist.
     ///
     /// # Errors
     ///

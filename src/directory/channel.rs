@@ -11,7 +11,20 @@ impl BalancedChannel {
     /// Creates a channel to `service`, as registered in etcd under the default prefix and format.
     ///
     /// Returns once the service has been listed. Connections are established in the background, and
-    /// calls wait for them.
+    /// calls wait for them. Dropping the future before it returns leaves nothing behind.
+    ///
+    /// Must be called within a Tokio runtime, which runs the tasks that follow etcd and keep the
+    /// endpoints connected.
+    ///
+    /// ```no_run
+    /// # async fn example(client: goo_etcd::Client) -> goo_etcd::Result<()> {
+    /// use goo_etcd::BalancedChannel;
+    ///
+    /// let channel = BalancedChannel::connect(&client, "greeter").await?;
+    /// // Any client that tonic generates takes the channel, as in `GreeterClient::new(channel)`.
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

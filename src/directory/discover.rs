@@ -38,7 +38,7 @@ impl Directory {
     }
 
     /// Like [`discover`](Self::discover), with each instance as tonic's `Endpoint`. `configure` may
-    /// change the endpoint, for example its time-outs, keep-alive and windows.
+    /// change the endpoint, for example its timeouts, keep-alive and windows.
     ///
     /// For TLS, `configure` must return a new endpoint for `https://` and the instance's address.
     /// The endpoint that it receives is for `http://`, where tonic accepts a TLS configuration,
@@ -59,9 +59,9 @@ impl Directory {
     /// A tonic channel over the instances, through tonic's own `Channel::balance_channel`. For
     /// `configure` and for TLS see [`discover_endpoints`](Self::discover_endpoints).
     ///
-    /// The channel follows the directory until its last clone is dropped. tonic's balancing has
-    /// limits: it picks endpoints at random, including dead ones until they leave the directory,
-    /// and without an endpoint a call waits forever. So put a time-out around each call.
+    /// The channel follows the directory until the channel's last clone is dropped. tonic's
+    /// balancing has limits: it picks endpoints at random, including dead ones until they leave the
+    /// directory, and without an endpoint a call waits forever. So put a timeout around each call.
     ///
     /// Must be called within a Tokio runtime.
     pub fn balance_channel(
@@ -102,10 +102,10 @@ async fn forward(
 /// drains, or gets weight 0, the stream yields a removal. An instance that changes in any way is
 /// inserted again under its key.
 ///
-/// Each item is part of the difference between the items so far and the newest snapshot. So a
-/// consumer may stop polling for any time: nothing is queued meanwhile, nobody waits for it, and
-/// then it gets the net difference. The stream never yields an error and never ends, because a
-/// single error from a `Discover` breaks tower's balancer for good. The stream holds the directory.
+/// Each item is part of the difference between the items so far and the newest snapshot. A consumer
+/// may pause for any time: nothing is queued and nothing waits for it. Its next polls yield the net
+/// difference. The stream never yields an error and never ends, because a single error from a
+/// `Discover` breaks tower's balancer for good. The stream holds the directory.
 #[must_use = "streams do nothing unless polled"]
 pub struct Discovery {
     /// `None` after the client was closed.

@@ -183,8 +183,8 @@ fn update_drain_revisions(snapshots: &[Snapshot], before: &DrainRevisions) -> Dr
         .collect()
 }
 
-/// Live if all layouts are live. Otherwise as stale as the layout that has been stale the longest,
-/// with its range in the reason.
+/// The merged snapshot is live if all layouts are live. Otherwise it is as stale as the layout that
+/// has been stale the longest, with that layout's range in the reason.
 fn merge_freshness(snapshots: &[Snapshot]) -> Freshness {
     let stale = snapshots
         .iter()
