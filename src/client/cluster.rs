@@ -15,7 +15,7 @@ impl Client {
     ///
     /// The endpoint has the form of [`Config::endpoints`](crate::Config::endpoints) and need not be
     /// one of them. TLS and the user are as configured. With authentication enabled, etcd from
-    /// 3.5.28 and 3.6.9 on answers only the root user, here and in
+    /// 3.5.28 and 3.6.9 on responds to the root user only, here and in
     /// [`member_list`](Self::member_list).
     ///
     /// # Errors

@@ -16,8 +16,9 @@ const OLD_TOKEN: &str = "revision of auth store is old";
 pub(crate) enum EtcdError {
     /// The requested revision has been compacted.
     Compacted,
-    /// The member has no leader. etcd's own services answer so before they look at the request;
-    /// services that call etcd from within (`v3lock`, `v3election`) may have changed something.
+    /// The member has no leader. etcd's own services respond this way before they look at the
+    /// request; services that call etcd from within (`v3lock`, `v3election`) may have changed
+    /// something.
     NoLeader,
     /// The member does not know the user's token, or the token has expired.
     InvalidToken,
@@ -123,7 +124,7 @@ pub(super) fn cancel_status(reason: &str) -> Status {
         Code::Unavailable
     };
     match reason {
-        "" => Status::new(code, "etcd canceled the watch without a reason"),
+        "" => Status::new(code, "etcd cancelled the watch without a reason"),
         reason => Status::new(code, reason),
     }
 }

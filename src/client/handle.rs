@@ -279,7 +279,7 @@ impl Client {
     /// Calls `open` until it succeeds or fails for good.
     ///
     /// From half of `request_timeout` on, a failure ends the attempts if it says more than a
-    /// time-out would. `Unavailable` does not: a cluster that elects a leader says so until it has
+    /// timeout would. `Unavailable` does not: a cluster that elects a leader says so until it has
     /// one.
     async fn open_on_any_member<T, F: Future<Output = Result<T>>>(
         &self,

@@ -146,9 +146,9 @@ impl Client {
 
     /// Confirms with a probe that a lease is gone, and returns the error of its renewal.
     ///
-    /// A leader answers a renewal from the log entries that it has applied. A new leader may not
-    /// have applied the grant yet and then says that the lease does not exist (etcd#6978; seen with
-    /// 3.5.1). A grant goes through the log, so etcd refuses to grant an id that exists.
+    /// A leader responds to a renewal from the log entries that it has applied. A new leader may
+    /// not have applied the grant yet and then responds that the lease does not exist (etcd#6978;
+    /// seen with 3.5.1). A grant goes through the log, so etcd refuses to grant an id that exists.
     async fn confirm_gone(&self, id: i64) -> Error {
         match self.grant_raw(PROBE_TTL, id).await {
             Ok(_) => self.revoke_probe(id).await,

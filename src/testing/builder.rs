@@ -14,8 +14,8 @@ use super::member::Member;
 use super::options::Options;
 use super::peers::PeerNetwork;
 
-/// Attempts of a first start. Another program, which knows nothing of our port claims, can take a
-/// port between our choice and etcd's bind; the next attempt uses other ports.
+/// Attempts of a first start. A program that does not use port claims can take a port between our
+/// choice and etcd's bind; the next attempt uses other ports.
 const PORT_ATTEMPTS: usize = 5;
 
 /// Options for an [`Etcd`] or an [`EtcdCluster`]; from [`Etcd::builder`].

@@ -42,7 +42,7 @@ impl Port {
 
     fn try_claim(number: u16) -> io::Result<Self> {
         let claim = UdpSocket::bind((Ipv4Addr::LOCALHOST, number))?;
-        // Fails if a program that knows nothing of claims listens on the port.
+        // Fails if a program that does not use port claims listens on the port.
         TcpListener::bind((Ipv4Addr::LOCALHOST, number))?;
         Ok(Self {
             number,

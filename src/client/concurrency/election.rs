@@ -108,10 +108,12 @@ impl Leadership {
 
     /// Replaces the leader's value.
     ///
+    /// Dropping the future cancels the call. The value may or may not have been replaced.
+    ///
     /// # Errors
     ///
     /// - [`Error::LeaseNotFound`], [`Error::LeaseUnconfirmed`]: the leadership is lost.
-    /// - [`Error::KeyLost`]: the leadership is lost, because somebody deleted its key.
+    /// - [`Error::KeyLost`]: the leadership is lost, because another client deleted its key.
     /// - The errors of [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         self.entry.set_value(value.into()).await
@@ -129,6 +131,8 @@ impl Leadership {
     }
 
     /// Resigns. Succeeds if the leadership was lost before.
+    ///
+    /// Dropping the future resigns in the background, as dropping the leadership does.
     ///
     /// # Errors
     ///

@@ -12,8 +12,8 @@ use crate::error::{Error, Result};
 ///
 /// A background task renews the lease of the lock. The lock is lost when no renewal succeeds for a
 /// whole TTL, because the lease may then have expired and another client may hold the lock, or when
-/// somebody deletes its key. [`lost`](Self::lost) resolves at that moment, and the work under the
-/// lock must stop.
+/// another client deletes its key. [`lost`](Self::lost) resolves at that moment, and the work under
+/// the lock must stop.
 ///
 /// No lock of this kind can prevent a process that was suspended from continuing after it lost the
 /// lock. Put writes that must never happen twice into a transaction with
@@ -57,7 +57,7 @@ impl Client {
     /// - [`Error::Invalid`]: `ttl` is zero, or more than the 9,000,000,000 s that etcd grants.
     /// - The errors of [`Client::put`]: this client cannot enter the queue.
     /// - [`Error::LeaseUnconfirmed`], [`Error::LeaseNotFound`]: the lease was lost while waiting.
-    /// - [`Error::KeyLost`]: somebody deleted the key while waiting.
+    /// - [`Error::KeyLost`]: another client deleted the key while waiting.
     pub async fn lock(&self, name: impl Into<Vec<u8>>, ttl: Duration) -> Result<Lock> {
         let entry = QueueEntry::new(self, &name.into(), Vec::new(), ttl).await?;
         entry.wait_until_first().await?;
@@ -66,6 +66,9 @@ impl Client {
 
     /// Takes the lock of this name if it is free; `None` if another client holds it or waits for
     /// it.
+    ///
+    /// Dropping the future takes no lock. A client that has entered the queue leaves it in the
+    /// background.
     ///
     /// # Errors
     ///
@@ -110,6 +113,8 @@ impl Lock {
 
     /// Releases the lock; another client may hold it before this method returns. Succeeds if the
     /// lock was lost before.
+    ///
+    /// Dropping the future releases the lock in the background, as dropping the lock does.
     ///
     /// # Errors
     ///

@@ -17,7 +17,7 @@ use crate::instance::Instance;
 /// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
 /// 1 s. Everything that depends on etcd has to recover within two seconds of etcd's return. Fewer
 /// members are tried more often, because about 20 attempts a second in all, on loopback or in a
-/// rack, cost neither side anything.
+/// rack, are negligible for both sides.
 fn max_backoff(members: usize) -> Duration {
     let members = u32::try_from(members).unwrap_or(u32::MAX);
     Duration::from_millis(50)
@@ -82,7 +82,7 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
     builder.build()
 }
 
-/// Why no endpoint of the channel is connected. `None` while one is.
+/// Why no endpoint of the channel is connected; `None` if one is connected.
 pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
     let members = channel.endpoints();
     if members.iter().any(|m| m.state == EndpointState::Ready) {

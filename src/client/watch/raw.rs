@@ -89,9 +89,9 @@ impl Client {
             Err(again) if self.is_maybe_expired_token(&again) => {}
             result => return result,
         }
-        // Different members answered the read and the watch, and only one of them knows the token.
-        // Every watch that was lost with a member gets here at the same time, so they share one
-        // renewal: checking a password is expensive for etcd.
+        // Different members responded to the read and to the watch, and only one of them knows the
+        // token. Every watch that was lost with a member gets here at the same time, so they share
+        // one renewal: checking a password is expensive for etcd.
         let transport = &self.inner.transport;
         let renewed = transport
             .rpc
