@@ -104,7 +104,7 @@ impl Seen {
     }
 }
 
-/// What a member says of the cluster.
+/// A member's report about the cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leadership {
     pub term: u64,
@@ -237,7 +237,7 @@ async fn revision_of(member: &Etcd, options: GetOptions) -> Result<i64> {
     Ok(header.revision())
 }
 
-/// What a member says of the cluster.
+/// Asks a member for its report about the cluster.
 pub async fn leadership(client: &mut Client) -> Result<Leadership> {
     let status = timeout(PATIENCE, client.status()).await??;
     Ok(Leadership {

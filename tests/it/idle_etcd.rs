@@ -22,7 +22,7 @@ async fn watch_from_the_next_revision_is_kept() -> TestResult {
             let next = put.header().map_or(0, |header| header.revision()) + 1;
             let from_next = WatchOptions::new().with_start_revision(next);
             let mut watch = client.watch("n", from_next).await?;
-            // etcd may not answer the first progress request; the watch is then reopened once.
+            // etcd may not respond to the first progress request; the watch is then reopened once.
             let idle = timeout(IDLE, watch.next()).await;
             assert!(idle.is_err(), "{idle:?}");
             let opened = crate::support::call_count(&etcd, "Watch").await?;

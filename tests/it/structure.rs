@@ -79,7 +79,7 @@ impl Crate {
         Some(base)
     }
 
-    /// The module that defines what an absolute path names; follows re-exports.
+    /// The module that defines the item at an absolute path. Follows re-exports.
     fn definition(&self, path: &[String]) -> ModulePath {
         let mut length = path.len();
         while !self.modules.contains_key(&path[..length]) {
@@ -165,8 +165,9 @@ fn read_module(
     modules.insert(module, Source { path, lines, code });
 }
 
-/// The lines of code: no comments, and nothing from the unit tests' module on. Inside of an inline
-/// module, `super` is made to name what the file's own module names by `self`.
+/// The lines of code: no comments, and nothing from the unit tests' module on. In an inline module,
+/// a path that begins with `super` is rewritten as the file's own module would write it: `super` is
+/// that module's `self`.
 fn strip(text: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let mut all = text.lines().peekable();

@@ -19,10 +19,10 @@ const REST: (u64, u64) = (8_000, 9_000);
 /// to leave in.
 const LEAVE_AFTER: Duration = Duration::from_secs(5);
 
-/// The minimum age of that server, so that it is registered.
+/// The minimum age of a server that is asked to leave then, so that it is registered.
 const MIN_AGE: Duration = Duration::from_secs(5);
 
-/// A server's server as the schedule plans it.
+/// A server's life, as the schedule plans it.
 pub(super) struct PlannedServer {
     name: Name,
     from: Duration,

@@ -338,7 +338,7 @@ async fn waiting_call_survives_restart_of_the_only_server() {
 
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Long enough for a healthy peer on a busy machine to answer a ping.
+/// Long enough for a healthy peer on a busy machine to acknowledge a ping.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The time in which a silent peer must be found, for a busy machine. Without keep-alive it is
@@ -355,7 +355,7 @@ async fn keep_alive_removes_a_silent_peer_from_an_idle_channel() {
             .keep_alive_timeout(TIMEOUT)
     });
     wait_until_ready(&channel, 2).await;
-    // A peer that answers pings stays ready for longer than it takes to find a silent one.
+    // A peer that acknowledges pings stays ready for longer than it takes to find a silent one.
     tokio::time::sleep(2 * INTERVAL + TIMEOUT).await;
     assert!(is_ready(&channel, silent));
 

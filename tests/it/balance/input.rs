@@ -231,7 +231,7 @@ async fn server_that_never_responds_is_avoided() {
             assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
         }
     }
-    // The server would receive a third of the calls if time-outs had no effect on picking.
+    // The server would receive a third of the calls if timeouts had no effect on picking.
     let received = received.load(Ordering::SeqCst);
     assert!(received <= 10, "{received} of 60");
 }

@@ -1,4 +1,4 @@
-//! G4: a burst of deletions does not empty a healthy fleet.
+//! A burst of deletions does not empty a healthy fleet.
 
 use std::time::{Duration, Instant};
 

@@ -278,7 +278,7 @@ async fn server_that_hangs_from_the_start_is_avoided() {
     wait_until_ready(&channel, 2).await;
     const CALLS: usize = 40;
     for _ in 0..CALLS {
-        // The caller's own time-out, of which the channel only sees the cancellation.
+        // The caller's own timeout, of which the channel only sees the cancellation.
         let limit = Duration::from_millis(500);
         if let Ok(server) = tokio::time::timeout(limit, call(&channel)).await {
             assert_eq!(server.unwrap(), healthy.address());

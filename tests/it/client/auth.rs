@@ -191,7 +191,7 @@ async fn wrong_password_fails_after_one_attempt() -> TestResult {
     enable_auth(&etcd).await?;
     let before = authentications(&etcd).await?;
     let mut config = user(vec![etcd.endpoint()], "hunter3");
-    // Longer than the test waits, so that the time-out cannot end the call.
+    // Longer than the test waits, so that the timeout cannot end the call.
     config.dial_timeout = PATIENCE * 10;
     let result = wait_for("the error", Client::new("wrong", config)).await;
     let error = result.unwrap_err();

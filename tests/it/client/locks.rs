@@ -122,7 +122,7 @@ async fn waiters_get_the_lock_in_order() -> TestResult {
         client.get("l/", prefix).await.unwrap().count() == 2
     })
     .await;
-    // etcd's own lock service waits in third entry.
+    // A caller of etcd's own lock service waits third in the queue.
     let lease = client.grant(60).await?.id();
     let mut raw = etcd.client().await?;
     let third = tokio::spawn(async move {

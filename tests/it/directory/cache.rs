@@ -256,7 +256,7 @@ async fn server_started_before_etcd_is_registered() -> TestResult {
     let server = EchoServer::start();
     let instance = goo_etcd::Instance::new("greeter", server.address());
     let registration = Registrar::new(&client).register_eventually(instance)?;
-    // Longer than the request time-out.
+    // Longer than the request timeout.
     tokio::time::sleep(Duration::from_secs(3)).await;
     etcd.start_again().await?;
     let channel = BalancedChannel::connect(&client, "greeter").await?;

@@ -131,8 +131,8 @@ fn changed_instances() -> impl Iterator<Item = usize> {
     (0..50).map(|n| n * 199)
 }
 
-/// The times until each of fifty changes is listing, sorted. `shown_as` is the key of an instance
-/// in the snapshot.
+/// How long each of fifty changes takes to show in the directory, sorted. `shown_as` is the key of
+/// an instance in the snapshot.
 async fn measure_changes(
     writer: &Client,
     directory: &Directory,

@@ -31,8 +31,8 @@ const LONG_TTL: Duration = Duration::from_secs(600);
 /// far less than a second; found only by the next renewal, it would take minutes ([`LONG_TTL`]).
 const UNDONE_WITHIN: Duration = Duration::from_secs(10);
 
-/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s;
-/// the rest is for busy machines. A pause that kept growing during the outage would last longer.
+/// The time in which a registration must be back after etcd responds again. The promise is 2 s; the
+/// rest is for busy machines. A pause that kept growing during the outage would last longer.
 const BACK_WITHIN: Duration = Duration::from_secs(6);
 
 /// The window in which registrations recover that lost their leases at the same time.

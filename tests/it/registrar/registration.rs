@@ -24,8 +24,8 @@ const TTL: Duration = Duration::from_secs(3);
 /// Longer than any test, so that a key that disappears was deleted and did not expire.
 const LONG_TTL: Duration = Duration::from_secs(600);
 
-/// The time in which a registration must be back after etcd answers again. The promise (G8) is 2 s;
-/// the rest is for busy machines. A pause that kept growing during the outage would last longer.
+/// The time in which a registration must be back after etcd responds again. The promise is 2 s; the
+/// rest is for busy machines. A pause that kept growing during the outage would last longer.
 const BACK_WITHIN: Duration = Duration::from_secs(6);
 
 const ADDRESS: &str = "10.0.0.1:80";
@@ -563,7 +563,7 @@ async fn register_without_etcd_fails_and_leaves_no_key() -> TestResult {
     assert!(matches!(silent, Error::Timeout { .. }), "{silent}");
     proxy.restore().await?;
 
-    // The upper bound is for busy machines; without a time-out it would never return.
+    // The upper bound is for busy machines; without a timeout it would never return.
     for took in [after_refusal, after_silence] {
         assert!(
             took >= Duration::from_secs(1) && took < Duration::from_secs(10),
@@ -596,7 +596,7 @@ async fn register_eventually_waits_for_etcd() -> TestResult {
     let registration = registrar.register_eventually(instance("a"))?;
     let states = StateRecorder::new(&registration);
     assert_eq!(registration.state(), RegistrationState::Registering);
-    // Longer than an attempt and than the request time-out.
+    // Longer than an attempt and than the request timeout.
     tokio::time::sleep(Duration::from_secs(6)).await;
     assert_eq!(registration.state(), RegistrationState::Registering);
 

@@ -187,7 +187,7 @@ impl Load {
         }
     }
 
-    /// The number of calls that a server has answered so far.
+    /// The number of calls that a server has responded to so far.
     pub fn calls_served_by(&self, server: &str) -> u64 {
         let report = self.report.lock().unwrap();
         report.responses.get(server).copied().unwrap_or(0)
@@ -203,7 +203,7 @@ impl Load {
         wait_until("calls go on", async || self.calls() >= enough).await;
     }
 
-    /// Waits until a server has answered another call.
+    /// Waits until a server has responded to another call.
     pub async fn wait_until_called(&self, server: &str) {
         let before = self.calls_served_by(server);
         let more = async || self.calls_served_by(server) > before;

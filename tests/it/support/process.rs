@@ -15,7 +15,7 @@ const PROGRAM: &str = "IT_PROGRAM";
 /// Set in the child process of an isolated test.
 const ISOLATED: &str = "IT_ISOLATED";
 
-/// What a child process runs instead of the tests.
+/// The program that a child process runs instead of the tests.
 #[test]
 fn entry() {
     let Ok(program) = std::env::var(PROGRAM) else {

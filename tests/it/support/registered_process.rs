@@ -28,7 +28,7 @@ pub struct RegisteredProcess {
     process: ChildProcess,
 }
 
-/// What a server saw when `leave_on` had resolved, before tonic began its shutdown.
+/// The state that a server observed after `leave_on` resolved and before tonic began its shutdown.
 ///
 /// The server reads its key over a connection other than the registrar's, so that the read does not
 /// queue behind the registrar's own requests.
