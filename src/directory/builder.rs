@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::handle::Directory;
 use super::open::open;
-use super::registry::{Key, WatchRegistry};
+use super::registry::{WatchKey, WatchRegistry};
 use crate::client::Client;
 use crate::error::Result;
 use crate::format::{EtcdNaming, Layout};
@@ -153,7 +153,7 @@ impl DirectoryBuilder {
             validate_service(layout.service_name(&service))?;
         }
         let registry = WatchRegistry::of(&client);
-        let key = Key::new(&service, &layouts, cache_dir.as_ref());
+        let key = WatchKey::new(&service, &layouts, cache_dir.as_ref());
         let open = || open(client, service, layouts, cache_dir);
         Ok(Directory::new(registry.get_or_open(key, open).await?))
     }

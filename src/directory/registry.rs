@@ -22,14 +22,14 @@ use crate::format::{Identity, Layout};
 
 /// The settings that must be equal for two directories to share a watch.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Key {
+pub(super) struct WatchKey {
     service: String,
     /// The format, the prefix and the layout's name of the service.
     layouts: Vec<(Identity, String, String)>,
     cache_dir: Option<PathBuf>,
 }
 
-impl Key {
+impl WatchKey {
     pub(super) fn new(service: &str, layouts: &[Layout], cache_dir: Option<&PathBuf>) -> Self {
         let layout = |layout: &Layout| {
             let name = layout.service_name(service).to_owned();
@@ -79,7 +79,7 @@ enum Lookup {
 /// references, so neither keeps the other alive.
 #[derive(Default)]
 pub(super) struct WatchRegistry {
-    slots: Mutex<HashMap<Key, Slot>>,
+    slots: Mutex<HashMap<WatchKey, Slot>>,
 }
 
 impl WatchRegistry {
@@ -91,7 +91,7 @@ impl WatchRegistry {
     /// current runtime as well from then on.
     pub(super) async fn get_or_open<F>(
         &self,
-        key: Key,
+        key: WatchKey,
         open: impl FnOnce() -> F,
     ) -> Result<Arc<ServiceWatch>>
     where
@@ -105,7 +105,7 @@ impl WatchRegistry {
         Ok(watch)
     }
 
-    fn lookup<F>(&self, key: &Key, open: impl FnOnce() -> F) -> Lookup
+    fn lookup<F>(&self, key: &WatchKey, open: impl FnOnce() -> F) -> Lookup
     where
         F: Future<Output = Result<Arc<ServiceWatch>>> + Send + 'static,
     {
@@ -136,7 +136,7 @@ impl WatchRegistry {
 
     /// Registers the watch that was just opened, or returns an earlier one of another caller or
     /// another runtime.
-    fn insert_or_get(&self, key: Key, opened: Arc<ServiceWatch>) -> Arc<ServiceWatch> {
+    fn insert_or_get(&self, key: WatchKey, opened: Arc<ServiceWatch>) -> Arc<ServiceWatch> {
         let mut slots = self.slots.lock();
         if let Some(watch) = slots.get(&key).and_then(Slot::open_watch) {
             return watch;
@@ -160,8 +160,8 @@ mod tests {
     use crate::format::{EtcdNaming, Kratos};
     use crate::snapshot::Snapshot;
 
-    fn key(format: impl Into<Layout>) -> Key {
-        Key::new("greeter", &[format.into()], None)
+    fn key(format: impl Into<Layout>) -> WatchKey {
+        WatchKey::new("greeter", &[format.into()], None)
     }
 
     /// A watch without layouts, which counts as followed once it has tasks.

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::driver::{self, LeaseGroup};
 use super::settings::RegistrarSettings;
-use super::state::{Desired, EntryHandle, Overlap, Target};
+use super::state::{Desired, EntryHandle, Overlap, TargetRecords};
 use crate::client::Client;
 use crate::error::{Error, Result};
 
@@ -47,7 +47,7 @@ impl LeaseGroups {
     /// first group with room for the keys, or with a new group.
     pub(super) fn register(
         &self,
-        target: Target,
+        target: TargetRecords,
         desired: Desired,
     ) -> Result<(Arc<LeaseGroup>, EntryHandle)> {
         let mut groups = self.groups.lock();

@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use super::driver::LeaseGroup;
 use super::lease_groups::LeaseGroups;
 use super::readiness;
-use super::state::{EntryHandle, EntryId, RegistrationState, Status, Target};
+use super::state::{EntryHandle, EntryId, RegistrationState, Status, TargetRecords};
 use super::states::RegistrationStates;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
@@ -55,7 +55,7 @@ impl Inner {
     }
 
     /// Rejects a target with other keys than the registered ones.
-    fn check_keys(&self, target: &Target) -> Result<()> {
+    fn check_keys(&self, target: &TargetRecords) -> Result<()> {
         let mut pairs = target.keys().zip(&self.keys);
         let Some((new, old)) = pairs.find(|(new, old)| new != old) else {
             return Ok(());

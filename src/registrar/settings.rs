@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::state::{Records, Target};
+use super::state::{Records, TargetRecords};
 use crate::error::{Error, Result};
 use crate::format::Layout;
 use crate::instance::Instance;
@@ -16,7 +16,7 @@ pub(super) struct RegistrarSettings {
 
 impl RegistrarSettings {
     /// Encodes an instance as one record per format.
-    pub(super) fn encode(&self, instance: &Instance) -> Result<Target> {
+    pub(super) fn encode(&self, instance: &Instance) -> Result<TargetRecords> {
         let layouts = self.layouts.iter();
         let records: Records = layouts
             .map(|layout| layout.encode(instance))
@@ -28,7 +28,7 @@ impl RegistrarSettings {
                 return Err(Error::invalid("key", key, reason));
             }
         }
-        Ok(Target {
+        Ok(TargetRecords {
             records,
             draining: instance.draining,
         })

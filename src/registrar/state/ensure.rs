@@ -8,14 +8,14 @@ pub(in crate::registrar) type Records = Vec<(String, Vec<u8>)>;
 
 /// The value that an instance should have in etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(in crate::registrar) struct Target {
+pub(in crate::registrar) struct TargetRecords {
     pub(in crate::registrar) records: Records,
     /// Whether the instance is marked as draining. Kept beside the records because some formats
     /// cannot express the mark.
     pub(in crate::registrar) draining: bool,
 }
 
-impl Target {
+impl TargetRecords {
     pub(in crate::registrar) fn keys(&self) -> impl Iterator<Item = &String> {
         self.records.iter().map(|(key, _)| key)
     }

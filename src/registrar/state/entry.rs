@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::action::{Action, Timestamp};
-use super::ensure::{Ensure, EntryId, Target};
+use super::ensure::{Ensure, EntryId, TargetRecords};
 use super::presence::{Desired, Presence};
 use super::retry_schedule::RetrySchedule;
 use super::status::{EntryHandle, RegistrationState, StatusSender};
@@ -12,7 +12,7 @@ use super::status::{EntryHandle, RegistrationState, StatusSender};
 pub(super) struct Entry {
     id: EntryId,
     pub(super) desired: Desired,
-    pub(super) target: Target,
+    pub(super) target: TargetRecords,
     /// Counts the values of `target`, including those of earlier entries with the same key.
     pub(super) generation: u64,
     /// Keys of an earlier entry that may exist under one of this registrar's leases and must go.
@@ -49,7 +49,7 @@ pub(super) struct Inherited {
 impl Entry {
     pub(super) fn new(
         id: EntryId,
-        target: Target,
+        target: TargetRecords,
         desired: Desired,
         inherited: Inherited,
     ) -> (Self, EntryHandle) {

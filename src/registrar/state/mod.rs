@@ -94,7 +94,7 @@ mod status;
 mod stored_key;
 
 pub(super) use action::{Action, Step, Timestamp};
-pub(super) use ensure::{Ensure, EntryId, Records, Target, WritePlan};
+pub(super) use ensure::{Ensure, EntryId, Records, TargetRecords, WritePlan};
 pub(super) use event::{ActionOutcome, Event, KeyEvent};
 pub(super) use presence::Desired;
 pub(super) use reconciler::Reconciler;

@@ -130,9 +130,9 @@ fn keys(id: u8) -> Vec<String> {
     [id].into_iter().chain(shared).map(name).collect()
 }
 
-fn target(id: u8, value: &[u8]) -> Target {
+fn target(id: u8, value: &[u8]) -> TargetRecords {
     let record = |key| (key, value.to_vec());
-    Target {
+    TargetRecords {
         records: keys(id).into_iter().map(record).collect(),
         draining: false,
     }

@@ -1,6 +1,6 @@
 //! Requests of the registration handles, which change the desired state.
 
-use super::ensure::{EntryId, Target};
+use super::ensure::{EntryId, TargetRecords};
 use super::entry::{Entry, Inherited};
 use super::presence::Desired;
 use super::reconciler::Reconciler;
@@ -20,7 +20,7 @@ pub(in crate::registrar) enum Overlap {
 
 impl Reconciler {
     /// Finds the entries that share keys with `target`.
-    pub(in crate::registrar) fn find_overlap(&self, target: &Target) -> Overlap {
+    pub(in crate::registrar) fn find_overlap(&self, target: &TargetRecords) -> Overlap {
         let mut overlap = Overlap::None;
         for entry in self.entries.values() {
             let Some(key) = entry.keys().find(|key| target.has_key(key)) else {
@@ -37,7 +37,7 @@ impl Reconciler {
     /// Adds an entry that brings `target` into etcd, now or when it is no longer held back.
     pub(in crate::registrar) fn register(
         &mut self,
-        target: Target,
+        target: TargetRecords,
         desired: Desired,
     ) -> Result<EntryHandle> {
         if let Some(error) = &self.close_error {
@@ -64,7 +64,7 @@ impl Reconciler {
     /// Takes the keys of a new entry from the entries that are being deregistered, with everything
     /// known about those keys. The entry with the same first key is about to be replaced, so its
     /// other keys become stale keys of the new one.
-    fn inherit(&mut self, key: &str, target: &Target) -> Inherited {
+    fn inherit(&mut self, key: &str, target: &TargetRecords) -> Inherited {
         let mut inherited = Inherited::default();
         for (other_key, other) in &mut self.entries {
             if other_key == key {
@@ -85,7 +85,11 @@ impl Reconciler {
 
     /// Changes the value of an entry. Returns the generation that has the change; `None` if the
     /// entry is being deregistered, or was replaced.
-    pub(in crate::registrar) fn update(&mut self, id: &EntryId, target: Target) -> Option<u64> {
+    pub(in crate::registrar) fn update(
+        &mut self,
+        id: &EntryId,
+        target: TargetRecords,
+    ) -> Option<u64> {
         let is_closed = self.close_error.is_some();
         let entry = self.active_entry_mut(id)?;
         // A draining mark counts as a change even where no format expresses it.

@@ -201,16 +201,16 @@ fn is_superseded(handle: &EntryHandle) -> bool {
 }
 
 /// A target that has each key with the key itself as its value.
-fn target<const N: usize>(keys: [&str; N]) -> Target {
-    Target {
+fn target<const N: usize>(keys: [&str; N]) -> TargetRecords {
+    TargetRecords {
         records: keys.map(|key| (key.to_owned(), key.into())).into(),
         draining: false,
     }
 }
 
 /// A target with one key.
-fn target_with_value(key: &str, value: &str, draining: bool) -> Target {
-    Target {
+fn target_with_value(key: &str, value: &str, draining: bool) -> TargetRecords {
+    TargetRecords {
         records: vec![(key.into(), value.into())],
         draining,
     }

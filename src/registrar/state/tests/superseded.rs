@@ -11,7 +11,7 @@ fn later_registration_wins_and_earlier_returns() {
     harness.finish(&check, ActionOutcome::Superseded { by: 9 });
     assert!(is_superseded(&handle));
     // The entry keeps saying so after an update, and after the loss of its lease.
-    let draining = Target {
+    let draining = TargetRecords {
         draining: true,
         ..target(["a"])
     };
