@@ -21,6 +21,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// An argument or a field of a configuration cannot be used. The request was not sent.
     #[error("invalid {field} {value:?}: {reason}")]
+    #[non_exhaustive]
     Invalid {
         /// The field or argument, as it is spelled in the API.
         field: &'static str,
@@ -32,6 +33,7 @@ pub enum Error {
 
     /// No etcd member responded while a client connected.
     #[error("no etcd member responded within {after:?}; tried {}: {reason}", .endpoints.join(", "))]
+    #[non_exhaustive]
     Unreachable {
         /// The endpoints that were tried.
         endpoints: Vec<String>,
@@ -44,6 +46,7 @@ pub enum Error {
     /// No etcd member was connected when the time of a call ended. A write may have been executed,
     /// if its connection closed before the response arrived.
     #[error("{operation} failed: no etcd member was connected for {after:?}: {reason}")]
+    #[non_exhaustive]
     NotConnected {
         /// The operation, with its key or id.
         operation: String,
@@ -55,6 +58,7 @@ pub enum Error {
 
     /// An operation did not finish in time. etcd may have executed the request or not.
     #[error("{operation} did not finish within {after:?}")]
+    #[non_exhaustive]
     Timeout {
         /// The operation, with its key or id.
         operation: String,
@@ -62,12 +66,14 @@ pub enum Error {
         after: Duration,
     },
 
-    /// etcd, or something on the way to etcd, responded with an error.
+    /// A call ended with a gRPC status: etcd's, a proxy's, or one of this client's own, such as
+    /// `UNAVAILABLE` for a broken connection and `OUT_OF_RANGE` for a message over a limit.
     #[error("{operation} failed: {} ({:?})", .status.message(), .status.code())]
+    #[non_exhaustive]
     Rpc {
         /// The operation, with its key or id.
         operation: String,
-        /// The status of the response.
+        /// The status, with its code and message.
         #[source]
         status: Box<tonic::Status>,
     },
@@ -75,6 +81,7 @@ pub enum Error {
     /// The stream that carried a watch or the renewals of a lease was lost. The watch or the
     /// renewals continue on a new stream.
     #[error("{operation} lost its stream: {reason}")]
+    #[non_exhaustive]
     StreamLost {
         /// The operation of the stream, with its key or id.
         operation: String,
@@ -87,6 +94,7 @@ pub enum Error {
     #[error(
         "the requested revision has been compacted; the oldest available is {compact_revision}"
     )]
+    #[non_exhaustive]
     Compacted {
         /// The oldest revision that a watch can still start from.
         compact_revision: i64,
@@ -94,6 +102,7 @@ pub enum Error {
 
     /// The lease has expired, was revoked, or never existed.
     #[error("lease {id:x} does not exist: it has expired or was revoked")]
+    #[non_exhaustive]
     LeaseNotFound {
         /// The lease's id.
         id: i64,
@@ -102,6 +111,7 @@ pub enum Error {
     /// A lease could not be renewed for its whole TTL. The lease may have expired; the renewals go
     /// on.
     #[error("lease {id:x} was not renewed for {after:?} and may have expired: {reason}")]
+    #[non_exhaustive]
     LeaseUnconfirmed {
         /// The lease's id.
         id: i64,
@@ -114,6 +124,7 @@ pub enum Error {
     /// The lease exists, but a new leader has not applied its grant yet and cannot renew the lease
     /// (etcd#6978).
     #[error("lease {id:x} exists, but the new leader has not applied its grant yet")]
+    #[non_exhaustive]
     LeaseNotApplied {
         /// The lease's id.
         id: i64,
@@ -122,6 +133,7 @@ pub enum Error {
     /// etcd's history is shorter than it was: etcd's data was wiped, or restored from a backup.
     /// List again, and watch from the revision of the list.
     #[error("etcd went back from revision {seen} to {now}: its data was wiped or restored")]
+    #[non_exhaustive]
     RevisionWentBack {
         /// The highest revision that etcd has reported.
         seen: i64,
@@ -131,6 +143,7 @@ pub enum Error {
 
     /// etcd's data was wiped, or restored from a backup, while it was read.
     #[error("{operation} failed: etcd's data was wiped or restored meanwhile")]
+    #[non_exhaustive]
     DataReplaced {
         /// The read operation.
         operation: String,
@@ -138,6 +151,7 @@ pub enum Error {
 
     /// Another client changed the same keys between the read and the write of each attempt.
     #[error("{operation} failed: gave up after {attempts} conflicting writes by another client")]
+    #[non_exhaustive]
     Conflict {
         /// The operation, with its keys.
         operation: String,
@@ -148,6 +162,7 @@ pub enum Error {
     /// The key of a lock or an election was deleted or overwritten by another client, so that the
     /// lock or the leadership is lost.
     #[error("{key} is lost: the key was deleted or overwritten by another client")]
+    #[non_exhaustive]
     KeyLost {
         /// The key in etcd.
         key: String,
@@ -155,6 +170,7 @@ pub enum Error {
 
     /// The client was closed.
     #[error("the client {name:?} is closed")]
+    #[non_exhaustive]
     Closed {
         /// The client's name.
         name: String,
@@ -164,6 +180,7 @@ pub enum Error {
     #[error(
         "a client named {name:?} is registered already; unregister it first, or choose another name"
     )]
+    #[non_exhaustive]
     ClientAlreadyRegistered {
         /// The name.
         name: String,
@@ -171,6 +188,7 @@ pub enum Error {
 
     /// No client of this name is registered.
     #[error("no client named {name:?} is registered; registered are: {}", list(.known))]
+    #[non_exhaustive]
     UnknownClient {
         /// The requested name.
         name: String,
@@ -184,6 +202,7 @@ pub enum Error {
          one of: {}",
         list(.known)
     )]
+    #[non_exhaustive]
     NoDefaultClient {
         /// The registered names, sorted.
         known: Vec<String>,
@@ -191,6 +210,7 @@ pub enum Error {
 
     /// Some clients could not be closed cleanly. All are closed.
     #[error("closing failed for {}", list_failures(.failures))]
+    #[non_exhaustive]
     CloseAll {
         /// The name of each client that failed, and its error.
         failures: Vec<(String, Error)>,
@@ -199,6 +219,7 @@ pub enum Error {
     /// The registration has ended: it was deregistered, or replaced by another of the same
     /// registrar.
     #[error("{key} is no longer registered; register it again")]
+    #[non_exhaustive]
     Deregistered {
         /// The instance's key in etcd.
         key: String,
@@ -209,6 +230,7 @@ pub enum Error {
     #[error(
         "{key} is registered by another process, under lease {by:x}; give each process its own id"
     )]
+    #[non_exhaustive]
     Superseded {
         /// The instance's key in etcd.
         key: String,
@@ -220,6 +242,7 @@ pub enum Error {
     #[error(
         "{key} is registered already by this registrar; use the existing registration, or another id"
     )]
+    #[non_exhaustive]
     InstanceAlreadyRegistered {
         /// The instance's key in etcd.
         key: String,
@@ -273,7 +296,7 @@ impl Error {
 
     /// The gRPC status code of an error that a remote call ended with.
     ///
-    /// [`Rpc`](Self::Rpc) has the code of the response. The errors that the client itself detects
+    /// [`Rpc`](Self::Rpc) has the code of its status. The errors that the client itself detects
     /// during a call have the code that gRPC gives to such an error: `UNAVAILABLE` for
     /// [`NotConnected`](Self::NotConnected), [`StreamLost`](Self::StreamLost) and
     /// [`LeaseNotApplied`](Self::LeaseNotApplied), `ABORTED` for [`Conflict`](Self::Conflict) and
@@ -305,14 +328,16 @@ impl Error {
     /// applying it twice does no harm, or after a look at the key.
     ///
     /// ```
-    /// use goo_etcd::Error;
+    /// use goo_etcd::{Client, Result};
     ///
-    /// let timeout = Error::Timeout {
-    ///     operation: "get \"key\"".into(),
-    ///     after: std::time::Duration::from_secs(5),
-    /// };
-    /// assert!(timeout.is_retryable());
-    /// assert!(!Error::LeaseNotFound { id: 7 }.is_retryable());
+    /// /// Writes a heartbeat. `false` means that the next one may succeed.
+    /// async fn beat(client: &Client) -> Result<bool> {
+    ///     match client.put("heartbeat", "1", None).await {
+    ///         Ok(_) => Ok(true),
+    ///         Err(error) if error.is_retryable() => Ok(false),
+    ///         Err(error) => Err(error),
+    ///     }
+    /// }
     /// ```
     pub fn is_retryable(&self) -> bool {
         match self {
@@ -365,15 +390,20 @@ impl Error {
         matches!(self, Error::Closed { .. })
     }
 
-    /// Whether background work, such as a directory or a lock, must end with this error. A
-    /// compacted or rewound history is not retryable either, but does not end such work, because
-    /// the work can list again.
+    /// Whether background work, such as a directory or a lock, must end with this error.
+    ///
+    /// Some errors are not retryable, but do not end such work. After a compacted or rewound history
+    /// the work lists again. `NOT_FOUND` and `ALREADY_EXISTS` come from a proxy without a route to
+    /// etcd, because the errors that etcd itself has with these codes are handled before.
     pub(crate) fn is_permanent(&self) -> bool {
-        let needs_new_list = matches!(
-            self,
-            Error::Compacted { .. } | Error::RevisionWentBack { .. }
-        );
-        !self.is_retryable() && !needs_new_list
+        let may_pass = match self {
+            Error::Compacted { .. } | Error::RevisionWentBack { .. } => true,
+            Error::Rpc { status, .. } => {
+                matches!(status.code(), Code::NotFound | Code::AlreadyExists)
+            }
+            _ => false,
+        };
+        !self.is_retryable() && !may_pass
     }
 }
 
@@ -448,7 +478,8 @@ mod tests {
             let error = rpc(code);
             assert_eq!(error.code(), Some(code));
             assert_eq!(error.is_retryable(), retryable, "{error}");
-            assert_eq!(error.is_permanent(), !retryable, "{error}");
+            let may_pass = matches!(code, Code::NotFound | Code::AlreadyExists);
+            assert_eq!(error.is_permanent(), !retryable && !may_pass, "{error}");
             let is_denied = code == Code::PermissionDenied;
             assert_eq!(error.is_permission_denied(), is_denied, "{error}");
             assert!(!error.is_closed(), "{error}");

@@ -33,6 +33,8 @@
 //! # }
 //! ```
 //!
+//! A process with several registrations ends them all with [`Registrar::close`].
+//!
 //! # Client
 //!
 //! A [`Directory`] lists and watches the instances of a service, and publishes them as complete,
@@ -74,8 +76,8 @@
 //!
 //! No feature is enabled by default:
 //!
-//! - `tls`: TLS with the usual backend. `tls-ring`, `tls-aws-lc`, `tls-native-roots` and
-//!   `tls-webpki-roots` choose a backend.
+//! - `tls`: TLS; the same as `tls-ring` and `tls-native-roots`. `tls-ring` and `tls-aws-lc` choose
+//!   the cryptography, `tls-native-roots` and `tls-webpki-roots` the trusted root certificates.
 //! - `health`: registers a server while its own health service reports it as serving.
 //! - `metrics`: counts mass deletions (see
 //!   [`mass_deletion_guard`](balance::BalancedChannelBuilder::mass_deletion_guard)) through the
@@ -84,10 +86,14 @@
 //!
 //! # Public dependencies
 //!
-//! Signatures of this crate use types of `tonic` 0.14 (channels, bodies, statuses), `etcd-client`
-//! 0.21 (options and responses of etcd), and `tower` 0.5 (`Discover`, `Service`). A new
-//! incompatible version of one of them is therefore an incompatible change of this crate. Use the
-//! re-exports [`tonic`] and [`etcd_client`] to get the matching versions.
+//! Signatures of this crate use types of these crates, so that a new incompatible version of one of
+//! them is an incompatible change of this crate:
+//!
+//! - `tonic` 0.14: channels, bodies and statuses; re-exported as [`tonic`].
+//! - `etcd-client` 0.21: options and responses of etcd; re-exported as [`etcd_client`].
+//! - `tower` 0.5 (`Change`) and `tower-service` 0.3 (`Service`).
+//! - `futures` 0.3 (`Stream`), `http` 1 (`Uri`), and for a connector `hyper` 1 (`Read`, `Write`).
+//! - `serde` 1, for `Config`, `TlsConfig` and `BalancePolicy`.
 
 mod backoff;
 pub mod balance;
@@ -107,12 +113,12 @@ mod time;
 
 pub use balance::{
     BalancePolicy, BalancedChannel, BalancedChannelBuilder, EndpointState, EndpointStatus,
-    EndpointStatuses, RetryPolicy, ServedBy,
+    EndpointStatuses, ParseBalancePolicyError, RetryPolicy, ServedBy,
 };
 pub use client::{
     Client, Compare, CompareOp, DeleteOptions, Event, EventType, GetOptions, KeepAlive, KeyValue,
-    Leaders, Leadership, Lock, PutOptions, SortOrder, SortTarget, Txn, TxnOp, TxnOpResponse, Watch,
-    WatchOptions, WatchResponse,
+    Leaders, Leadership, LeaseTimeToLiveOptions, Lock, PutOptions, SortOrder, SortTarget, Txn,
+    TxnOp, TxnOpResponse, Watch, WatchFilterType, WatchOptions, WatchResponse,
 };
 #[doc(no_inline)]
 pub use clients::{
@@ -123,11 +129,11 @@ pub use config::{Config, ConfigBuilder, TlsConfig};
 pub use directory::{Directory, DirectoryBuilder, Discovery, EndpointChanges, Snapshots};
 pub use error::{Error, Result};
 pub use instance::Instance;
-#[cfg(feature = "health")]
-pub use registrar::serving;
 pub use registrar::{
     Registrar, RegistrarBuilder, Registration, RegistrationState, RegistrationStates,
 };
+#[cfg(feature = "health")]
+pub use registrar::{Serving, serving};
 pub use snapshot::{Freshness, InstanceKey, Snapshot, SnapshotIter};
 
 /// The etcd client that this crate builds on; see [`Client::client`].

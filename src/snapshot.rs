@@ -65,6 +65,7 @@ pub enum Freshness {
     /// A watch is open: changes arrive as they happen.
     Live,
     /// The directory cannot reach etcd. The snapshot is the last known one and stays in use.
+    #[non_exhaustive]
     Stale {
         /// When the directory noticed the loss.
         since: SystemTime,
@@ -153,8 +154,12 @@ impl Snapshot {
         SnapshotIter(self.instances.iter())
     }
 
-    /// The instance with this key.
-    pub fn get(&self, key: &InstanceKey) -> Option<&Arc<Instance>> {
+    /// The instance with this key, which may be given as an [`InstanceKey`] or as a `str`.
+    pub fn get<Q>(&self, key: &Q) -> Option<&Arc<Instance>>
+    where
+        InstanceKey: Borrow<Q>,
+        Q: Ord + ?Sized,
+    {
         self.instances.get(key)
     }
 

@@ -4,7 +4,7 @@
 //! | name | kind | labels | meaning |
 //! |---|---|---|---|
 //! | `goo_etcd_mass_deletions_total` | counter | `service` | mass deletions handled by guards |
-//! | `goo_etcd_kept_endpoints` | gauge | `service` | connected endpoints kept after mass deletions |
+//! | `goo_etcd_retained_endpoints` | gauge | `service` | connected endpoints kept after mass deletions |
 //!
 //! The label is the key prefix of the service's instances, such as `services/greeter/`.
 
@@ -20,10 +20,10 @@ pub(crate) fn count_mass_deletion(service: &str) {
 
 /// Reports how many endpoints the guard keeps, `before` and `now`. The gauge is the sum over all
 /// channels of a service.
-pub(crate) fn report_kept_endpoints(service: &str, before: usize, now: usize) {
+pub(crate) fn report_retained_endpoints(service: &str, before: usize, now: usize) {
     #[cfg(feature = "metrics")]
     {
-        let gauge = metrics::gauge!("goo_etcd_kept_endpoints", "service" => service.to_owned());
+        let gauge = metrics::gauge!("goo_etcd_retained_endpoints", "service" => service.to_owned());
         // An `f64` holds counts up to 2^53 exactly.
         gauge.increment(now as f64 - before as f64);
     }

@@ -33,11 +33,7 @@ pub fn last_key_of(name: Name) -> String {
 
 /// Decodes a value; `None` if it is invalid.
 pub fn decode(key: &str, value: &[u8]) -> Option<Arc<Instance>> {
-    let context = KeyContext {
-        prefix: PREFIX,
-        service: SERVICE,
-        key: key.as_bytes(),
-    };
+    let context = KeyContext::new(PREFIX, SERVICE, key.as_bytes());
     let decoded = EtcdNaming.decode(context, value);
     decoded.ok()?.pop().map(Arc::new)
 }

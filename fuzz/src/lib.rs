@@ -39,10 +39,6 @@ pub fn check(format: &dyn Format, data: &[u8], carried: impl Fn(&Instance) -> In
 }
 
 fn decode(format: &dyn Format, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
-    let context = KeyContext {
-        prefix: format.default_prefix(),
-        service: SERVICE,
-        key,
-    };
+    let context = KeyContext::new(format.default_prefix(), SERVICE, key);
     format.decode(context, value)
 }

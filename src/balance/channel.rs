@@ -66,15 +66,15 @@ impl BalancedChannel {
     /// # async fn example(channel: goo_etcd::BalancedChannel) {
     /// use futures::StreamExt;
     ///
-    /// let mut changes = channel.endpoint_changes();
-    /// while let Some(endpoints) = changes.next().await {
+    /// let mut statuses = channel.endpoint_statuses();
+    /// while let Some(endpoints) = statuses.next().await {
     ///     for endpoint in endpoints {
     ///         println!("{} is {}", endpoint.address, endpoint.state);
     ///     }
     /// }
     /// # }
     /// ```
-    pub fn endpoint_changes(&self) -> EndpointStatuses {
+    pub fn endpoint_statuses(&self) -> EndpointStatuses {
         EndpointStatuses(WatchStream::new(self.view().watch_status()))
     }
 
@@ -119,7 +119,7 @@ impl BalancedChannel {
     }
 }
 
-/// A stream of the states of a channel's endpoints, from [`BalancedChannel::endpoint_changes`].
+/// A stream of the states of a channel's endpoints, from [`BalancedChannel::endpoint_statuses`].
 #[must_use = "streams do nothing unless polled"]
 pub struct EndpointStatuses(WatchStream<Arc<PoolStatus>>);
 

@@ -118,6 +118,8 @@ pub(super) fn cancel_status(reason: &str) -> Status {
         Code::Unauthenticated
     } else if has("permission denied") {
         Code::PermissionDenied
+    } else if has("has been compacted") {
+        Code::OutOfRange
     } else if has("user name is empty") || has("duplicate ID") {
         Code::InvalidArgument
     } else {

@@ -42,6 +42,7 @@ pub(super) const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "dropping the last clone of a client closes its connections"]
 pub struct Client {
     pub(super) inner: Arc<Inner>,
 }

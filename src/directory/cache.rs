@@ -28,7 +28,7 @@ const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 pub(super) const LIST_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The start of the header line. Another version of the file format gets another number.
-const HEADER: &str = "goo-etcd instances 1";
+const HEADER: &str = "goo-etcd instances 2";
 
 /// The cache file of one layout.
 #[derive(Debug, Clone)]

@@ -134,11 +134,7 @@ impl Decoder {
     /// Decodes a value. A panic of the format counts as a decoding error, because one bad value
     /// must not end the task that follows all the others.
     fn decode(&self, key: &[u8], value: &[u8]) -> Result<Vec<Instance>, DecodeError> {
-        let context = KeyContext {
-            prefix: &self.prefix,
-            service: &self.service,
-            key,
-        };
+        let context = KeyContext::new(&self.prefix, &self.service, key);
         let decode = || self.format.decode(context, value);
         // Unwind-safe: the closure only reads, so a panic cannot leave our data half changed.
         std::panic::catch_unwind(AssertUnwindSafe(decode))

@@ -30,6 +30,7 @@ impl KeyRange {
 
 /// The key of an entry that a [`Format`](super::Format) decodes, and the service it belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KeyContext<'a> {
     /// The prefix of the range in which the entry was found.
     pub prefix: &'a str,
@@ -37,6 +38,17 @@ pub struct KeyContext<'a> {
     pub service: &'a str,
     /// The entry's key.
     pub key: &'a [u8],
+}
+
+impl<'a> KeyContext<'a> {
+    /// The context of `key` in the range of `service` under `prefix`.
+    pub fn new(prefix: &'a str, service: &'a str, key: &'a [u8]) -> Self {
+        Self {
+            prefix,
+            service,
+            key,
+        }
+    }
 }
 
 /// The prefix of all keys of a service, in a format whose keys are `prefix/service/id`. An empty

@@ -102,7 +102,7 @@
 //! let key = Plain.key("/apps", &instance);
 //! let value = Plain.encode(&instance)?;
 //! assert_eq!(value, b"10.0.0.5:50051 eu-1a");
-//! let context = KeyContext { prefix: "/apps", service: "greeter", key: key.as_bytes() };
+//! let context = KeyContext::new("/apps", "greeter", key.as_bytes());
 //! assert_eq!(Plain.decode(context, &value), Ok(vec![instance]));
 //! # Ok::<(), goo_etcd::Error>(())
 //! ```

@@ -96,11 +96,7 @@ pub(super) fn decode(
     value: &[u8],
 ) -> Result<Vec<Instance>, DecodeError> {
     let key = key.as_bytes();
-    let context = KeyContext {
-        prefix,
-        service,
-        key,
-    };
+    let context = KeyContext::new(prefix, service, key);
     format.decode(context, value)
 }
 

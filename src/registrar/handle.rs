@@ -35,6 +35,7 @@ use crate::instance::Instance;
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "a registrar registers nothing until `register` is called"]
 pub struct Registrar {
     groups: Arc<LeaseGroups>,
     registrations: Arc<Mutex<Registrations>>,

@@ -31,8 +31,10 @@
 //!
 //! [`Registration::leave_on`] is made for servers: on the signal it marks the instance as draining,
 //! so that clients stop choosing it, deletes the key after a grace period, and then lets the server
-//! stop accepting. Dropping a registration deregisters the instance at once, best effort. After a
-//! crash the keys disappear with the lease, after its TTL at most.
+//! stop accepting. [`Registrar::close`] drains all registrations of a process, and waits until etcd
+//! has deleted the keys and revoked the leases. Dropping a registration deregisters the instance at
+//! once, but does not wait for etcd. After a crash the keys disappear with the lease, after its TTL
+//! at most.
 
 mod builder;
 mod driver;
@@ -42,14 +44,16 @@ mod key_watch;
 mod lease_groups;
 mod readiness;
 mod registration;
+#[cfg(feature = "health")]
+mod serving;
 mod settings;
 mod state;
 mod states;
 
 pub use builder::RegistrarBuilder;
 pub use handle::Registrar;
-#[cfg(feature = "health")]
-pub use readiness::serving;
 pub use registration::Registration;
+#[cfg(feature = "health")]
+pub use serving::{Serving, serving};
 pub use state::RegistrationState;
 pub use states::RegistrationStates;

@@ -15,6 +15,7 @@ pub enum TestingError {
         "cannot run etcd ({}): {source}; set ETCD to its path, or put it on PATH \
          (in goo-etcd's own tree: scripts/tools)", .program.display()
     )]
+    #[non_exhaustive]
     CannotRun {
         /// The program that was tried.
         program: PathBuf,
@@ -24,6 +25,7 @@ pub enum TestingError {
 
     /// The server is down: it exited, or was killed or stopped before.
     #[error("etcd at {endpoint} is not running ({status}); from its log:\n{log}")]
+    #[non_exhaustive]
     NotRunning {
         /// The server's endpoint.
         endpoint: String,
@@ -35,6 +37,7 @@ pub enum TestingError {
 
     /// The server runs but does not respond.
     #[error("etcd at {endpoint} did not respond within {after:?}: {reason}; from its log:\n{log}")]
+    #[non_exhaustive]
     NotReady {
         /// The server's endpoint.
         endpoint: String,
@@ -52,6 +55,7 @@ pub enum TestingError {
 
     /// etcd responded with an error, or could not be reached.
     #[error("{operation} failed: {source}")]
+    #[non_exhaustive]
     Client {
         /// The operation that failed.
         operation: &'static str,
@@ -61,6 +65,7 @@ pub enum TestingError {
 
     /// The operating system refused an operation.
     #[error("{operation} failed: {source}")]
+    #[non_exhaustive]
     Io {
         /// The operation that failed.
         operation: &'static str,

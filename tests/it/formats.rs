@@ -401,11 +401,7 @@ async fn entry_of_another_format_is_skipped() -> TestResult {
             let snapshot = directory.snapshot();
             let of = format!("{}: {value}", format.name());
             assert_eq!(listing(&snapshot), ["h:1=h:1"], "{of}");
-            let context = KeyContext {
-                prefix,
-                service: "a",
-                key: &bad_key,
-            };
+            let context = KeyContext::new(prefix, "a", &bad_key);
             let is_refused = format.decode(context, value.as_bytes());
             let is_refused = usize::from(is_refused.is_err());
             assert_eq!(snapshot.undecodable(), is_refused, "{of}");
@@ -569,7 +565,7 @@ async fn instances_with_a_common_key_are_refused() -> TestResult {
         .await;
     assert!(matches!(
         second,
-        Err(Error::InstanceAlreadyRegistered { key }) if key == "kitex/registry-etcd/greeter/h:1"
+        Err(Error::InstanceAlreadyRegistered { key, .. }) if key == "kitex/registry-etcd/greeter/h:1"
     ));
     let twice = Registrar::builder(&client).and_format(EtcdNaming).build()?;
     let error = twice

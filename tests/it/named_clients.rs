@@ -48,7 +48,7 @@ async fn clients_are_found_by_name_until_closed() -> TestResult {
     let at_one = goo_etcd::get_client("one")?.get("where", None).await?;
     assert_eq!(at_one.kvs()[0].value(), b"one");
     match goo_etcd::get_client("three").unwrap_err() {
-        Error::UnknownClient { name, known } => {
+        Error::UnknownClient { name, known, .. } => {
             assert_eq!(
                 (name.as_str(), known),
                 ("three", vec!["one".into(), "two".into()])
@@ -62,7 +62,7 @@ async fn clients_are_found_by_name_until_closed() -> TestResult {
         .await
         .unwrap_err();
     assert!(
-        matches!(&error, Error::ClientAlreadyRegistered { name } if name == "one"),
+        matches!(&error, Error::ClientAlreadyRegistered { name, .. } if name == "one"),
         "{error}"
     );
     let at_one = goo_etcd::get_client("one")?.get("where", None).await?;
@@ -71,7 +71,7 @@ async fn clients_are_found_by_name_until_closed() -> TestResult {
     // The default.
     assert!(matches!(
         goo_etcd::default(),
-        Err(Error::NoDefaultClient { known }) if known.len() == 2
+        Err(Error::NoDefaultClient { known, .. }) if known.len() == 2
     ));
     goo_etcd::set_default("two")?;
     assert_eq!(goo_etcd::default()?.name(), "two");
@@ -138,7 +138,7 @@ async fn one_of_many_concurrent_registrations_succeeds() -> TestResult {
     }
     assert!(matches!(
         goo_etcd::default(),
-        Err(Error::NoDefaultClient { known }) if known.is_empty()
+        Err(Error::NoDefaultClient { known, .. }) if known.is_empty()
     ));
     goo_etcd::register("one", config([one.endpoint()])).await?;
     goo_etcd::close_all().await?;
@@ -165,13 +165,13 @@ async fn close_all_stops_a_pending_registration() -> TestResult {
         let error = timeout(PATIENCE, late).await??.unwrap_err();
         let name = if as_default { "default" } else { "late" };
         assert!(
-            matches!(&error, Error::Closed { name: closed } if closed == name),
+            matches!(&error, Error::Closed { name: closed, .. } if closed == name),
             "{error}"
         );
         assert!(goo_etcd::get_client(name).is_err());
         assert!(matches!(
             goo_etcd::default(),
-            Err(Error::NoDefaultClient { known }) if known.is_empty()
+            Err(Error::NoDefaultClient { known, .. }) if known.is_empty()
         ));
     }
     Ok(())
@@ -205,18 +205,20 @@ async fn race(racer: u64, config: Config, until: Instant) -> RaceOutcome {
         };
         match outcome {
             Ok(()) => done += 1,
-            Err(Error::UnknownClient { name: other, known }) => {
+            Err(Error::UnknownClient {
+                name: other, known, ..
+            }) => {
                 // A default that is not registered would be an inconsistent state.
                 assert_eq!(other, name);
                 assert!(!known.contains(&other), "{other} in {known:?}");
             }
-            Err(Error::NoDefaultClient { known }) => {
+            Err(Error::NoDefaultClient { known, .. }) => {
                 assert!(known.is_sorted() && known.len() <= NAMES.len(), "{known:?}");
             }
-            Err(Error::ClientAlreadyRegistered { name: other }) => {
+            Err(Error::ClientAlreadyRegistered { name: other, .. }) => {
                 assert!(other == name || other == "default", "{other}");
             }
-            Err(Error::Closed { name: other }) => {
+            Err(Error::Closed { name: other, .. }) => {
                 assert!(other == name || other == "default", "{other}");
             }
             Err(other) => panic!("{other:?}"),

@@ -240,14 +240,14 @@ impl<C: Connect> Pool<C> {
             member.current().endpoint.set_retained(true);
         }
         let service = &*self.view.status().range;
-        let kept = retained.len();
+        let retained_count = retained.len();
         if is_first {
             telemetry::count_mass_deletion(service);
             tracing::warn!(
                 service,
                 vanished,
                 remaining,
-                kept,
+                retained = retained_count,
                 "more than half of the instances disappeared at once; keeping those still connected"
             );
         } else {
@@ -255,7 +255,7 @@ impl<C: Connect> Pool<C> {
                 service,
                 vanished,
                 remaining,
-                kept,
+                retained = retained_count,
                 "more instances of a mass deletion disappeared; keeping those still connected"
             );
         }
@@ -316,7 +316,7 @@ impl<C: Connect> Pool<C> {
         let retained = self.guard.retained_members().count();
         if retained != self.reported_retained {
             let service = &self.view.status().range;
-            telemetry::report_kept_endpoints(service, self.reported_retained, retained);
+            telemetry::report_retained_endpoints(service, self.reported_retained, retained);
             self.reported_retained = retained;
         }
     }
@@ -326,7 +326,7 @@ impl<C> Drop for Pool<C> {
     fn drop(&mut self) {
         if self.reported_retained > 0 {
             let service = &self.view.status().range;
-            telemetry::report_kept_endpoints(service, self.reported_retained, 0);
+            telemetry::report_retained_endpoints(service, self.reported_retained, 0);
         }
     }
 }

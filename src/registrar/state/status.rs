@@ -27,6 +27,7 @@ pub enum RegistrationState {
     Registered,
     /// Written before, but perhaps not in etcd now. The registrar is restoring the instance and
     /// keeps trying until it is back.
+    #[non_exhaustive]
     Recovering {
         /// When the registrar noticed the fault.
         since: SystemTime,
@@ -35,6 +36,7 @@ pub enum RegistrationState {
     },
     /// The key belongs to another process, which registered it later. When that registration ends,
     /// this one returns.
+    #[non_exhaustive]
     Superseded {
         /// When the registrar noticed the other registration.
         since: SystemTime,

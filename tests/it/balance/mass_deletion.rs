@@ -286,7 +286,7 @@ async fn metrics_count_mass_deletions_and_retained_endpoints() -> TestResult {
     };
     let fleet = Fleet::start(3).await?;
     let channel = fleet.channel(|builder| builder).await?;
-    assert_eq!(read("goo_etcd_kept_endpoints"), None);
+    assert_eq!(read("goo_etcd_retained_endpoints"), None);
     // One by one, so that each deletion is a change of its own.
     for (n, server) in fleet.servers.iter().enumerate() {
         fleet.client.delete(key(server.address()), None).await?;
@@ -302,16 +302,16 @@ async fn metrics_count_mass_deletions_and_retained_endpoints() -> TestResult {
     }
     assert_eq!(count_retained(&channel), 3);
     assert_eq!(read("goo_etcd_mass_deletions_total"), Some(1.0));
-    assert_eq!(read("goo_etcd_kept_endpoints"), Some(3.0));
+    assert_eq!(read("goo_etcd_retained_endpoints"), Some(3.0));
     fleet.register(&fleet.servers[0]).await?;
     wait_until("one endpoint is registered again", async || {
         count_retained(&channel) == 2
     })
     .await;
-    assert_eq!(read("goo_etcd_kept_endpoints"), Some(2.0));
+    assert_eq!(read("goo_etcd_retained_endpoints"), Some(2.0));
     drop(channel);
     wait_until("no endpoint is retained", async || {
-        read("goo_etcd_kept_endpoints") == Some(0.0)
+        read("goo_etcd_retained_endpoints") == Some(0.0)
     })
     .await;
     Ok(())

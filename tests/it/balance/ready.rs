@@ -65,13 +65,13 @@ mod wait {
     }
 }
 
-mod endpoint_changes {
+mod endpoint_statuses {
     use super::*;
 
     #[tokio::test]
     async fn first_item_is_immediate() {
         let channel = static_channel([], |builder| builder);
-        let mut changes = channel.endpoint_changes();
+        let mut changes = channel.endpoint_statuses();
         assert_eq!(changes.next().now_or_never(), Some(Some(vec![])));
     }
 
@@ -79,7 +79,7 @@ mod endpoint_changes {
     async fn slow_reader_gets_the_latest_state() {
         let servers = [EchoServer::start(), EchoServer::start()];
         let (sets, channel) = dynamic_channel([], |builder| builder);
-        let mut changes = channel.endpoint_changes();
+        let mut changes = channel.endpoint_statuses();
         for server in &servers {
             sets.send([instance(server.address())]);
             wait_until("the set is in use", async || {
@@ -100,7 +100,7 @@ mod endpoint_changes {
     async fn every_change_is_followed_by_an_item() {
         let mut server = EchoServer::start();
         let channel = static_channel([server.address()], |builder| builder);
-        let mut changes = channel.endpoint_changes();
+        let mut changes = channel.endpoint_statuses();
         let mut wait_until = async |state: EndpointState| {
             let reached = async {
                 while let Some(endpoints) = changes.next().await {
@@ -121,7 +121,7 @@ mod endpoint_changes {
     #[tokio::test]
     async fn stream_ends_with_the_channel() {
         let channel = static_channel([], |builder| builder);
-        let mut changes = channel.endpoint_changes();
+        let mut changes = channel.endpoint_statuses();
         let clone = channel.clone();
         drop(channel);
         changes.next().await.unwrap();

@@ -167,7 +167,7 @@ async fn compression_works_both_ways_and_on_watches() -> TestResult {
         client.put("small", "1", None).await?;
         assert!(matches!(
             client.revoke(7).await,
-            Err(Error::LeaseNotFound { id: 7 })
+            Err(Error::LeaseNotFound { id: 7, .. })
         ));
         bytes.push((proxy.bytes_up(), proxy.bytes_down()));
     }

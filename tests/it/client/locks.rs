@@ -179,7 +179,7 @@ async fn lost_lease_ends_the_lock() -> TestResult {
     client.revoke(lease).await?;
     let cause = wait_for("the loss", lock.lost()).await;
     assert!(
-        matches!(cause, Error::LeaseNotFound { id } if id == lease),
+        matches!(cause, Error::LeaseNotFound { id, .. } if id == lease),
         "{cause}"
     );
     assert!(!lock.is_held());
@@ -245,7 +245,7 @@ async fn waiter_without_its_key_fails() -> TestResult {
                 assert!(cause.to_string().contains(entry.key_str()?), "{cause}");
             } else {
                 assert!(
-                    matches!(cause, Error::LeaseNotFound { id } if id == lease),
+                    matches!(cause, Error::LeaseNotFound { id, .. } if id == lease),
                     "{cause}"
                 );
             }
@@ -387,7 +387,7 @@ async fn lost_probe_response_creates_no_lease() -> TestResult {
             .await
             .unwrap_err();
         assert!(
-            matches!(once, Error::LeaseNotFound { id } if id == lease),
+            matches!(once, Error::LeaseNotFound { id, .. } if id == lease),
             "{once}"
         );
         assert!(is_lost.load(Ordering::SeqCst));
@@ -417,7 +417,7 @@ async fn lost_probe_response_ends_the_keep_alive() -> TestResult {
     })
     .await;
     assert!(
-        matches!(end, Some(Err(Error::LeaseNotFound { id })) if id == lease),
+        matches!(end, Some(Err(Error::LeaseNotFound { id, .. })) if id == lease),
         "{end:?}"
     );
     assert!(is_lost.load(Ordering::SeqCst));
@@ -578,7 +578,7 @@ async fn leases_are_listed_with_ttl_and_keys() -> TestResult {
     assert_eq!(client.leases().await?.leases().len(), 1);
     let missing = client.lease_time_to_live(7, None).await.unwrap_err();
     assert!(
-        matches!(missing, Error::LeaseNotFound { id: 7 }),
+        matches!(missing, Error::LeaseNotFound { id: 7, .. }),
         "{missing}"
     );
     Ok(())

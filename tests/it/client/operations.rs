@@ -199,7 +199,7 @@ async fn revoked_lease_takes_its_keys() -> TestResult {
         client.keep_alive(lease.id()).await.unwrap_err(),
     ] {
         assert!(
-            matches!(error, Error::LeaseNotFound { id } if id == lease.id()),
+            matches!(error, Error::LeaseNotFound { id, .. } if id == lease.id()),
             "{error}"
         );
     }
@@ -262,7 +262,7 @@ async fn keep_alive_survives_a_restart() -> TestResult {
     })
     .await?;
     assert!(
-        matches!(end, Some(Err(Error::LeaseNotFound { id })) if id == lease),
+        matches!(end, Some(Err(Error::LeaseNotFound { id, .. })) if id == lease),
         "{end:?}"
     );
     assert!(kept.next().await.is_none());
@@ -377,7 +377,7 @@ async fn close_ends_all_calls_and_streams() -> TestResult {
 
     let closed = |error: Error| {
         assert!(
-            matches!(&error, Error::Closed { name } if name == "main"),
+            matches!(&error, Error::Closed { name, .. } if name == "main"),
             "{error:?}"
         );
     };

@@ -347,7 +347,7 @@ async fn compacted_start_revision_ends_the_watch() -> TestResult {
         .await?;
     let end = timeout(PATIENCE, watch.next()).await?.unwrap().unwrap_err();
     assert!(
-        matches!(end, Error::Compacted { compact_revision } if compact_revision == compacted),
+        matches!(end, Error::Compacted { compact_revision, .. } if compact_revision == compacted),
         "{end:?}"
     );
     assert!(watch.next().await.is_none());
@@ -368,7 +368,7 @@ async fn compaction_while_disconnected_ends_the_watch() -> TestResult {
     let compacted = etcd.compact().await?;
     let end = timeout(PATIENCE, watch.next()).await?.unwrap();
     assert!(
-        matches!(end, Err(Error::Compacted { compact_revision }) if compact_revision == compacted),
+        matches!(end, Err(Error::Compacted { compact_revision, .. }) if compact_revision == compacted),
         "{end:?}"
     );
     Ok(())
@@ -386,7 +386,14 @@ async fn wiped_etcd_ends_the_watch() -> TestResult {
     etcd.wipe_and_restart().await?;
     let end = timeout(PATIENCE, watch.next()).await?.unwrap().unwrap_err();
     assert!(
-        matches!(end, Error::RevisionWentBack { seen: 11, now: 1 }),
+        matches!(
+            end,
+            Error::RevisionWentBack {
+                seen: 11,
+                now: 1,
+                ..
+            }
+        ),
         "{end:?}"
     );
     assert!(watch.next().await.is_none());

@@ -285,7 +285,7 @@ async fn instances_share_a_lease() -> TestResult {
     }
     assert!(matches!(
         registrar.register(instance("a")).await,
-        Err(Error::InstanceAlreadyRegistered { key }) if key == a.key()
+        Err(Error::InstanceAlreadyRegistered { key, .. }) if key == a.key()
     ));
     a.deregister().await?;
     assert_eq!(registered_keys(&client).await?, [b.key()]);
@@ -672,7 +672,7 @@ async fn update_is_stored_when_it_returns() -> TestResult {
         .await
         .unwrap_err();
     assert!(
-        matches!(&error, Error::Deregistered { key } if key == registered.key()),
+        matches!(&error, Error::Deregistered { key, .. } if key == registered.key()),
         "{error}"
     );
     assert!(registered_keys(&client).await?.is_empty());
