@@ -17,7 +17,7 @@ demo: ## a fleet of greeters on a real etcd: joining, leaving, crashing; about 2
 	@$(WITH_TOOLS) cargo build --quiet --examples; cargo run --quiet --example demo
 
 # bash has a variable `SECONDS` too; make takes it from its command line and environment.
-chaos: ## random faults on etcd, servers and clients, and a verdict; SEED=, SECONDS= (180)
+chaos: ## random faults on etcd, servers and clients, and a verdict; SEED=, SECONDS= (180), LOGS=folder
 	@$(WITH_TOOLS) cargo run --quiet --package chaos -- \
 	$(if $(SEED),--seed '$(SEED)') $(if $(SECONDS),--seconds '$(SECONDS)') $(if $(LOGS),--logs '$(LOGS)')
 
