@@ -72,7 +72,8 @@
 //! # Runtime and features
 //!
 //! This crate needs the Tokio runtime. Every background task belongs to a handle and ends when the
-//! last clone of the handle drops.
+//! last handle that uses it drops. A directory, a registrar and a watch hold their client, so they
+//! continue without the [`Client`] they were made from.
 //!
 //! No feature is enabled by default:
 //!

@@ -146,7 +146,8 @@ impl BalancedChannelBuilder {
     /// Sets whether a call waits if no endpoint is ready. Default true. With false such a call
     /// fails at once with `UNAVAILABLE`.
     ///
-    /// A call always waits for a free stream if the ready endpoints have none.
+    /// A call always waits for a free stream if the ready endpoints have none, and for its turn
+    /// under [`concurrency_limit`](Self::concurrency_limit).
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.wait_for_ready = wait;
         self
@@ -178,7 +179,8 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets how many calls may be in flight on the channel at a time. Further calls wait, for at
-    /// most [`ready_timeout`](Self::ready_timeout). Default: no limit.
+    /// most [`ready_timeout`](Self::ready_timeout), which also limits their wait for an endpoint.
+    /// Default: no limit.
     pub fn concurrency_limit(mut self, limit: usize) -> Self {
         self.concurrency_limit = Some(limit);
         self

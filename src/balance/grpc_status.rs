@@ -62,9 +62,12 @@ pub(super) fn code_of_trailers(trailers: &HeaderMap) -> Option<Code> {
     Some(Code::from_bytes(status.as_bytes()))
 }
 
-/// The status of a response that ends with its head: a gRPC response without messages, or a
-/// response that is not gRPC at all ("HTTP to gRPC Status Code Mapping"). `None` if the status
-/// follows in trailers.
+/// The status that the head of a response decides: the status of a gRPC response without messages,
+/// or the one for the HTTP status of a response that is not gRPC ("HTTP to gRPC Status Code
+/// Mapping"). `None` if the status follows in trailers.
+///
+/// The channel judges the attempt by this status. The caller gets the response itself, so tonic
+/// makes the status that the caller sees: `INTERNAL` if the page has a body.
 pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
     Status::from_header_map(response.headers()).or_else(|| {
         let code = match response.status().as_u16() {

@@ -41,7 +41,9 @@
 //!   [`RetryPolicy`].
 //! - **Ending.** A call is in flight until the body of its response ends or is dropped. An endpoint
 //!   that leaves the set, and a connection whose server is shutting down, get no new calls and
-//!   finish the calls in flight on them.
+//!   finish the calls in flight on them. The connection closes after the last of these calls, and
+//!   in a channel of a directory not before the
+//!   [`mass_deletion_window`](BalancedChannelBuilder::mass_deletion_window) has passed.
 //!
 //! # Layers
 //!

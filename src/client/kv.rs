@@ -15,6 +15,9 @@ use crate::error::Result;
 /// - [`Error::Closed`](crate::Error::Closed): the client was closed.
 /// - [`Error::NotConnected`](crate::Error::NotConnected): no member was connected.
 /// - [`Error::Rpc`](crate::Error::Rpc): etcd refuses the call, or the connection failed.
+///
+/// A failed [`get`](Client::get) is sent to another member. The others are repeated only if no
+/// member can have executed them. A transaction counts as a write, even if it only reads.
 impl Client {
     /// Stores a value under a key. The options can attach a lease and ask for the previous value.
     ///

@@ -54,7 +54,8 @@ impl<S: ListWatch> Driver<S> {
     }
 
     /// Lists the range and opens the watch, without retries after an error, because the caller
-    /// wants to know it. Lists again only if etcd was compacted or wiped between list and watch.
+    /// wants to know it. Lists again if etcd was compacted or wiped between list and watch, and
+    /// reports so before it creates the watch. Otherwise the watch ends, and `follow` lists again.
     pub(super) async fn list_and_watch(
         &mut self,
         state: &mut ListWatchState<S::Watch>,

@@ -105,6 +105,8 @@ pub(super) fn in_range(format: &dyn Format, prefix: &str, service: &str, key: &s
     (range.start.as_slice()..range.end.as_slice()).contains(&key.as_bytes())
 }
 
+/// The formats of this crate. A new one also needs: the tables in `mod.rs`, the README's table, a
+/// fuzz target with seeds, and a place in `tests/it/formats.rs`.
 pub(super) fn all_formats() -> Vec<Box<dyn Format>> {
     vec![
         Box::new(EtcdNaming),

@@ -20,8 +20,8 @@ pub(super) enum Outcome<B = Incoming> {
     /// The response has begun, and is the call's.
     Response {
         response: Response<B>,
-        /// The head carries the call's status, and no message follows.
-        trailers_only: bool,
+        /// The head decides the status: a gRPC response without messages, or no gRPC response.
+        has_status_in_head: bool,
         in_flight: InFlight,
     },
     /// No server application has seen the attempt.
@@ -97,7 +97,7 @@ impl<'a> Attempt<'a> {
             },
             status => Outcome::Response {
                 response,
-                trailers_only: status.is_some(),
+                has_status_in_head: status.is_some(),
                 in_flight: self.in_flight,
             },
         }
@@ -237,10 +237,13 @@ mod tests {
     #[test]
     fn response_without_a_status_is_the_call_s() {
         let outcome = Attempt::begin(endpoint(), None, None).on_response(response(None), |_| true);
-        let Outcome::Response { trailers_only, .. } = outcome else {
+        let Outcome::Response {
+            has_status_in_head, ..
+        } = outcome
+        else {
             panic!("{outcome:?}");
         };
-        assert!(!trailers_only);
+        assert!(!has_status_in_head);
     }
 
     #[test]
@@ -249,10 +252,13 @@ mod tests {
         let outcome = Attempt::begin(endpoint(), None, None).on_response(unavailable(), |_| true);
         assert!(matches!(outcome, Outcome::Retryable { .. }), "{outcome:?}");
         let outcome = Attempt::begin(endpoint(), None, None).on_response(unavailable(), |_| false);
-        let Outcome::Response { trailers_only, .. } = outcome else {
+        let Outcome::Response {
+            has_status_in_head, ..
+        } = outcome
+        else {
             panic!("{outcome:?}");
         };
-        assert!(trailers_only);
+        assert!(has_status_in_head);
     }
 
     #[tokio::test(start_paused = true)]

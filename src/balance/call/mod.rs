@@ -118,14 +118,14 @@ impl Dispatcher {
             let (status, endpoint, decision) = match outcome {
                 Outcome::Response {
                     response,
-                    trailers_only,
+                    has_status_in_head,
                     in_flight,
                 } => {
                     replay.commit();
                     let call = OpenCall {
                         in_flight,
                         _permit: permit,
-                        trailers_only,
+                        has_status_in_head,
                         body_error: replay.body_error(),
                     };
                     return Ok(into_response(response, progress.deadline().copied(), call));

@@ -54,8 +54,8 @@ pub(super) struct Progress<'a> {
     failed_attempts: u32,
     /// Transparent retries in a row.
     transparent_retries: u32,
-    /// When the call began to wait for an endpoint. The time during which an endpoint had an
-    /// attempt that it then refused does not count as waiting.
+    /// From when `ready_timeout` counts: the start of the call, or the end of the last pause before
+    /// a retry. Later by the time that attempts spent on endpoints that then refused them.
     waiting_since: Instant,
     exclude: Option<Arc<Endpoint>>,
 }

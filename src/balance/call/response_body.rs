@@ -26,8 +26,8 @@ pub(super) struct OpenCall {
     pub(super) in_flight: InFlight,
     /// The call's permit under the channel's concurrency limit, until it is dropped.
     pub(super) _permit: Option<OwnedSemaphorePermit>,
-    /// The head carries the call's status, and no message follows.
-    pub(super) trailers_only: bool,
+    /// The head decides the status: a gRPC response without messages, or no gRPC response.
+    pub(super) has_status_in_head: bool,
     /// Set if the request's body fails while it is sent.
     pub(super) body_error: Option<RequestBodyError>,
 }
@@ -137,7 +137,7 @@ impl Body for ResponseBody {
         let Some(call) = &this.call else {
             return Poll::Ready(None);
         };
-        let trailers_only = call.trailers_only;
+        let has_status_in_head = call.has_status_in_head;
         // Checked before every frame, because a reader that is slower than the server never waits
         // for a frame and so never polls the timer.
         if let Some(deadline) = this.deadline.as_ref().map(|(deadline, _)| *deadline)
@@ -156,7 +156,7 @@ impl Body for ResponseBody {
             Poll::Ready(Some(Err(error))) => Poll::Ready(this.end_with(&error).map(Err)),
             Poll::Ready(None) => {
                 // A response that ends without a status was cut short.
-                this.end(!trailers_only);
+                this.end(!has_status_in_head);
                 Poll::Ready(None)
             }
             Poll::Pending => {

@@ -19,9 +19,10 @@ const JITTER: std::ops::Range<f64> = 0.8..1.2;
 /// Retries failed calls, each time on another endpoint if there is one.
 ///
 /// A failed call is retried while all of this holds: its response has not begun, its status is one
-/// of the policy's [codes](Self::on), the policy has attempts left, its deadline leaves time for
-/// the backoff, and its request can be sent again. A request can be sent again when it is unary, or
-/// a stream of which at most 64 KiB were sent.
+/// of the policy's [codes](Self::on) (a response that is not gRPC has the code for its HTTP
+/// status), the policy has attempts left, its deadline leaves time for the backoff, and its request
+/// can be sent again. A request can be sent again when it is unary, or a stream of which at most 64
+/// KiB were sent.
 ///
 /// Retry only on statuses that say that the server did not execute the call, or only calls that may
 /// be executed twice. After `UNAVAILABLE` from a connection that broke, the server may have

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// How a channel picks among its ready endpoints.
 ///
-/// Every policy honours weights. In configuration and in text a policy has its snake-case name,
-/// such as `peak_ewma`:
+/// Every policy honours weights. As text and with serde a policy has its snake-case name, such
+/// as `peak_ewma`:
 ///
 /// ```
 /// use goo_etcd::balance::BalancePolicy;

@@ -13,7 +13,7 @@ pub(super) enum CallKind {
     Authenticate,
     /// May change something. Sent again only when no member can have executed it.
     Write,
-    /// The response is a stream.
+    /// The response is a stream. Sent once.
     ServerStream,
     /// Request and response are streams.
     Bidi,
