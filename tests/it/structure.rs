@@ -1,8 +1,8 @@
-//! The structure of `src/`: imports run in one direction, `balance` does not know etcd, files stay
-//! short.
+//! The structure of `src/`: imports run in one direction, `balance` does not know etcd, files and
+//! the names of tests stay short.
 //!
-//! Imports are read from the text: `use` declarations and paths that begin with `crate::` or
-//! `super::`. Unit tests are left out.
+//! Imports are read from the text: `use` declarations, and paths that begin with `crate::`,
+//! `super::`, a child module or an imported name. Unit tests are left out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 /// The longest a file may be without its unit tests.
 const MAX_LINES: usize = 450;
+
+/// The longest name of a test, in characters.
+const MAX_TEST_NAME: usize = 60;
 
 /// A module's path, without `crate`: `["balance", "pool"]`.
 type ModulePath = Vec<String>;
@@ -31,25 +34,48 @@ impl Crate {
     fn read() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let mut modules = BTreeMap::new();
-        read_module(&root, "lib.rs".into(), Vec::new(), &mut modules);
+        let mut test_files = BTreeSet::new();
+        let lib = root.join("lib.rs");
+        read_module(&root, lib, Vec::new(), &mut modules, &mut test_files);
+        let read: BTreeSet<&PathBuf> = modules.values().map(|source| &source.path).collect();
+        for file in rust_files(&root) {
+            let is_known = read.contains(&file) || test_files.contains(&file);
+            assert!(is_known, "{} is declared nowhere", file.display());
+        }
+        Self::new(modules)
+    }
+
+    fn new(modules: BTreeMap<ModulePath, Source>) -> Self {
         let mut all = Self {
             modules,
             reexports: BTreeMap::new(),
         };
-        let mut reexports = BTreeMap::new();
-        for (module, source) in &all.modules {
-            let names = use_paths(&source.code, Uses::Reexports)
-                .into_iter()
-                .filter_map(|path| {
-                    let name = path.last()?.clone();
-                    let target = all.absolute(module, &path)?;
-                    Some((name, target))
-                })
-                .collect();
-            reexports.insert(module.clone(), names);
-        }
-        all.reexports = reexports;
+        let of = |(module, source): (&ModulePath, &Source)| {
+            let named = all.named_paths(module, &source.code, Uses::Reexports);
+            (module.clone(), named)
+        };
+        all.reexports = all.modules.iter().map(of).collect();
         all
+    }
+
+    /// The names that the `use` declarations of `module` introduce, with their full paths.
+    fn named_paths(
+        &self,
+        module: &ModulePath,
+        code: &str,
+        uses: Uses,
+    ) -> BTreeMap<String, ModulePath> {
+        let paths = use_paths(code, uses).into_iter();
+        let named = paths.filter_map(|path| {
+            let name = path.last()?.clone();
+            assert!(
+                name != "*" || uses == Uses::Imports,
+                "a glob hides what {} re-exports",
+                module.join("::")
+            );
+            Some((name, self.absolute(module, &path)?))
+        });
+        named.collect()
     }
 
     /// The full path of something that `module` names by `path`; `None` for another crate's.
@@ -97,72 +123,125 @@ impl Crate {
 
     /// The modules from which each module imports.
     fn imports(&self) -> BTreeMap<&ModulePath, BTreeSet<ModulePath>> {
-        let of = |(module, source): (_, &Source)| {
-            let mut paths = use_paths(&source.code, Uses::Imports);
-            paths.extend(inline_paths(&source.code));
-            let imported = paths
-                .iter()
-                .filter_map(|path| self.absolute(module, path))
-                .map(|path| self.definition(&path))
-                .filter(|imported| imported != module)
-                .collect();
-            (module, imported)
-        };
+        let of = |(module, source)| (module, self.imports_of(module, source));
         self.modules.iter().map(of).collect()
+    }
+
+    fn imports_of(&self, module: &ModulePath, source: &Source) -> BTreeSet<ModulePath> {
+        let named = self.named_paths(module, &source.code, Uses::Imports);
+        let through_name = |path: ModulePath| {
+            let target = named.get(path.first()?)?;
+            Some([target, &path[1..]].concat())
+        };
+        let inline = inline_paths(&source.code).into_iter();
+        let inline = inline.filter_map(|path| {
+            self.absolute(module, &path)
+                .or_else(|| through_name(path.clone()))
+        });
+        named
+            .values()
+            .cloned()
+            .chain(inline)
+            .map(|path| self.definition(&path))
+            .filter(|imported| imported != module)
+            .collect()
     }
 }
 
-/// Reads a module's file and those of the modules that it declares outside of tests.
+/// All Rust files of a folder and its folders.
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{folder:?}: {error}"));
+    for entry in entries {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Reads a module's file and those of the modules that it declares. Only collects the files that
+/// are compiled for tests alone.
+///
+/// `folder` is where the module's children are, in files of their own or in folders.
 fn read_module(
     folder: &Path,
-    file: PathBuf,
+    path: PathBuf,
     module: ModulePath,
     modules: &mut BTreeMap<ModulePath, Source>,
+    test_files: &mut BTreeSet<PathBuf>,
 ) {
-    let path = folder.join(file);
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path:?}: {error}"));
-    let source = strip(&text);
-    let code = source.join("\n");
-    let mut for_tests = false;
-    for line in &source {
-        let line = line.trim();
-        if line.starts_with("#[cfg(") && line.contains("test)") || line.contains("(test,") {
-            for_tests = true;
+    let source = Source::parse(path, &text);
+    for declared in declared_modules(&source.code) {
+        let inner = folder.join(&declared.name);
+        let in_folder = inner.join("mod.rs");
+        let path = match in_folder.is_file() {
+            true => in_folder,
+            false => folder.join(format!("{}.rs", declared.name)),
+        };
+        let child = [module.as_slice(), &[declared.name]].concat();
+        if declared.is_test {
+            let mut tests = BTreeMap::new();
+            read_module(&inner, path, child, &mut tests, test_files);
+            test_files.extend(tests.into_values().map(|source| source.path));
+        } else {
+            read_module(&inner, path, child, modules, test_files);
+        }
+    }
+    modules.insert(module, source);
+}
+
+impl Source {
+    fn parse(path: PathBuf, text: &str) -> Self {
+        let code = strip(text).join("\n");
+        let lines = without_tests(text).lines().count();
+        Self { path, lines, code }
+    }
+}
+
+/// The text of a file up to the module of its unit tests. A module of unit tests in a file of its
+/// own has only its declaration here, so the text goes on.
+fn without_tests(text: &str) -> &str {
+    let mut tests = text.match_indices("#[cfg(test)]\nmod ");
+    let inline = tests.find(|(at, _)| {
+        let declaration = text[*at..].lines().nth(1);
+        declaration.is_some_and(|line| line.ends_with('{'))
+    });
+    inline.map_or(text, |(at, _)| &text[..at])
+}
+
+struct Declared {
+    name: String,
+    is_test: bool,
+}
+
+/// The modules that are declared with `mod name;`.
+fn declared_modules(code: &str) -> Vec<Declared> {
+    let mut found = Vec::new();
+    let mut is_test = false;
+    for line in code.lines().map(str::trim) {
+        if line.starts_with("#[cfg(") && (line.contains("test)") || line.contains("(test,")) {
+            is_test = true;
             continue;
         }
-        let declared = line
-            .trim_start_matches("pub(crate) ")
-            .trim_start_matches("pub(super) ")
-            .trim_start_matches("pub ")
+        let unscoped = match line.split_once(") ") {
+            Some((scope, rest)) if scope.starts_with("pub(") => rest,
+            _ => line.trim_start_matches("pub "),
+        };
+        let declared = unscoped
             .strip_prefix("mod ")
             .and_then(|rest| rest.strip_suffix(';'));
-        if let (Some(name), false) = (declared, for_tests) {
-            let mut child = module.clone();
-            child.push(name.to_owned());
-            let own = match module.last() {
-                None => folder.to_owned(),
-                Some(last) if path.ends_with("mod.rs") => {
-                    debug_assert!(folder.ends_with(last));
-                    folder.to_owned()
-                }
-                Some(last) => folder.join(last),
-            };
-            let inner = own.join(name);
-            if inner.join("mod.rs").is_file() {
-                read_module(&inner, "mod.rs".into(), child, modules);
-            } else {
-                read_module(&own, format!("{name}.rs").into(), child, modules);
-            }
+        if let Some(name) = declared {
+            let name = name.to_owned();
+            found.push(Declared { name, is_test });
         }
-        for_tests = for_tests && line.starts_with("#[");
+        is_test = is_test && line.starts_with("#[");
     }
-    let lines = text
-        .split("#[cfg(test)]\nmod ")
-        .next()
-        .unwrap_or(&text)
-        .lines()
-        .count();
-    modules.insert(module, Source { path, lines, code });
+    found
 }
 
 /// The lines of code: no comments, and nothing from the unit tests' module on. In an inline module,
@@ -263,13 +342,22 @@ fn expand(tree: &str, prefix: &[String], found: &mut Vec<ModulePath>) {
     }
 }
 
-/// Paths that are written out where they are used: `crate::error::chain(..)`.
+/// Paths outside of `use` declarations: `crate::error::chain(..)`, `child::open()`.
 fn inline_paths(code: &str) -> Vec<ModulePath> {
     let is_path = |character: char| character.is_alphanumeric() || "_:".contains(character);
-    code.split(|character| !is_path(character))
-        .filter(|path| path.starts_with("crate::") || path.starts_with("super::"))
-        .map(|path| path.split("::").map(str::to_owned).collect())
-        .collect()
+    let mut is_use = false;
+    let mut found = Vec::new();
+    for line in code.lines() {
+        let start = line.trim_start();
+        is_use |= start.starts_with("use ") || start.starts_with("pub") && start.contains(" use ");
+        if !is_use {
+            let paths = line.split(|character| !is_path(character));
+            let paths = paths.filter(|path| path.contains("::") && !path.starts_with(':'));
+            found.extend(paths.map(|path| path.split("::").map(str::to_owned).collect()));
+        }
+        is_use = is_use && !line.contains(';');
+    }
+    found
 }
 
 /// Groups of modules that import each other in a circle.
@@ -328,6 +416,67 @@ fn circles_are_found() {
     assert_eq!(circles(&imports), ["a -> b", "b -> c", "c -> a"]);
 }
 
+/// A crate of these modules, each with its path and its text.
+fn crate_of(files: &[(&str, &str)]) -> Crate {
+    let modules = files.iter().map(|(module, text)| {
+        let path = module.split("::").filter(|part| !part.is_empty());
+        let source = Source::parse(PathBuf::new(), text);
+        (path.map(str::to_owned).collect(), source)
+    });
+    Crate::new(modules.collect())
+}
+
+#[test]
+fn each_way_to_name_a_module_is_an_import() {
+    for text in [
+        "use crate::b::item;",
+        "use super::b;",
+        "use super::b::item as other;",
+        "use crate::{a::x, b::{item}};",
+        "use crate::facade::item;",
+        "use crate::facade;\nfn f() { facade::item() }",
+        "use super::b as other;\nfn f() { other::item() }",
+        "fn f() { crate::b::item() }",
+        "fn f() { super::b::item() }",
+        "mod inner {\n    use super::super::b;\n}",
+    ] {
+        let of_b = "use super::a::x;";
+        let all = crate_of(&[
+            ("", "mod a;\nmod b;\nmod facade;"),
+            ("a", text),
+            ("b", of_b),
+            ("facade", "pub use super::b::item;"),
+        ]);
+        let circles = circles(&all.imports());
+        assert_eq!(circles, ["a -> b", "b -> a"], "{text}");
+    }
+    let all = crate_of(&[
+        ("", "pub(crate) mod a;"),
+        ("a", "mod child;\nfn f() { child::item() }"),
+        ("a::child", "fn item() { super::x() }"),
+    ]);
+    let circles = circles(&all.imports());
+    assert_eq!(circles, ["a -> a::child", "a::child -> a"]);
+}
+
+#[test]
+fn modules_are_declared_in_every_visibility() {
+    let code =
+        "mod a;\npub mod b;\npub(in crate::x) mod c;\n#[cfg(test)]\nmod d;\n#[cfg(unix)]\nmod e;";
+    let declared = declared_modules(code);
+    let names: Vec<_> = declared.iter().map(|one| one.name.as_str()).collect();
+    assert_eq!(names, ["a", "b", "c", "d", "e"]);
+    let tests: Vec<_> = declared.iter().map(|one| one.is_test).collect();
+    assert_eq!(tests, [false, false, false, true, false]);
+}
+
+#[test]
+fn lines_count_up_to_inline_unit_tests() {
+    let count = |text| Source::parse(PathBuf::new(), text).lines;
+    assert_eq!(count("a\n#[cfg(test)]\nmod tests;\nb\nc\n"), 5);
+    assert_eq!(count("a\nb\n#[cfg(test)]\nmod tests {\n}\n"), 2);
+}
+
 #[test]
 fn nothing_is_imported_through_lib() {
     let all = Crate::read();
@@ -351,16 +500,21 @@ fn nothing_is_imported_through_lib() {
 #[test]
 fn balance_does_not_know_etcd() {
     let all = Crate::read();
-    let balance = all
-        .modules
-        .iter()
-        .filter(|(module, _)| module.first().is_some_and(|first| first == "balance"));
+    let is_balance = |module: &ModulePath| module.first().is_some_and(|first| first == "balance");
+    let imports = all.imports();
+    let balance = imports.iter().filter(|(module, _)| is_balance(module));
     let mut files = 0;
-    for (module, source) in balance {
+    for (module, imported) in balance {
         files += 1;
+        let module_name = module.join("::");
+        for other in imported {
+            let other = other.join("::");
+            let is_etcd = other.starts_with("client") || other.starts_with("directory");
+            assert!(!is_etcd, "{module_name} imports from {other}");
+        }
+        let text = fs::read_to_string(&all.modules[*module].path).unwrap();
         for name in ["etcd_client", "crate::client", "crate::directory"] {
-            let text = fs::read_to_string(&source.path).unwrap_or_default();
-            assert!(!text.contains(name), "{} names {name}", module.join("::"));
+            assert!(!text.contains(name), "{module_name} names {name}");
         }
     }
     assert!(files > 5, "only {files} files");
@@ -376,4 +530,40 @@ fn files_are_short() {
             source.lines
         );
     }
+}
+
+/// The names of the tests in a file: functions with an attribute that ends in `test`.
+fn test_names(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    let mut is_test = false;
+    for line in text.lines().map(str::trim) {
+        if let Some(attribute) = line.strip_prefix("#[") {
+            let name = attribute.split(['(', ']']).next().unwrap_or_default();
+            is_test |= name == "test" || name.ends_with("::test");
+        } else if let Some((before, rest)) = line.split_once("fn ")
+            && (before.is_empty() || before == "async ")
+        {
+            let name = rest.split(['(', '<']).next().unwrap_or_default();
+            if std::mem::take(&mut is_test) {
+                found.push(name);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn names_of_tests_are_short() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folders = ["src", "tests", "chaos"].map(|folder| root.join(folder));
+    let mut tests = 0;
+    for file in folders.iter().flat_map(|folder| rust_files(folder)) {
+        let text = fs::read_to_string(&file).unwrap();
+        for name in test_names(&text) {
+            tests += 1;
+            let file = file.display();
+            assert!(name.chars().count() <= MAX_TEST_NAME, "{file}: {name}");
+        }
+    }
+    assert!(tests > 500, "only {tests} tests were found");
 }
