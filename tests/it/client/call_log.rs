@@ -96,10 +96,10 @@ async fn hedged_read_names_the_member_that_answered() -> TestResult {
         return Ok(());
     }
     let (log, _scope) = Log::start("goo_etcd::client::transport::call_log=debug");
-    // After 400 ms a read is also sent to another member. This one responds later than that.
+    // After 1 s a read is also sent to another member. This one responds later than that.
     let slow = RawServer::start(|request, respond| async move {
         if request.uri().path().ends_with("/Range") {
-            tokio::time::sleep(Duration::from_millis(600)).await;
+            tokio::time::sleep(Duration::from_millis(1_200)).await;
         }
         raw::respond_ok(respond);
     })
@@ -114,7 +114,7 @@ async fn hedged_read_names_the_member_that_answered() -> TestResult {
     let endpoints = vec![slow.address().to_owned(), hangs.address().to_owned()];
     let mut config = config(endpoints);
     config.enable_grpc_debug_log = true;
-    config.request_timeout = Duration::from_secs(2);
+    config.request_timeout = Duration::from_secs(5);
     let client = Client::new("main", config).await?;
     for _ in 0..6 {
         client.get("key", None).await?;

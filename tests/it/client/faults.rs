@@ -347,7 +347,8 @@ async fn stream_refused_by_all_members_reports_their_error() -> TestResult {
         let error = client.watch("key", None).await.unwrap_err();
         assert_eq!(error.code(), Some(status), "{error}");
         assert!(error.to_string().contains("going down"), "{error}");
-        assert!(started.elapsed() < Duration::from_secs(15));
+        // Half of the timeout, and far from the timeout itself.
+        assert!(started.elapsed() < Duration::from_secs(12));
         // If the client is closed meanwhile, the error is `Closed`.
         let watching = client.watch("key", None);
         let (watched, closed) = tokio::join!(watching, async {

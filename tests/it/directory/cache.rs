@@ -170,7 +170,9 @@ async fn damaged_cache_is_ignored_and_rewritten() -> TestResult {
 
     let half = good[..good.len() / 2].to_vec();
     let other_port = text.replace("h:1234", "h:1235").into_bytes();
-    let other_version = text.replace("instances 1", "instances 2").into_bytes();
+    let other_version = text.replace("instances 2", "instances 1");
+    assert_ne!(other_version, text);
+    let other_version = other_version.into_bytes();
     let damages: [&[u8]; 6] = [b"", b"\n", b"{}", &half, &other_port, &other_version];
     for damaged in damages {
         fs::write(&file, damaged)?;
