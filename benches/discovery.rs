@@ -47,7 +47,7 @@ async fn fill(client: &Client, instances: usize) {
     }
 }
 
-/// Opens a directory with a client of its own. Returns it with the time of its first list.
+/// Opens a directory with a new client. Returns it with the time of its first list.
 async fn open(etcd: &Etcd, with_kratos: bool) -> (Directory, Duration) {
     let client = connect(etcd).await;
     let builder = Directory::builder(&client, SERVICE);
@@ -118,7 +118,7 @@ async fn measure_directory(etcd: &Etcd, rounds: u32, with_kratos: bool) {
     let (directory, _) = open(etcd, with_kratos).await;
     let mut changes = Vec::new();
     for round in 0..rounds * 5 {
-        // The weight differs from the one that any earlier round has set.
+        // No earlier round has set this weight.
         let weight = 101 + round + u32::from(with_kratos) * 1_000;
         changes.push(time_change(&client, &directory, round as usize, weight).await);
     }

@@ -392,9 +392,9 @@ impl Error {
 
     /// Whether background work, such as a directory or a lock, must end with this error.
     ///
-    /// Some errors are not retryable, but do not end such work. After a compacted or rewound history
-    /// the work lists again. `NOT_FOUND` and `ALREADY_EXISTS` come from a proxy without a route to
-    /// etcd, because the errors that etcd itself has with these codes are handled before.
+    /// Some errors are not retryable, but do not end such work. After a compacted or rewound
+    /// history the work lists again. `NOT_FOUND` and `ALREADY_EXISTS` come from a proxy without a
+    /// route to etcd, because the errors that etcd itself has with these codes are handled before.
     pub(crate) fn is_permanent(&self) -> bool {
         let may_pass = match self {
             Error::Compacted { .. } | Error::RevisionWentBack { .. } => true,

@@ -290,8 +290,8 @@ impl BalancedChannelBuilder {
     /// Retained endpoints show as [`EndpointStatus::retained`](super::EndpointStatus::retained),
     /// and a warning is logged. With the feature `metrics` the counter
     /// `goo_etcd_mass_deletions_total` counts mass deletions, and the gauge
-    /// `goo_etcd_retained_endpoints` is the number of retained endpoints; their label `service` is the
-    /// key prefix of the instances.
+    /// `goo_etcd_retained_endpoints` is the number of retained endpoints; their label `service` is
+    /// the key prefix of the instances.
     pub fn mass_deletion_guard(mut self, keep_for: Duration) -> Self {
         self.mass_deletion_guard = Some(keep_for);
         self

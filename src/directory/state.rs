@@ -8,8 +8,8 @@
 //!     +------ Backoff <--------------+-----------------+
 //! ```
 //!
-//! The state machine does no I/O and reads no clock; the caller passes the time in. Three rules keep
-//! its snapshots true:
+//! The state machine does no I/O and reads no clock; the caller passes the time in. Three rules
+//! keep its snapshots true:
 //!
 //! - The snapshot shows a list only when the list is complete. All pages of a list are of the
 //!   revision of the first page.
