@@ -19,6 +19,8 @@ mod connector;
 mod driver;
 #[cfg(test)]
 mod fake;
+mod frames;
+mod go_away;
 mod io;
 mod monitor;
 mod sender;

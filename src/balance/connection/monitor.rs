@@ -1,6 +1,6 @@
 //! Watching a connection's bytes for the two frames that h2 does not report in time.
 //!
-//! A server's first frame is SETTINGS. Until it arrives, nothing shows that a server is there, even
+//! A server's first frame is SETTINGS. Until it has arrived, nothing shows that a server is there, even
 //! if the socket is connected. GOAWAY announces that the server accepts no new calls. h2 reports it
 //! with the next call, which is too late on an idle connection.
 //!
@@ -16,45 +16,8 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
+use super::frames::{Frame, Scanner};
 use super::state::ConnectionState;
-
-/// Length, type, flags and stream id of a frame (RFC 9113, section 4.1).
-const HEADER: usize = 9;
-const SETTINGS: u8 = 0x4;
-const GOAWAY: u8 = 0x7;
-
-/// Finds the frames in a stream of bytes that arrives in pieces of any size.
-#[derive(Debug, Default)]
-struct Scanner {
-    header: [u8; HEADER],
-    header_filled: usize,
-    payload_left: usize,
-}
-
-impl Scanner {
-    /// Calls `found` with the type of each frame whose header ends in `bytes`.
-    fn scan(&mut self, mut bytes: &[u8], mut found: impl FnMut(u8)) {
-        while !bytes.is_empty() {
-            if self.payload_left > 0 {
-                let skipped = self.payload_left.min(bytes.len());
-                self.payload_left -= skipped;
-                bytes = &bytes[skipped..];
-                continue;
-            }
-            let filled = self.header_filled;
-            let taken = (HEADER - filled).min(bytes.len());
-            self.header[filled..filled + taken].copy_from_slice(&bytes[..taken]);
-            self.header_filled += taken;
-            bytes = &bytes[taken..];
-            if self.header_filled == HEADER {
-                let [a, b, c, kind, ..] = self.header;
-                self.payload_left = u32::from_be_bytes([0, a, b, c]) as usize;
-                self.header_filled = 0;
-                found(kind);
-            }
-        }
-    }
-}
 
 /// An I/O that reports the peer's first SETTINGS, its GOAWAY, and the first write error.
 #[derive(Debug)]
@@ -106,13 +69,11 @@ impl<T> MonitoredIo<T> {
         }
         let (settings, going_away) = (&mut self.settings, &mut self.going_away);
         let state = &self.state;
-        self.scanner.scan(bytes, |kind| match kind {
-            SETTINGS => notify(settings, || ()),
-            GOAWAY => {
+        self.scanner.scan(bytes, |frame| match frame {
+            Frame::Settings(_) => notify(settings, || ()),
+            Frame::GoAway(go_away) => {
                 state.stop_accepting();
-                notify(going_away, || {
-                    "the server is shutting down (GOAWAY)".to_owned()
-                });
+                notify(going_away, || go_away.to_string());
             }
             _ => {}
         });
@@ -205,41 +166,5 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
             |this| Pin::new(&mut this.io).poll_write_vectored(cx, bufs),
             length,
         )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn scanner_finds_frames_in_pieces_of_any_size(
-            frames in proptest::collection::vec((0u8..10, 0usize..300), 0..20),
-            cuts in proptest::collection::vec(1usize..40, 1..20),
-        ) {
-            let mut bytes = Vec::new();
-            for (kind, length) in &frames {
-                let [_, a, b, c] = (*length as u32).to_be_bytes();
-                bytes.extend([a, b, c, *kind, 0, 0, 0, 0, 1]);
-                // A payload of bytes that look like a frame type.
-                bytes.extend(std::iter::repeat_n(GOAWAY, *length));
-            }
-            let mut scanner = Scanner::default();
-            let mut found = Vec::new();
-            let mut rest = &bytes[..];
-            for cut in cuts.iter().cycle() {
-                let (piece, after) = rest.split_at((*cut).min(rest.len()));
-                scanner.scan(piece, |kind| found.push(kind));
-                rest = after;
-                if rest.is_empty() {
-                    break;
-                }
-            }
-            let kinds: Vec<u8> = frames.iter().map(|(kind, _)| *kind).collect();
-            prop_assert_eq!(found, kinds);
-        }
     }
 }

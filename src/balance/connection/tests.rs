@@ -216,7 +216,7 @@ mod ending {
         let (connection, server) = connect(KEEP_ALIVE).await;
         server.send(Command::ShutDown);
         let reason = connection.ended.await;
-        assert_eq!(reason, "the server is shutting down (GOAWAY)");
+        assert_eq!(reason, "GOAWAY NO_ERROR");
         assert!(connection.sender.reserve().is_none());
     }
 
