@@ -2,6 +2,7 @@
 
 mod attempts;
 mod faults;
+mod frames;
 mod input;
 mod limits;
 mod mass_deletion;

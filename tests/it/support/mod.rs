@@ -3,6 +3,7 @@
 pub mod balanced;
 pub mod echo;
 pub mod echo_process;
+pub mod frames;
 pub mod greeter;
 pub mod history;
 pub mod log;
