@@ -1,4 +1,4 @@
-//! The task that drives a connection, and HTTP/2 keep-alive.
+//! The task that drives a connection.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -8,11 +8,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::Connection;
-use h2::{Ping, PingPong};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
 use super::io::BoxIo;
+use super::keep_alive::{KeepAliveSettings, keep_alive};
 use super::monitor::MonitoredIo;
 use super::state::ConnectionState;
 use crate::error::chain;
@@ -20,16 +19,6 @@ use crate::error::chain;
 /// How long to keep reading after a write error. Only bytes that have already arrived are read, so
 /// no network round trip has to fit in.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// HTTP/2 keep-alive: ping after `interval` without traffic, give up `timeout` later.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct KeepAliveSettings {
-    /// `None` sends no pings.
-    pub(crate) interval: Option<Duration>,
-    pub(crate) timeout: Duration,
-    /// Whether to ping a connection without calls.
-    pub(crate) while_idle: bool,
-}
 
 /// Spawns the task that drives a connection. The receiver gets the reason when the task ends: the
 /// peer closed the connection, a ping timed out, or no sender and no call is left.
@@ -100,35 +89,4 @@ async fn drain_reads(write_failed: oneshot::Receiver<String>) -> String {
     };
     tokio::time::sleep(DRAIN_TIMEOUT).await;
     error
-}
-
-/// Resolves when nothing arrived for the keep-alive interval and a ping then got no response within
-/// the timeout.
-async fn keep_alive(pings: Option<PingPong>, state: &ConnectionState, settings: KeepAliveSettings) {
-    let (Some(mut pings), Some(interval)) = (pings, settings.interval) else {
-        return std::future::pending().await;
-    };
-    loop {
-        let last = state.last_activity();
-        tokio::time::sleep_until(last + interval).await;
-        if state.last_activity() != last {
-            continue;
-        }
-        if state.is_idle() && !settings.while_idle {
-            tokio::time::sleep(interval).await;
-            continue;
-        }
-        let deadline = Instant::now() + settings.timeout;
-        // Fails while an earlier ping is outstanding; its pong serves as well.
-        let _ = pings.send_ping(Ping::opaque());
-        let pong = std::future::poll_fn(|cx| pings.poll_pong(cx));
-        match tokio::time::timeout_at(deadline, pong).await {
-            Ok(Ok(_)) => {}
-            // The connection has ended; polling it returns the reason.
-            Ok(Err(_)) => return std::future::pending().await,
-            // Any bytes count, because a peer that sends is alive.
-            Err(_) if state.last_activity() != last => {}
-            Err(_) => return,
-        }
-    }
 }

@@ -22,6 +22,7 @@ mod fake;
 mod frames;
 mod go_away;
 mod io;
+mod keep_alive;
 mod monitor;
 mod sender;
 mod settings;

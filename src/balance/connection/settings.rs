@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::driver::KeepAliveSettings;
+use super::keep_alive::KeepAliveSettings;
 use crate::error::{Error, Result};
 use crate::time::MAX_DURATION;
 

@@ -8,8 +8,8 @@ use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
-use super::driver::KeepAliveSettings;
 use super::io::BoxIo;
+use super::keep_alive::KeepAliveSettings;
 use super::*;
 use crate::balance::replay::AttemptBody;
 use crate::instance::Instance;
