@@ -1,17 +1,19 @@
 //! Opening a connection: TCP or a Unix socket, then TLS, then HTTP/2.
 
 use std::fmt;
+use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use http::Uri;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
+use super::addresses::{describe, race};
 use super::connect::{Connect, Connection};
 use super::driver;
 use super::io::{BoxError, BoxIo};
@@ -20,6 +22,7 @@ use super::sender::Sender;
 use super::settings::ConnectionSettings;
 use super::state::ConnectionState;
 use super::target::Target;
+use super::tcp;
 use super::tls::Tls;
 use crate::error::chain;
 
@@ -76,24 +79,27 @@ impl Connect for Connector {
     }
 
     async fn connect(&self, target: &Target) -> Result<Connection, String> {
-        let limit = self.settings.connect_timeout;
-        let deadline = Instant::now() + limit;
-        let timed_out = |step: &str| format!("{step} took more than {limit:?}");
-        let io = timeout_at(deadline, self.open(target))
-            .await
-            .map_err(|_| timed_out("connecting"))?
-            .map_err(|error| format!("cannot connect: {}", chain(&*error)))?;
-        let io = match &self.tls {
-            Some(tls) => timeout_at(deadline, tls.secure(target, io))
-                .await
-                .map_err(|_| timed_out("the TLS handshake"))?
-                .map(|io| Box::new(io) as BoxIo)
-                .map_err(|error| format!("TLS failed: {error}"))?,
-            None => io,
-        };
-        timeout_at(deadline, self.handshake(io))
-            .await
-            .map_err(|_| timed_out("the HTTP/2 handshake"))?
+        let deadline = Instant::now() + self.settings.connect_timeout;
+        if let Some(custom) = &self.custom {
+            let open = async { custom(target.uri()?).await };
+            return self.establish(target, open, deadline).await;
+        }
+        if let Some(path) = target.address.strip_prefix("unix:") {
+            let open = async { Ok(Box::new(UnixStream::connect(path).await?) as BoxIo) };
+            return self.establish(target, open, deadline).await;
+        }
+        let addresses = self.look_up(target, deadline).await?;
+        let addresses = target.last_winner.order(&addresses);
+        let attempts = race(addresses, deadline, |address| {
+            let open = async move {
+                let stream = tcp::connect(address, &self.settings).await?;
+                Ok(Box::new(stream) as BoxIo)
+            };
+            self.establish(target, open, deadline)
+        });
+        let (address, connection) = attempts.await.map_err(|errors| describe(&errors))?;
+        target.last_winner.set(address);
+        Ok(connection)
     }
 }
 
@@ -110,22 +116,45 @@ impl Connector {
         }
     }
 
-    async fn open(&self, target: &Target) -> Result<BoxIo, BoxError> {
-        if let Some(custom) = &self.custom {
-            return custom(target.uri()?).await;
+    /// The addresses of a target's host.
+    async fn look_up(&self, target: &Target, deadline: Instant) -> Result<Vec<SocketAddr>, String> {
+        if let Ok(address) = target.address.parse() {
+            return Ok(vec![address]);
         }
-        if let Some(path) = target.address.strip_prefix("unix:") {
-            return Ok(Box::new(UnixStream::connect(path).await?));
-        }
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        // hyper divides this time among the addresses of a name, so that an address which does not
-        // respond leaves time for the next.
-        tcp.set_connect_timeout(Some(self.settings.connect_timeout));
-        tcp.set_nodelay(self.settings.tcp_nodelay);
-        tcp.set_keepalive(self.settings.tcp_keepalive);
-        let io = tcp.oneshot(target.uri()?).await?;
-        Ok(Box::new(io.into_inner()))
+        let found = timeout_at(deadline, tokio::net::lookup_host(&*target.address))
+            .await
+            .map_err(|_| self.timed_out("looking up the name"))?
+            .map_err(|error| format!("cannot look up the name: {error}"))?;
+        Ok(found.collect())
+    }
+
+    /// Opens a connection to one address, up to the end of the HTTP/2 handshake.
+    async fn establish(
+        &self,
+        target: &Target,
+        open: impl Future<Output = Result<BoxIo, BoxError>>,
+        deadline: Instant,
+    ) -> Result<Connection, String> {
+        let io = timeout_at(deadline, open)
+            .await
+            .map_err(|_| self.timed_out("connecting"))?
+            .map_err(|error| format!("cannot connect: {}", chain(&*error)))?;
+        let io = match &self.tls {
+            Some(tls) => timeout_at(deadline, tls.secure(target, io))
+                .await
+                .map_err(|_| self.timed_out("the TLS handshake"))?
+                .map(|io| Box::new(io) as BoxIo)
+                .map_err(|error| format!("TLS failed: {error}"))?,
+            None => io,
+        };
+        timeout_at(deadline, self.handshake(io))
+            .await
+            .map_err(|_| self.timed_out("the HTTP/2 handshake"))?
+    }
+
+    fn timed_out(&self, step: &str) -> String {
+        let limit = self.settings.connect_timeout;
+        format!("{step} took more than {limit:?}")
     }
 
     /// Performs the HTTP/2 handshake, which is complete when the peer's SETTINGS have arrived.

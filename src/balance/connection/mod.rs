@@ -14,6 +14,7 @@
 //!
 //! [`Connect`] is the seam to the pool: its unit tests use a scripted connector and no network.
 
+mod addresses;
 mod connect;
 mod connector;
 mod driver;
@@ -28,6 +29,7 @@ mod sender;
 mod settings;
 mod state;
 mod target;
+mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::Uri;
 use http::uri::{Authority, Scheme};
 
+use super::addresses::LastWinner;
 use crate::instance::{Instance, validate_address};
 
 /// Where and how to connect to an endpoint.
@@ -15,6 +16,8 @@ pub(crate) struct Target {
     pub(crate) scheme: Scheme,
     /// The `:authority` of calls, unless the channel has an origin.
     pub(crate) authority: Authority,
+    /// Which address of the host connected last.
+    pub(super) last_winner: LastWinner,
 }
 
 impl Target {
@@ -42,6 +45,7 @@ impl Target {
             address: address.into(),
             scheme,
             authority,
+            last_winner: LastWinner::default(),
         })
     }
 
