@@ -14,6 +14,12 @@ pub(super) fn is_refused(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
 }
 
+/// Whether the server reset the stream because the request is malformed (RFC 9113, section 8.1.1),
+/// which is no failure of the endpoint.
+pub(super) fn is_malformed_request(error: &h2::Error) -> bool {
+    error.is_remote() && error.is_reset() && error.reason() == Some(Reason::PROTOCOL_ERROR)
+}
+
 /// The status of a call whose exchange with `address` failed with `error`. `close_reason` is the
 /// cause that the connection's I/O has seen.
 pub(super) fn status_of_error(

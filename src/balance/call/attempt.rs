@@ -127,9 +127,14 @@ impl<'a> Attempt<'a> {
             self.in_flight.discard();
             return Outcome::Final(status);
         }
-        self.in_flight.observe(true);
         let status = send_status(&endpoint, error);
-        if let Some(exceeded) = self.deadline_status(&status) {
+        let exceeded = self.deadline_status(&status);
+        if grpc_status::is_malformed_request(&error.error) {
+            self.in_flight.discard();
+        } else {
+            self.in_flight.observe(true);
+        }
+        if let Some(exceeded) = exceeded {
             Outcome::Final(exceeded)
         } else if may_retry(status.code()) {
             Outcome::Retryable { status, endpoint }

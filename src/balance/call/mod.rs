@@ -108,11 +108,14 @@ impl Dispatcher {
         let mut body = replay.first_attempt();
         loop {
             let (endpoint, stream) = self.acquire_stream(progress, attempted).await?;
+            let deadline = progress.deadline();
+            let origin = self.origin.as_ref();
+            let Some(request) = head.for_attempt(&endpoint.target, origin, deadline) else {
+                return Err(no_time_left(deadline));
+            };
             if let Some(attempted) = attempted {
                 attempted.add(&endpoint.target.address);
             }
-            let deadline = progress.deadline();
-            let request = head.for_attempt(&endpoint.target, self.origin.as_ref(), deadline);
             let attempt = Attempt::begin(endpoint, deadline, replay.body_error());
             let may_retry = |code| progress.may_retry(code) && replay.is_replayable();
             let outcome = attempt.send(stream, request, body, may_retry).await;
@@ -166,6 +169,15 @@ impl Dispatcher {
             progress.exclude(endpoint);
             body = next;
         }
+    }
+}
+
+/// The status of a call whose deadline passed before an attempt was sent.
+fn no_time_left(deadline: Option<&Deadline>) -> Status {
+    let reason = "no time was left to send the call";
+    match deadline {
+        Some(deadline) => deadline.exceeded_status(reason),
+        None => Status::deadline_exceeded(reason),
     }
 }
 

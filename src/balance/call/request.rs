@@ -10,16 +10,8 @@ use tonic::body::Body;
 use super::grpc_timeout::{self, Deadline, GRPC_TIMEOUT};
 use crate::balance::connection::Target;
 
-/// Headers of HTTP/1 that HTTP/2 forbids (RFC 9113, section 8.2.2). A request that has such headers
-/// is sent without them, and not refused, because gateways copy the headers of HTTP/1 requests into
-/// metadata.
-const CONNECTION_SPECIFIC: [HeaderName; 5] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
+/// The only value of `te` that HTTP/2 allows (RFC 9113, section 8.2.2).
+const TRAILERS: HeaderValue = HeaderValue::from_static("trailers");
 
 /// The head of a call's request, from which each attempt gets its own.
 #[derive(Debug)]
@@ -34,14 +26,12 @@ pub(super) struct CallHead {
 /// `user_agent` is appended to the request's own.
 pub(super) fn split_request(request: Request<Body>, user_agent: &HeaderValue) -> (CallHead, Body) {
     let (mut parts, body) = request.into_parts();
+    remove_http1_headers(&mut parts.headers);
     let user_agent = match parts.headers.get(header::USER_AGENT) {
         Some(own) => append_user_agent(own, user_agent),
         None => user_agent.clone(),
     };
     parts.headers.insert(header::USER_AGENT, user_agent);
-    for name in &CONNECTION_SPECIFIC {
-        parts.headers.remove(name);
-    }
     let path = parts.uri.into_parts().path_and_query;
     let head = CallHead {
         method: parts.method,
@@ -58,16 +48,21 @@ impl CallHead {
     }
 
     /// The head of an attempt at `target`. `origin` replaces the target's scheme and authority.
+    ///
+    /// `None` if no time is left until the deadline, because an attempt without time is not sent.
     pub(super) fn for_attempt(
         &mut self,
         target: &Target,
         origin: Option<&Uri>,
         deadline: Option<&Deadline>,
-    ) -> Request<()> {
+    ) -> Option<Request<()>> {
         if let Some(deadline) = deadline {
             // The server gets the time that is left, which is less than the request's own timeout
             // after a wait for an endpoint or an earlier attempt.
             let left = deadline.at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
             if let Some(value) = grpc_timeout::format(left) {
                 self.headers.insert(GRPC_TIMEOUT, value);
             }
@@ -84,8 +79,58 @@ impl CallHead {
             None => (&target.scheme, &target.authority),
         };
         *request.uri_mut() = uri(scheme, authority, &self.path);
-        request
+        Some(request)
     }
+}
+
+/// Removes the headers that an HTTP/1 connection has and a gRPC request has not.
+///
+/// Gateways copy the headers of HTTP/1 requests into metadata (grpc#29216). Such a request is sent
+/// without these headers, and not refused.
+fn remove_http1_headers(headers: &mut HeaderMap) {
+    let mut has_any = false;
+    let mut is_te_valid = true;
+    for (name, value) in &*headers {
+        has_any |= is_http1_only(name);
+        is_te_valid &= name != header::TE || value == TRAILERS;
+    }
+    if !is_te_valid {
+        headers.insert(header::TE, TRAILERS);
+    }
+    if !has_any {
+        return;
+    }
+    let names = headers.keys();
+    let mut removed: Vec<_> = names.filter(|name| is_http1_only(name)).cloned().collect();
+    for value in headers.get_all(header::CONNECTION) {
+        let options = value.as_bytes().split(|byte| *byte == b',');
+        let names = options.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok());
+        removed.extend(names.filter(|name| !is_required(name)));
+    }
+    for name in removed {
+        headers.remove(name);
+    }
+}
+
+/// Whether a header belongs to a connection or a message of HTTP/1.
+fn is_http1_only(name: &HeaderName) -> bool {
+    match name.as_str() {
+        // HTTP/2 forbids them (RFC 9113, section 8.2.2).
+        "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" => true,
+        // The length of another message than this one, which servers refuse as malformed.
+        "content-length" => true,
+        // gRPC servers discard it in favour of `:authority` (gRFC A41); proxies refuse it if the
+        // two differ.
+        "host" => true,
+        _ => false,
+    }
+}
+
+/// Whether gRPC needs a header, even if a `connection` header names it. HTTP/1 requires that name
+/// for `te` (RFC 9110, section 10.1.4).
+fn is_required(name: &HeaderName) -> bool {
+    let name = name.as_str();
+    name == "te" || name == "content-type" || name.starts_with("grpc-")
 }
 
 fn uri(scheme: &Scheme, authority: &Authority, path: &PathAndQuery) -> Uri {
@@ -118,7 +163,7 @@ mod tests {
         deadline: Option<&Deadline>,
     ) -> Request<()> {
         let target = Target::new(&Instance::new("", "10.0.0.1:80"), false).unwrap();
-        head.for_attempt(&target, origin, deadline)
+        head.for_attempt(&target, origin, deadline).unwrap()
     }
 
     #[test]
@@ -130,16 +175,38 @@ mod tests {
     }
 
     #[test]
-    fn connection_specific_headers_are_removed() {
+    fn headers_of_http1_are_removed() {
         let head = split(
             Request::builder()
-                .header("connection", "keep-alive")
+                .header(
+                    "connection",
+                    "keep-alive, X-Hop , te,grpc-timeout, b\u{e4}d name",
+                )
+                .header("connection", "x-hop-2")
                 .header("keep-alive", "timeout=5")
+                .header("content-length", "45")
+                .header("host", "gateway.example.com")
+                .header("x-hop", "1")
+                .header("x-hop", "2")
+                .header("x-hop-2", "3")
+                .header("te", "trailers")
+                .header("grpc-timeout", "1S")
                 .header("x-id", "7"),
         );
-        assert!(!head.headers.contains_key("connection"));
-        assert!(!head.headers.contains_key("keep-alive"));
-        assert_eq!(head.headers["x-id"], "7");
+        let mut names: Vec<&str> = head.headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["grpc-timeout", "te", "user-agent", "x-id"]);
+    }
+
+    #[test]
+    fn te_other_than_trailers_is_replaced() {
+        let head = split(
+            Request::builder()
+                .header("te", "trailers")
+                .header("te", "gzip"),
+        );
+        let values: Vec<_> = head.headers.get_all("te").iter().collect();
+        assert_eq!(values, ["trailers"]);
     }
 
     #[test]
@@ -160,5 +227,15 @@ mod tests {
         let request = attempt(&mut head, None, Some(&deadline));
         let timeout = grpc_timeout::parse(request.headers()).unwrap();
         assert_eq!(timeout, Duration::from_millis(1500));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_attempt_without_time() {
+        let mut head = split(Request::builder());
+        let target = Target::new(&Instance::new("", "10.0.0.1:80"), false).unwrap();
+        let deadline = Deadline::after(Instant::now(), Duration::from_millis(500));
+        tokio::time::advance(Duration::from_millis(500)).await;
+        let request = head.for_attempt(&target, None, Some(&deadline));
+        assert!(request.is_none(), "{request:?}");
     }
 }

@@ -91,7 +91,7 @@ impl ResponseBody {
             Some((deadline, _)) if deadline.is_cause_of(&status) => {
                 (deadline.exceeded_status(RESPONSE_NOT_ENDED), false)
             }
-            _ => (status, true),
+            _ => (status, !grpc_status::is_malformed_request(error)),
         }
     }
 

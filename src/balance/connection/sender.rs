@@ -7,7 +7,6 @@ use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
 use http::{Request, Response};
-use http_body::Body as _;
 use tokio::sync::Notify;
 
 use super::state::ConnectionState;
@@ -114,7 +113,7 @@ impl ReservedStream {
         request: Request<()>,
         body: AttemptBody,
     ) -> Result<Response<Incoming>, SendError> {
-        let (response, stream) = self.open_stream(request, body.is_end_stream()).await?;
+        let (response, stream) = self.open_stream(request).await?;
         let upload = upload(stream, body);
         let Self { h2, permit } = self;
         // h2 counts the handle as a reference to the connection. A pending response does not need
@@ -123,10 +122,14 @@ impl ReservedStream {
         await_response(permit, upload, response).await
     }
 
+    /// Opens the stream with the request's head.
+    ///
+    /// Never ends it there: gRPC over HTTP/2 asks for END_STREAM on a DATA frame, empty if there is
+    /// no message, and grpc-go's handlers up to at least 1.33, which etcd 3.4 and 3.5 use, wait
+    /// for that frame for ever.
     async fn open_stream(
         &mut self,
         request: Request<()>,
-        end_of_stream: bool,
     ) -> Result<(ResponseFuture, SendStream<Bytes>), SendError> {
         let state = &self.permit.state;
         if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
@@ -134,7 +137,7 @@ impl ReservedStream {
             state.mark_exhausted();
             return Err(send_error(state, SendErrorKind::Unsent, error));
         }
-        match self.h2.send_request(request, end_of_stream) {
+        match self.h2.send_request(request, false) {
             Ok(opened) => Ok(opened),
             Err(error) => {
                 // The request is to blame only if the connection still accepts others.

@@ -27,11 +27,11 @@ impl Drop for Upload {
 /// Sends a body: a complete one at once, a streamed one in a task.
 pub(crate) fn upload(mut stream: SendStream<Bytes>, body: AttemptBody) -> Option<Upload> {
     match body {
-        AttemptBody::Whole(None) => None,
-        AttemptBody::Whole(Some(bytes)) => {
+        AttemptBody::Whole(bytes) => {
             // h2 buffers the bytes, which are in memory anyway, and sends them as the peer's window
-            // allows. If the stream is closed already, the response says why.
-            let _ = stream.send_data(bytes, true);
+            // allows. An empty frame needs no window. If the stream is closed already, the response
+            // says why.
+            let _ = stream.send_data(bytes.unwrap_or_default(), true);
             None
         }
         body @ AttemptBody::Streamed { .. } => {

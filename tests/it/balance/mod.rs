@@ -8,6 +8,7 @@ mod limits;
 mod mass_deletion;
 mod picking;
 mod ready;
+mod requests;
 mod served_by;
 mod streams;
 #[cfg(feature = "_tls")]
