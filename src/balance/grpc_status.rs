@@ -1,7 +1,7 @@
-//! gRPC statuses of exchanges that failed, and of responses.
+//! gRPC statuses of exchanges that failed, and which of them count against an endpoint.
 
 use h2::Reason;
-use http::{HeaderMap, Response};
+use http::HeaderMap;
 use tonic::{Code, Status};
 
 use crate::error::chain;
@@ -66,26 +66,4 @@ pub(super) fn is_failure(code: Code) -> bool {
 pub(super) fn code_of_trailers(trailers: &HeaderMap) -> Option<Code> {
     let status = trailers.get("grpc-status")?;
     Some(Code::from_bytes(status.as_bytes()))
-}
-
-/// The status that the head of a response decides: the status of a gRPC response without messages,
-/// or the one for the HTTP status of a response that is not gRPC ("HTTP to gRPC Status Code
-/// Mapping"). `None` if the status follows in trailers.
-///
-/// The channel judges the attempt by this status. The caller gets the response itself, so tonic
-/// makes the status that the caller sees: `INTERNAL` if the page has a body.
-pub(crate) fn status_of_head<B>(response: &Response<B>) -> Option<Status> {
-    Status::from_header_map(response.headers()).or_else(|| {
-        let code = match response.status().as_u16() {
-            200 => return None,
-            400 => Code::Internal,
-            401 => Code::Unauthenticated,
-            403 => Code::PermissionDenied,
-            404 => Code::Unimplemented,
-            429 | 502..=504 => Code::Unavailable,
-            _ => Code::Unknown,
-        };
-        let message = format!("expected a gRPC response, got HTTP {}", response.status());
-        Some(Status::new(code, message))
-    })
 }

@@ -53,7 +53,8 @@
 //! - `call`: one call, from the wait for an endpoint to the end of its response;
 //! - `pool`: the endpoints of the set, and the picker made from the ready ones;
 //! - `pick` and `connection`: the policies, and one HTTP/2 connection;
-//! - `replay` and `grpc_status`: request bodies that can be sent again, and what failures mean.
+//! - `replay`, `grpc_status`, `response_head` and `status_headers`: request bodies that can be sent
+//!   again, and what failures and responses mean.
 //!
 //! This module knows nothing of etcd. A [`Directory`](crate::Directory) becomes a [`Source`] in the
 //! directory's own module.
@@ -66,7 +67,9 @@ mod grpc_status;
 mod pick;
 mod pool;
 mod replay;
+mod response_head;
 mod source;
+mod status_headers;
 #[cfg(test)]
 mod tests;
 
@@ -74,7 +77,7 @@ pub use builder::BalancedChannelBuilder;
 pub(crate) use call::AttemptedEndpoints;
 pub use call::{RetryPolicy, ServedBy};
 pub use channel::{BalancedChannel, EndpointStatuses, ResponseFuture};
-pub(crate) use grpc_status::status_of_head;
 pub use pick::{BalancePolicy, ParseBalancePolicyError};
 pub use pool::{EndpointState, EndpointStatus};
+pub(crate) use response_head::is_not_grpc;
 pub use source::Source;

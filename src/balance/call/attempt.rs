@@ -10,9 +10,10 @@ use tonic::{Code, Status};
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
 use crate::balance::connection::{Incoming, ReservedStream, SendError, SendErrorKind};
-use crate::balance::grpc_status::{self, is_failure, status_of_head};
+use crate::balance::grpc_status::{self, is_failure};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
+use crate::balance::response_head::ResponseHead;
 
 /// How an attempt ended.
 #[derive(Debug)]
@@ -20,7 +21,7 @@ pub(super) enum Outcome<B = Incoming> {
     /// The response has begun, and is the call's.
     Response {
         response: Response<B>,
-        /// The head decides the status: a gRPC response without messages, or no gRPC response.
+        /// The status is in the head: a gRPC response without messages.
         has_status_in_head: bool,
         in_flight: InFlight,
     },
@@ -80,26 +81,44 @@ impl<'a> Attempt<'a> {
 
     fn on_response<B>(
         mut self,
-        response: Response<B>,
+        mut response: Response<B>,
         may_retry: impl Fn(Code) -> bool,
     ) -> Outcome<B> {
-        let status = status_of_head(&response);
-        if let Some(exceeded) = status.as_ref().and_then(|s| self.deadline_status(s)) {
+        let address = &self.in_flight.endpoint().target.address;
+        let head = ResponseHead::read(address, &mut response);
+        if let ResponseHead::Status(status) = &head
+            && let Some(exceeded) = self.deadline_status(status)
+        {
             self.in_flight.observe(true);
             return Outcome::Final(exceeded);
         }
-        let failed = status.as_ref().is_some_and(|s| is_failure(s.code()));
+        let status = match &head {
+            ResponseHead::Open => None,
+            ResponseHead::Status(status) | ResponseHead::NotGrpc(status) => Some(status),
+        };
+        let failed = status.is_some_and(|status| is_failure(status.code()));
         self.in_flight.observe(failed);
-        match status {
-            Some(status) if may_retry(status.code()) => Outcome::Retryable {
-                status,
-                endpoint: Arc::clone(self.in_flight.endpoint()),
-            },
-            status => Outcome::Response {
-                response,
-                has_status_in_head: status.is_some(),
-                in_flight: self.in_flight,
-            },
+        match head {
+            ResponseHead::Status(status) | ResponseHead::NotGrpc(status)
+                if may_retry(status.code()) =>
+            {
+                Outcome::Retryable {
+                    status,
+                    endpoint: Arc::clone(self.in_flight.endpoint()),
+                }
+            }
+            // Dropping the response resets its stream, so a page is not read to its end.
+            ResponseHead::NotGrpc(status) => Outcome::Final(status),
+            ResponseHead::Status(_) => self.into_response(response, true),
+            ResponseHead::Open => self.into_response(response, false),
+        }
+    }
+
+    fn into_response<B>(self, response: Response<B>, has_status_in_head: bool) -> Outcome<B> {
+        Outcome::Response {
+            response,
+            has_status_in_head,
+            in_flight: self.in_flight,
         }
     }
 
@@ -232,8 +251,9 @@ mod tests {
 
     fn response(grpc_status: Option<&str>) -> Response<()> {
         let mut response = Response::new(());
+        let headers = response.headers_mut();
+        headers.insert("content-type", "application/grpc".parse().unwrap());
         if let Some(code) = grpc_status {
-            let headers = response.headers_mut();
             headers.insert("grpc-status", code.parse().unwrap());
         }
         response
@@ -264,6 +284,18 @@ mod tests {
             panic!("{outcome:?}");
         };
         assert!(has_status_in_head);
+    }
+
+    #[test]
+    fn page_is_final_or_retried_and_never_the_call_s_response() {
+        let page = || Response::builder().status(503).body(()).unwrap();
+        let outcome = Attempt::begin(endpoint(), None, None).on_response(page(), |_| true);
+        assert!(matches!(outcome, Outcome::Retryable { .. }), "{outcome:?}");
+        let outcome = Attempt::begin(endpoint(), None, None).on_response(page(), |_| false);
+        let Outcome::Final(status) = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(status.code(), Code::Unavailable);
     }
 
     #[tokio::test(start_paused = true)]

@@ -16,6 +16,7 @@ use super::in_flight::InFlight;
 use crate::balance::connection::Incoming;
 use crate::balance::grpc_status::{self, code_of_trailers, is_failure};
 use crate::balance::replay::RequestBodyError;
+use crate::balance::status_headers;
 
 /// Why a deadline ended a call whose response had begun.
 const RESPONSE_NOT_ENDED: &str = "the response had not ended";
@@ -26,7 +27,7 @@ pub(super) struct OpenCall {
     pub(super) in_flight: InFlight,
     /// The call's permit under the channel's concurrency limit, until it is dropped.
     pub(super) _permit: Option<OwnedSemaphorePermit>,
-    /// The head decides the status: a gRPC response without messages, or no gRPC response.
+    /// The status is in the head: a gRPC response without messages.
     pub(super) has_status_in_head: bool,
     /// Set if the request's body fails while it is sent.
     pub(super) body_error: Option<RequestBodyError>,
@@ -146,8 +147,9 @@ impl Body for ResponseBody {
             return Poll::Ready(Some(Err(this.end_at_deadline(deadline))));
         }
         match this.poll_incoming(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                if let Some(trailers) = frame.trailers_ref() {
+            Poll::Ready(Some(Ok(mut frame))) => {
+                if let Some(trailers) = frame.trailers_mut() {
+                    status_headers::sanitize(trailers);
                     let failed = code_of_trailers(trailers).is_some_and(is_failure);
                     this.end(failed);
                 }

@@ -10,7 +10,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::message::Codec;
-use crate::balance::{ServedBy, status_of_head};
+use crate::balance::{ServedBy, is_not_grpc};
 use crate::client::etcd_error::EtcdError;
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -26,7 +26,6 @@ pub(super) struct UnaryResponse {
 impl UnaryResponse {
     /// Reads the response to its end.
     pub(super) async fn read(response: Response<Body>, codec: &Codec) -> Result<Self, Status> {
-        ensure_grpc(&response)?;
         let (mut head, mut body) = response.into_parts();
         codec.take_encoding(&mut head.headers)?;
         // The first frame is kept as it is, because most responses have only one.
@@ -113,22 +112,14 @@ impl UnaryResponse {
     }
 }
 
-/// Fails if the response comes from something between this client and etcd that does not speak
-/// gRPC, such as the error page of a proxy.
-pub(super) fn ensure_grpc<B>(response: &Response<B>) -> Result<(), Status> {
-    if response.headers().contains_key(GRPC_STATUS) {
-        return Ok(());
+/// Gives a response that comes from something between this client and etcd, such as the page of a
+/// proxy with HTTP status 200, the code of a member that cannot be reached. No member has seen the
+/// call.
+pub(super) fn map_not_grpc(status: Status) -> Status {
+    if status.code() == Code::Unknown && is_not_grpc(&status) {
+        return Status::unavailable(status.message());
     }
-    if let Some(status) = status_of_head(response) {
-        return Err(status);
-    }
-    let content_type = response.headers().get(http::header::CONTENT_TYPE);
-    if content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")) {
-        return Ok(());
-    }
-    Err(Status::unavailable(format!(
-        "not a gRPC response (content-type: {content_type:?})"
-    )))
+    status
 }
 
 pub(super) fn code_in(headers: &HeaderMap) -> Option<Code> {

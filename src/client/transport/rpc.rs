@@ -31,7 +31,7 @@ use super::call_log::CallLog;
 use super::members::disconnected_reason;
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
-use super::response::{code_in, collect, ensure_grpc, map_stale_token, message_in};
+use super::response::{code_in, collect, map_not_grpc, map_stale_token, message_in};
 use super::token::Token;
 use super::unary::{Budget, UnaryCall};
 use crate::balance::{AttemptedEndpoints, BalancedChannel, ServedBy};
@@ -252,7 +252,9 @@ impl RpcState {
                 log.end(code, None);
             }
         };
-        let response = response.and_then(|response| check_stream_head(response, &codec));
+        let response = response
+            .map_err(map_not_grpc)
+            .and_then(|response| check_stream_head(response, &codec));
         let (head, body) = match response {
             Ok(response) => response.into_parts(),
             Err(status) => {
@@ -280,7 +282,6 @@ fn check_stream_head(
     mut response: Response<Body>,
     codec: &Codec,
 ) -> Result<Response<Body>, Status> {
-    ensure_grpc(&response)?;
     let headers = response.headers_mut();
     map_stale_token(headers);
     if codec.gzip && code_in(headers) == Some(Code::Unimplemented) {

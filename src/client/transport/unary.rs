@@ -25,7 +25,7 @@ use tonic::{Code, Status};
 use super::members::disconnected_reason;
 use super::message::Codec;
 use super::method::CallKind;
-use super::response::UnaryResponse;
+use super::response::{UnaryResponse, map_not_grpc};
 use super::token::Token;
 use crate::backoff::Backoff;
 use crate::balance::{AttemptedEndpoints, BalancedChannel};
@@ -179,8 +179,8 @@ impl UnaryCall<'_> {
         *request.version_mut() = self.head.version;
         *request.headers_mut() = self.head.headers.clone();
         let attempted = self.attempted.as_ref();
-        let response = self.channel.call_avoiding(request, attempted).await?;
-        UnaryResponse::read(response, &self.codec).await
+        let response = self.channel.call_avoiding(request, attempted).await;
+        UnaryResponse::read(response.map_err(map_not_grpc)?, &self.codec).await
     }
 }
 

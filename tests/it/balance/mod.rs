@@ -3,6 +3,7 @@
 mod attempts;
 mod faults;
 mod frames;
+mod http_pages;
 mod input;
 mod limits;
 mod mass_deletion;

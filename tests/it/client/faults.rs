@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::support::frames::{FrameServer, HEADERS};
 use crate::support::raw::{self, RawServer};
 use crate::support::{TestResult, wait_for, wait_until};
 use futures::StreamExt;
@@ -425,5 +426,60 @@ async fn isolated_member_fails_no_write() -> TestResult {
         sleep(Duration::from_millis(5)).await;
     }
     assert!(writes > 100, "{writes}");
+    Ok(())
+}
+
+/// An etcd whose every response has this status, with details that are not base64.
+async fn etcd_with_bad_details() -> FrameServer {
+    FrameServer::start(|mut connection| async move {
+        connection.handshake(&[]).await?;
+        loop {
+            let frame = connection.next().await?;
+            if frame.kind == HEADERS {
+                let status: [(&str, &[u8]); 5] = [
+                    (":status", b"200"),
+                    ("content-type", b"application/grpc"),
+                    ("grpc-status", b"9"),
+                    ("grpc-message", b"etcdserver: caf\xe9"),
+                    ("grpc-status-details-bin", b"%%%"),
+                ];
+                connection.send_headers(frame.stream, &status, true).await?;
+            }
+        }
+    })
+    .await
+}
+
+/// tonic's own parser panics on such details (`Status::from_header_map`).
+#[tokio::test]
+async fn details_that_are_not_base64_do_not_panic() -> TestResult {
+    let etcd = etcd_with_bad_details().await;
+    let config = Config::builder().endpoints([etcd.address()]).build()?;
+    let client = Client::connect_lazy("main", config)?;
+    let got = client.get("key", None).await.map(drop);
+    let put = client.put("key", "value", None).await.map(drop);
+    let watched = client.watch("key", None).await.map(drop);
+    for result in [got, put, watched] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("caf\u{fffd}"), "{error}");
+    }
+    Ok(())
+}
+
+/// A proxy may respond with a page and HTTP status 200.
+#[tokio::test]
+async fn page_with_status_200_is_avoided() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let proxy = RawServer::start(async |_, mut respond| {
+        let head = http::Response::builder().header("content-type", "text/html");
+        respond.send_response(head.body(()).unwrap(), true).ok();
+    })
+    .await;
+    let endpoints = [proxy.address().to_owned(), etcd.endpoint()];
+    let config = Config::builder().endpoints(endpoints).build()?;
+    let client = Client::new("main", config).await?;
+    for _ in 0..20 {
+        client.get("key", None).await?;
+    }
     Ok(())
 }
