@@ -191,7 +191,8 @@ impl Snapshot {
         &self.freshness
     }
 
-    /// The number of keys in etcd whose newest value cannot be decoded.
+    /// The number of keys in etcd whose newest value cannot be decoded, or has an address that no
+    /// client can call, such as `0.0.0.0:50051`. The last good value of such a key stays in force.
     pub fn undecodable(&self) -> usize {
         self.undecodable
     }

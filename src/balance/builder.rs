@@ -67,13 +67,14 @@ pub struct BalancedChannelBuilder {
 impl BalancedChannel {
     /// Creates a channel to a fixed list of addresses, `host:port` or `unix:/path`, without etcd.
     ///
-    /// Must be called within a Tokio runtime, as [`BalancedChannelBuilder::build`].
+    /// Must be called within a Tokio runtime, as [`BalancedChannelBuilder::build`]. For other
+    /// settings than the default ones, build a channel over [`Source::addresses`].
     ///
     /// # Errors
     ///
     /// [`Error::Invalid`](crate::Error::Invalid) for an address that is not valid.
     pub fn from_endpoints<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
-        Self::builder(Source::from_addresses(addresses)?).build()
+        Self::builder(Source::addresses(addresses)?).build()
     }
 
     /// Returns a builder of a channel over a [`Directory`](crate::Directory) or another [`Source`].

@@ -14,7 +14,7 @@ use crate::snapshot::Snapshot;
 /// A stream of complete sets of instances. Each set replaces the set before it.
 ///
 /// A [`Directory`](crate::Directory) converts into a `Source`. [`Source::new`] takes any stream,
-/// and [`Source::fixed`] a list.
+/// [`Source::fixed`] a list of instances, and [`Source::addresses`] a list of addresses.
 #[must_use = "a source does nothing until a channel is built from it"]
 pub struct Source {
     name: Arc<str>,
@@ -61,10 +61,29 @@ impl Source {
         Self::new("the fixed list", futures::stream::iter([set]))
     }
 
-    /// Creates a source of one set of addresses, `host:port` or `unix:/path`.
-    pub(super) fn from_addresses<A: Into<String>>(
-        addresses: impl IntoIterator<Item = A>,
-    ) -> Result<Self> {
+    /// Creates a source of one set of addresses, `host:port` or `unix:/path`, that never changes.
+    ///
+    /// [`BalancedChannel::from_endpoints`](crate::BalancedChannel::from_endpoints) does the same for
+    /// a channel with the default settings.
+    ///
+    /// ```no_run
+    /// # async fn example() -> goo_etcd::Result<()> {
+    /// use goo_etcd::balance::Source;
+    /// use goo_etcd::{BalancedChannel, TlsConfig};
+    ///
+    /// let source = Source::addresses(["greeter-1.example:50051", "greeter-2.example:50051"])?;
+    /// let channel = BalancedChannel::builder(source)
+    ///     .tls(TlsConfig::default())
+    ///     .build()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Invalid`](crate::Error::Invalid) for an address of another form, such as one with a
+    /// scheme, and for one that no client can call, such as `0.0.0.0:50051`.
+    pub fn addresses<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
         let instances = addresses
             .into_iter()
             .map(|address| {

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::state::ListWatchState;
 use crate::error::{Error, Result};
-use crate::instance::Instance;
+use crate::instance::{Instance, uncallable_reason};
 use crate::snapshot::{Freshness, InstanceKey, Instances, ModRevisions, Snapshot};
 
 /// The shortest time between two writes, which bounds the cost of a service that changes all the
@@ -126,8 +126,15 @@ impl Cache {
             return Err(format!("the file belongs to {:?}", saved.key));
         }
         let (mut instances, mut mod_revisions) = (Instances::new(), ModRevisions::new());
+        let mut undecodable = saved.undecodable;
         for saved in saved.instances {
             let (key, mod_revision, instance) = saved.into_instance();
+            // A version of this crate without the check may have written the file.
+            if let Some(reason) = uncallable_reason(&instance.address) {
+                tracing::warn!(%key, reason, "ignoring an instance in a cache file");
+                undecodable += 1;
+                continue;
+            }
             if let Some(mod_revision) = mod_revision {
                 mod_revisions.insert(key.clone(), mod_revision);
             }
@@ -142,7 +149,7 @@ impl Cache {
                 since: SystemTime::UNIX_EPOCH + Duration::from_millis(saved.saved_at),
                 reason: format!("read from {}", self.path.display()).into(),
             },
-            undecodable: saved.undecodable,
+            undecodable,
         })
     }
 

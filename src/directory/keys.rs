@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::event::{Fingerprint, KeyValueAt};
 use crate::format::{DecodeError, Format, KeyContext, KeyRange};
-use crate::instance::Instance;
+use crate::instance::{Instance, uncallable_reason};
 use crate::snapshot::InstanceKey;
 
 /// The decoded keys of a range, by their key in etcd.
@@ -20,7 +20,8 @@ pub(super) struct DecodedKey {
     pub(super) mod_revision: i64,
     /// The instances in the value, each with its key in the snapshot.
     pub(super) instances: Vec<(InstanceKey, Arc<Instance>)>,
-    /// Whether the newest value could not be decoded, so that `instances` come from an older value.
+    /// Whether the newest value could not be decoded or has an address that nobody can call, so
+    /// that `instances` come from an older value, at least in part.
     pub(super) undecodable: bool,
 }
 
@@ -88,7 +89,8 @@ impl Decoder {
     }
 
     /// Decodes an entry into `keys`. A value that cannot be decoded leaves the key's last good
-    /// value in force, because a typing error must not take a server away from its clients.
+    /// value in force, because a typing error must not take a server away from its clients. So does
+    /// an address that nobody can call: clients of `0.0.0.0` would call themselves.
     ///
     /// A list starts with empty `keys`, so the last good value may be in `earlier`. A key that was
     /// deleted and created again has no last good value.
@@ -101,32 +103,38 @@ impl Decoder {
         } = entry;
         let before = keys.remove(&key).or_else(|| earlier?.get(&key).cloned());
         let value = value.as_deref().unwrap_or_default();
-        let (instances, undecodable) = match self.decode(&key, value) {
-            Ok(instances) => (self.assign_keys(&key, instances, before.as_ref()), false),
+        let last_good = before
+            .as_ref()
+            .filter(|before| before.create_revision == create_revision);
+        let (instances, error) = match self.decode(&key, value) {
+            Ok(decoded) => {
+                let decoded = self.assign_keys(&key, decoded, before.as_ref());
+                replace_uncallable(decoded, last_good)
+            }
             Err(error) => {
-                let before = before.filter(|before| before.create_revision == create_revision);
-                let is_logged = before.as_ref().is_some_and(|before| {
-                    before.undecodable && before.mod_revision == mod_revision
-                });
-                let instances = before.map(|before| before.instances).unwrap_or_default();
-                if !is_logged {
-                    tracing::warn!(
-                        key = %String::from_utf8_lossy(&key),
-                        mod_revision,
-                        format = self.format.name(),
-                        kept_last_good = !instances.is_empty(),
-                        %error,
-                        "ignoring a value in etcd that cannot be decoded"
-                    );
-                }
-                (instances, true)
+                let kept = last_good.map(|before| before.instances.clone());
+                (kept.unwrap_or_default(), Some(error))
             }
         };
+        if let Some(error) = &error {
+            let is_logged = last_good
+                .is_some_and(|before| before.undecodable && before.mod_revision == mod_revision);
+            if !is_logged {
+                tracing::warn!(
+                    key = %String::from_utf8_lossy(&key),
+                    mod_revision,
+                    format = self.format.name(),
+                    kept_last_good = !instances.is_empty(),
+                    %error,
+                    "ignoring a value in etcd that cannot be used"
+                );
+            }
+        }
         let decoded = DecodedKey {
             create_revision,
             mod_revision,
             instances,
-            undecodable,
+            undecodable: error.is_some(),
         };
         keys.insert(key, decoded);
     }
@@ -183,6 +191,31 @@ impl Decoder {
             InstanceKey::new(key)
         }
     }
+}
+
+/// Takes instances with an address that nobody can call out of a decoded value, and puts their last
+/// good versions in their place. The error says why an address was refused.
+fn replace_uncallable(
+    decoded: Vec<(InstanceKey, Arc<Instance>)>,
+    last_good: Option<&DecodedKey>,
+) -> (Vec<(InstanceKey, Arc<Instance>)>, Option<DecodeError>) {
+    let reason_of = |instance: &Instance| uncallable_reason(&instance.address);
+    let is_callable = |(_, instance): &(_, Arc<Instance>)| reason_of(instance).is_none();
+    let last_good = last_good.map_or(&[][..], |before| &before.instances);
+    let is_single = decoded.len() == 1 && last_good.len() == 1;
+    let (mut callable, refused): (Vec<_>, Vec<_>) = decoded.into_iter().partition(is_callable);
+    let Some(reason) = refused.first().and_then(|(_, first)| reason_of(first)) else {
+        return (callable, None);
+    };
+    for (key, instance) in last_good {
+        // The ids of single instances are not compared, because an id may be an address.
+        let is_refused = is_single || refused.iter().any(|(_, now)| now.id == instance.id);
+        if is_refused && !callable.iter().any(|(other, _)| other == key) {
+            callable.push((key.clone(), Arc::clone(instance)));
+        }
+    }
+    let error = DecodeError::new(format!("the address cannot be called: {reason}"));
+    (callable, Some(error))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::codec::{DecodeError, Format};
 use super::key::{KeyContext, KeyRange, id_after, service_prefix};
 use crate::error::Result;
-use crate::instance::{Instance, validate_address};
+use crate::instance::{Instance, check_address};
 
 /// go-zero's registrations (`core/discov`): keys are `service/number`, there is no default prefix,
 /// the value is the bare address, and the default time to live is 10 s.
@@ -70,8 +70,8 @@ impl Format for GoZero {
         }
         let address = std::str::from_utf8(value)
             .map_err(|_| DecodeError::new("the value is not an address: not UTF-8"))?;
-        validate_address(address)
-            .map_err(|_| DecodeError::new("the value is not an address (host:port)"))?;
+        check_address(address)
+            .map_err(|reason| DecodeError::new(format!("the value is not an address: {reason}")))?;
         Ok(vec![Instance::new(context.service, address)])
     }
 }

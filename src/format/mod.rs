@@ -38,7 +38,8 @@
 //! fields are ignored, a missing field or `null` is the zero value, and the last of several equal
 //! fields counts. A wrong type or an overflow is an error of that entry alone. The directory skips
 //! the entry and counts it ([`Snapshot::undecodable`](crate::Snapshot::undecodable)); all other
-//! entries stay.
+//! entries stay. The directory also skips and counts an address that no client can call: `0.0.0.0`,
+//! `[::]`, multicast, broadcast, or an empty host.
 //!
 //! # A format of your own
 //!

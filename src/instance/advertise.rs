@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use crate::error::{Error, Result};
-use crate::instance::{Instance, validate_address};
+use crate::instance::Instance;
+use crate::instance::address::{parse_ip, uncallable_ip_reason, validate_address};
 
 /// The environment variable with this pod's address. go-zero's and kitex' servers read it too.
 const POD_IP: &str = "POD_IP";
@@ -58,6 +59,8 @@ enum Family {
     V6,
 }
 
+const BOTH_FAMILIES: &[Family] = &[Family::V4, Family::V6];
+
 impl Family {
     fn of(ip: IpAddr) -> Self {
         if ip.is_ipv4() { Self::V4 } else { Self::V6 }
@@ -73,10 +76,10 @@ fn advertised_address(
     let Some((host, port)) = listen.rsplit_once(':') else {
         return Ok(listen.to_owned());
     };
-    let families: &[Family] = match host.parse() {
-        Ok(Ipv4Addr::UNSPECIFIED) => &[Family::V4],
-        _ if host.is_empty() => &[Family::V4, Family::V6],
-        _ if is_unspecified_v6(host) => &[Family::V4, Family::V6],
+    let families: &[Family] = match parse_ip(host).map(|ip| ip.to_canonical()) {
+        Some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => &[Family::V4],
+        Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) if host.starts_with('[') => BOTH_FAMILIES,
+        None if host.is_empty() => BOTH_FAMILIES,
         _ => return Ok(listen.to_owned()),
     };
     let ip = match pod_ip.filter(|ip| !ip.is_empty()) {
@@ -94,12 +97,6 @@ fn advertised_address(
         IpAddr::V4(ip) => format!("{ip}:{port}"),
         IpAddr::V6(ip) => format!("[{ip}]:{port}"),
     })
-}
-
-fn is_unspecified_v6(host: &str) -> bool {
-    host.strip_prefix('[')
-        .and_then(|host| host.strip_suffix(']'))
-        .is_some_and(|host| host.parse() == Ok(Ipv6Addr::UNSPECIFIED))
 }
 
 fn parse_pod_ip(pod_ip: &OsStr, families: &[Family]) -> Result<IpAddr> {
@@ -153,8 +150,7 @@ fn is_reachable(ip: &IpAddr) -> bool {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
-    let is_group = ip.is_multicast() || *ip == IpAddr::V4(Ipv4Addr::BROADCAST);
-    !ip.is_loopback() && !ip.is_unspecified() && !is_link_local && !is_group
+    !ip.is_loopback() && !is_link_local && uncallable_ip_reason(*ip).is_none()
 }
 
 #[cfg(test)]
@@ -195,13 +191,22 @@ mod tests {
     #[test]
     fn unspecified_host_becomes_own_address() {
         let own = |listen, own| advertised_address(listen, None, own).unwrap();
-        for listen in [":80", "0.0.0.0:80", "[::]:80", "[0:0::0]:80"] {
+        for listen in [
+            ":80",
+            "0.0.0.0:80",
+            "0:80",
+            "[::]:80",
+            "[0:0::0]:80",
+            "[::ffff:0.0.0.0]:80",
+        ] {
             assert_eq!(own(listen, &both), "10.0.0.5:80", "{listen}");
         }
         assert_eq!(own(":80", &v6), "[2001:db8::5]:80");
         assert_eq!(own("[::]:80", &v6), "[2001:db8::5]:80");
         // A server that listens on IPv4 only cannot be reached over IPv6.
-        assert!(advertised_address("0.0.0.0:80", None, &v6).is_err());
+        for listen in ["0.0.0.0:80", "[::ffff:0.0.0.0]:80"] {
+            assert!(advertised_address(listen, None, &v6).is_err(), "{listen}");
+        }
     }
 
     #[test]
@@ -284,7 +289,13 @@ mod tests {
 
     #[test]
     fn refuses_addresses_that_cannot_be_registered() {
-        for listen in ["127.0.0.1:0", "nonsense", "::1:80"] {
+        for listen in [
+            "127.0.0.1:0",
+            "nonsense",
+            "::1:80",
+            "224.0.0.1:80",
+            "[ff02::1]:80",
+        ] {
             assert!(Instance::advertise("a", listen).is_err(), "{listen}");
         }
     }

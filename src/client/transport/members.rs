@@ -1,6 +1,7 @@
 //! The members of the cluster as the endpoints of a channel, and keeping them up to date.
 
 use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -11,8 +12,8 @@ use tokio_stream::wrappers::WatchStream;
 use crate::balance::{BalancedChannel, EndpointState, Source};
 use crate::client::etcd_error::EtcdError;
 use crate::config::{Config, endpoint_uri};
-use crate::error::Result;
-use crate::instance::Instance;
+use crate::error::{Error, Result};
+use crate::instance::{Instance, uncallable_reason};
 
 /// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
 /// 1 s. Everything that depends on etcd has to recover within two seconds of etcd's return. Fewer
@@ -33,8 +34,23 @@ pub(super) fn configured_addresses(config: &Config) -> Result<Addresses> {
     config
         .endpoints
         .iter()
-        .map(|endpoint| address(config, endpoint))
+        .map(|endpoint| configured_address(config, endpoint))
         .collect()
+}
+
+/// The address of a configured endpoint. An unspecified host is this machine, as for etcdctl and
+/// Go: etcd's examples listen on `http://0.0.0.0:2379`, and that is what their users configure.
+fn configured_address(config: &Config, endpoint: &str) -> Result<String> {
+    let address = address(config, endpoint)?;
+    Ok(match address.parse::<SocketAddr>() {
+        Ok(ip) if ip.ip().to_canonical() == Ipv4Addr::UNSPECIFIED => {
+            SocketAddr::from((Ipv4Addr::LOCALHOST, ip.port())).to_string()
+        }
+        Ok(ip) if ip.ip() == Ipv6Addr::UNSPECIFIED => {
+            SocketAddr::from((Ipv6Addr::LOCALHOST, ip.port())).to_string()
+        }
+        _ => address,
+    })
 }
 
 fn address(config: &Config, endpoint: &str) -> Result<String> {
@@ -55,7 +71,7 @@ pub(super) fn channel(
 
 /// A channel to a single member.
 pub(in crate::client) fn single_member(config: &Config, endpoint: &str) -> Result<BalancedChannel> {
-    let member = instance(&address(config, endpoint)?);
+    let member = instance(&configured_address(config, endpoint)?);
     build(
         config,
         Source::new("the endpoint", futures::stream::iter([vec![member]])),
@@ -183,7 +199,7 @@ fn usable<'a>(config: &Config, members: impl Iterator<Item = MemberInfo<'a>>) ->
         .filter(|member| !member.is_learner && !member.name.is_empty())
         .flat_map(|member| member.client_urls)
         // A URL of the other scheme is left out, so that a member cannot turn TLS on or off.
-        .filter_map(|url| match address(config, url) {
+        .filter_map(|url| match client_address(config, url) {
             Ok(address) => Some(address),
             Err(error) => {
                 tracing::warn!(%error, "a member's client URL is left out");
@@ -191,6 +207,16 @@ fn usable<'a>(config: &Config, members: impl Iterator<Item = MemberInfo<'a>>) ->
             }
         })
         .collect()
+}
+
+/// The address of a member's client URL. A member whose `--advertise-client-urls` has `0.0.0.0` is
+/// left out, because each client would call its own machine.
+fn client_address(config: &Config, url: &str) -> Result<String> {
+    let address = address(config, url)?;
+    match uncallable_reason(&address) {
+        Some(reason) => Err(Error::invalid("client URL", address, reason)),
+        None => Ok(address),
+    }
 }
 
 #[cfg(test)]
@@ -218,6 +244,7 @@ mod tests {
             ("", false, &["http://c:2379"]),
             ("none", false, &[]),
             ("secure", false, &["https://d:2379", "unix://e"]),
+            ("any", false, &["http://0.0.0.0:2379", "http://[::]:2379"]),
         ];
         let plain = Config::default();
         assert_eq!(addresses(&plain, listed), ["a2:2379", "a:2379"]);
@@ -227,6 +254,30 @@ mod tests {
         };
         assert_eq!(addresses(&tls, listed), ["d:2379"]);
         assert!(addresses(&plain, &listed[1..]).is_empty());
+    }
+
+    #[test]
+    fn configured_unspecified_host_is_this_machine() {
+        let endpoints = [
+            "0.0.0.0:1",
+            "http://[::]:1",
+            "[::ffff:0.0.0.0]:2",
+            "10.0.0.5:1",
+            "etcd:1",
+        ];
+        let config = Config {
+            endpoints: endpoints.map(str::to_owned).to_vec(),
+            ..Config::default()
+        };
+        let addresses = configured_addresses(&config).unwrap();
+        let expected = [
+            "127.0.0.1:1",
+            "[::1]:1",
+            "127.0.0.1:2",
+            "10.0.0.5:1",
+            "etcd:1",
+        ];
+        assert_eq!(addresses, expected.map(str::to_owned).into());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Calls through a `BalancedChannel`.
 
+mod addresses;
 mod attempts;
 mod faults;
 mod frames;

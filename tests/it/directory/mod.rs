@@ -6,3 +6,4 @@ mod faults;
 pub(crate) mod scale;
 mod shared;
 mod snapshots;
+mod uncallable;
