@@ -12,7 +12,7 @@ use tower_service::Service;
 use super::call::{Dispatcher, RetryPolicy};
 use super::channel::BalancedChannel;
 use super::connection::{
-    BoxError, ConnectionSettings, Connector, CustomConnector, Tls, wrap_connector,
+    BoxError, ConnectionSettings, Connector, CustomConnector, PingPolicy, Tls, wrap_connector,
 };
 use super::pick::BalancePolicy;
 use super::pool::{
@@ -222,7 +222,8 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets after which idle time the operating system probes a TCP connection; `None`: never.
-    /// Default: never, because HTTP/2's keep-alive detects more.
+    /// Default 20 s. A host that does not answer is found after 3 probes, 5 s apart, also while the
+    /// connection may not be pinged.
     pub fn tcp_keepalive(mut self, idle: Option<Duration>) -> Self {
         self.settings.tcp_keepalive = idle;
         self
@@ -231,8 +232,16 @@ impl BalancedChannelBuilder {
     /// Sets after which time without received data a connection is pinged; `None`: never. Default
     /// 10 s.
     ///
-    /// Some servers treat pings more often than every 5 minutes as abuse and close the connection
-    /// (gRFC A8; the default of grpc-go and grpc-java). Set the interval that they permit.
+    /// Servers treat pings without traffic as abuse and close the connection (gRFC A8), so the
+    /// channel limits them to the number that gRPC servers accept by default: after each HEADERS or
+    /// DATA frame of the server three pings at the interval, then one every 5 minutes, or every 2
+    /// hours while there is no call. Two of the three are sent while the connection is idle. After
+    /// that, the next call is preceded by the third, and is sent when the server has responded. If
+    /// the server does not respond within the [`keep_alive_timeout`](Self::keep_alive_timeout), the
+    /// call goes to another connection.
+    ///
+    /// A server may permit fewer pings than usual. When it closes a connection because of too many
+    /// pings, the interval doubles for this endpoint, and a warning is logged.
     pub fn http2_keep_alive_interval(mut self, interval: Option<Duration>) -> Self {
         self.settings.keep_alive.interval = interval;
         self
@@ -245,8 +254,17 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets whether connections without calls are pinged too. Default true.
+    ///
+    /// If not, a call on a connection that was idle for longer than the interval is preceded by a
+    /// ping.
     pub fn keep_alive_while_idle(mut self, enabled: bool) -> Self {
         self.settings.keep_alive.while_idle = enabled;
+        self
+    }
+
+    /// Sets how many pings the servers accept. Default: as many as gRPC servers by default.
+    pub(crate) fn ping_policy(mut self, policy: PingPolicy) -> Self {
+        self.settings.keep_alive.policy = policy;
         self
     }
 

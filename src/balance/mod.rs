@@ -77,6 +77,7 @@ pub use builder::BalancedChannelBuilder;
 pub(crate) use call::AttemptedEndpoints;
 pub use call::{RetryPolicy, ServedBy};
 pub use channel::{BalancedChannel, EndpointStatuses, ResponseFuture};
+pub(crate) use connection::PingPolicy;
 pub use pick::{BalancePolicy, ParseBalancePolicyError};
 pub use pool::{EndpointState, EndpointStatus};
 pub(crate) use response_head::is_not_grpc;

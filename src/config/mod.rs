@@ -20,6 +20,7 @@ use endpoint::redact_userinfo;
 #[cfg(feature = "_tls")]
 pub(crate) use pem::Pem;
 pub use tls::TlsConfig;
+pub(crate) use validate::MIN_KEEP_ALIVE_INTERVAL;
 
 /// How a [`Client`](crate::Client) reaches an etcd cluster.
 ///

@@ -6,7 +6,7 @@ use super::{Config, TlsConfig, endpoint_uri};
 use crate::error::{Error, Result};
 
 /// The shortest keep-alive interval that etcd accepts (`--grpc-keepalive-min-time`, default 5 s).
-const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+pub(crate) const MIN_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The longest duration in a configuration: 100 years. A sum of several such durations can still be
 /// added to an `Instant` without overflow.

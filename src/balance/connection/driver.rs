@@ -11,7 +11,7 @@ use h2::client::Connection;
 use tokio::sync::oneshot;
 
 use super::io::BoxIo;
-use super::keep_alive::{KeepAliveSettings, keep_alive};
+use super::keep_alive::{KeepAlive, KeepAliveSettings};
 use super::monitor::MonitoredIo;
 use super::state::ConnectionState;
 use crate::error::chain;
@@ -42,11 +42,11 @@ async fn drive(
     settings: KeepAliveSettings,
     write_failed: oneshot::Receiver<String>,
 ) -> String {
-    let pings = connection.ping_pong();
+    let mut keep_alive = KeepAlive::new(connection.ping_pong(), state, settings);
     let result = tokio::select! {
         biased;
         result = std::future::poll_fn(|cx| poll_connection(&mut connection, state, cx)) => result,
-        () = keep_alive(pings, state, settings) => {
+        () = std::future::poll_fn(|cx| poll_keep_alive(&mut keep_alive, cx)) => {
             state.close_reason.set(|| "keep-alive ping timed out".to_owned());
             Ok(())
         }
@@ -79,6 +79,12 @@ fn poll_connection(
     }
     state.set_stream_limit(connection.max_concurrent_send_streams());
     polled
+}
+
+fn poll_keep_alive(keep_alive: &mut Option<KeepAlive<'_>>, cx: &mut Context<'_>) -> Poll<()> {
+    keep_alive
+        .as_mut()
+        .map_or(Poll::Pending, |keep_alive| keep_alive.poll(cx))
 }
 
 /// Resolves [`DRAIN_TIMEOUT`] after a write failed, with the write's error. By then the bytes that

@@ -24,7 +24,9 @@ mod frames;
 mod go_away;
 mod io;
 mod keep_alive;
+mod liveness;
 mod monitor;
+mod ping_budget;
 mod sender;
 mod settings;
 mod state;
@@ -40,6 +42,7 @@ pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
 pub(super) use fake::{FakeConnector, Script};
 pub(super) use io::BoxError;
+pub(crate) use ping_budget::PingPolicy;
 pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};
 pub(super) use settings::ConnectionSettings;
 pub(super) use target::Target;

@@ -27,6 +27,8 @@ pub(crate) struct MonitoredIo<T> {
     settings: Option<oneshot::Sender<()>>,
     going_away: Option<oneshot::Sender<String>>,
     write_failed: Option<oneshot::Sender<String>>,
+    /// Whether the last write found no room.
+    is_write_blocked: bool,
     state: Arc<ConnectionState>,
 }
 
@@ -52,6 +54,7 @@ impl<T> MonitoredIo<T> {
             settings: Some(settings_tx),
             going_away: Some(going_away_tx),
             write_failed: Some(write_failed_tx),
+            is_write_blocked: false,
             state,
         };
         let events = IoEvents {
@@ -63,13 +66,10 @@ impl<T> MonitoredIo<T> {
     }
 
     fn on_read(&mut self, bytes: &[u8]) {
-        // GOAWAY is the last event that the scan looks for.
-        if self.going_away.is_none() {
-            return;
-        }
         let (settings, going_away) = (&mut self.settings, &mut self.going_away);
         let state = &self.state;
         self.scanner.scan(bytes, |frame| match frame {
+            Frame::Headers | Frame::Data => state.record_data(),
             Frame::Settings(_) => notify(settings, || ()),
             Frame::GoAway(go_away) => {
                 state.stop_accepting();
@@ -81,6 +81,9 @@ impl<T> MonitoredIo<T> {
 
     /// Runs a write. After the first write error no more are run, and `complete`, the result of a
     /// successful write, is returned instead.
+    ///
+    /// A write that succeeds after one that found no room is a sign of life: the peer has taken
+    /// bytes. Other writes are none, because the bytes may only have gone to a buffer.
     fn on_write<V>(
         &mut self,
         write: impl FnOnce(&mut Self) -> Poll<io::Result<V>>,
@@ -96,7 +99,16 @@ impl<T> MonitoredIo<T> {
                 notify(&mut self.write_failed, || error.to_string());
                 Poll::Ready(Ok(complete))
             }
-            other => other,
+            Poll::Ready(Ok(done)) => {
+                if std::mem::take(&mut self.is_write_blocked) {
+                    self.state.record_activity();
+                }
+                Poll::Ready(Ok(done))
+            }
+            Poll::Pending => {
+                self.is_write_blocked = true;
+                Poll::Pending
+            }
         }
     }
 }

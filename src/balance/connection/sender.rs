@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
-use h2::{RecvStream, SendStream};
+use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
 use tokio::sync::Notify;
 
@@ -132,6 +132,13 @@ impl ReservedStream {
         request: Request<()>,
     ) -> Result<(ResponseFuture, SendStream<Bytes>), SendError> {
         let state = &self.permit.state;
+        if state.liveness.is_unproven() && !state.prove().await {
+            return Err(send_error(
+                state,
+                SendErrorKind::Unsent,
+                Reason::CANCEL.into(),
+            ));
+        }
         if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
             // The connection is closing, or has used up its stream ids.
             state.mark_exhausted();

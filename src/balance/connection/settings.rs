@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::keep_alive::KeepAliveSettings;
+use super::ping_budget::PingPolicy;
 use crate::error::{Error, Result};
 use crate::time::MAX_DURATION;
 
@@ -31,14 +32,14 @@ impl Default for ConnectionSettings {
             // The dial timeout of an etcd client.
             connect_timeout: Duration::from_secs(5),
             tcp_nodelay: true,
-            tcp_keepalive: None,
-            // gRPC servers may treat pings more often than every 5 minutes as abuse (gRFC A8). The
-            // servers that this channel usually calls do not: tonic accepts any, etcd every 5 s. A
-            // peer that stops responding must be detected soon.
+            tcp_keepalive: Some(Duration::from_secs(20)),
+            // A peer that stops responding must be detected soon. How many pings servers accept is
+            // another question; see `ping_budget`.
             keep_alive: KeepAliveSettings {
                 interval: Some(Duration::from_secs(10)),
                 timeout: Duration::from_secs(3),
                 while_idle: true,
+                policy: PingPolicy::DEFAULT,
             },
             // The default of hyper, and so of tonic's channel.
             initial_stream_window_size: 2 * 1024 * 1024,

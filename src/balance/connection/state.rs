@@ -10,6 +10,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::liveness::Liveness;
+
 /// Why a connection closed. The first cause wins, because later errors only follow from it.
 #[derive(Debug, Default)]
 pub(crate) struct CloseReason(Mutex<Option<String>>);
@@ -29,8 +31,11 @@ impl CloseReason {
 pub(crate) struct ConnectionState {
     accepting: AtomicBool,
     opened_at: Instant,
-    /// When bytes last arrived, in nanoseconds since `opened_at`.
+    /// The last sign of life of the peer, in nanoseconds since `opened_at`.
     last_activity: AtomicU64,
+    /// Whether HEADERS or DATA arrived since the keep-alive last looked.
+    data_arrived: AtomicBool,
+    pub(super) liveness: Liveness,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
     /// The server's limit on concurrent streams.
@@ -51,6 +56,8 @@ impl ConnectionState {
             accepting: AtomicBool::new(true),
             opened_at: Instant::now(),
             last_activity: AtomicU64::new(0),
+            data_arrived: AtomicBool::new(false),
+            liveness: Liveness::default(),
             streams: AtomicUsize::new(0),
             stream_limit: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
@@ -82,7 +89,25 @@ impl ConnectionState {
         self.exhausted.notified().await;
     }
 
-    /// Records that bytes arrived, a sign that the peer lives.
+    /// Records that HEADERS or DATA arrived. Servers forget the pings that they have counted when
+    /// they send one.
+    pub(super) fn record_data(&self) {
+        self.data_arrived.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether HEADERS or DATA arrived since the last call of this function.
+    pub(super) fn take_data_arrived(&self) -> bool {
+        self.data_arrived.swap(false, Ordering::Relaxed)
+    }
+
+    /// Waits until a ping has shown that the connection works, if the connection was idle for so
+    /// long that it may be broken. Returns whether calls can be sent.
+    pub(super) async fn prove(&self) -> bool {
+        self.liveness.wait(|| self.driver.wake()).await;
+        self.is_accepting()
+    }
+
+    /// Records a sign that the peer lives: bytes arrived, or the system got rid of bytes of ours.
     pub(crate) fn record_activity(&self) {
         let since_opened = self.opened_at.elapsed().as_nanos() as u64;
         self.last_activity.store(since_opened, Ordering::Relaxed);

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout};
 
 use super::io::BoxIo;
 use super::keep_alive::KeepAliveSettings;
+use super::ping_budget::PingPolicy;
 use super::*;
 use crate::balance::replay::AttemptBody;
 use crate::instance::Instance;
@@ -21,6 +22,7 @@ const KEEP_ALIVE: KeepAliveSettings = KeepAliveSettings {
     interval: Some(Duration::from_secs(10)),
     timeout: Duration::from_secs(3),
     while_idle: true,
+    policy: PingPolicy::DEFAULT,
 };
 
 /// A connector whose connections are pipes, and the servers' ends of them.
@@ -147,17 +149,32 @@ mod keep_alive {
         let (mut connection, server) = connect(keep_alive).await;
         server.send(Command::Freeze);
         timeout(HOUR, &mut connection.ended).await.unwrap_err();
-        // A call in flight makes the silence count.
-        let sender = connection.sender.clone();
-        let call = tokio::spawn(async move { call(&sender).await });
-        let reason = connection.ended.await;
-        assert_eq!(reason, "connection lost: keep-alive ping timed out");
-        let error = call.await.unwrap().err().unwrap();
-        assert_eq!(error.kind, SendErrorKind::Unknown);
+        // The call is not sent before the ping has a response.
+        let called_at = Instant::now();
+        let error = call(&connection.sender).await.err().unwrap();
+        assert_eq!(called_at.elapsed(), 3 * SECOND);
+        assert_eq!(error.kind, SendErrorKind::Unsent);
         assert_eq!(
             error.close_reason.as_deref(),
             Some("keep-alive ping timed out")
         );
+        let reason = connection.ended.await;
+        assert_eq!(reason, "connection lost: keep-alive ping timed out");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn close_ends_the_wait_for_a_ping() {
+        let (connection, server) = connect(KEEP_ALIVE).await;
+        timeout(HOUR, connection.ended).await.unwrap_err();
+        server.send(Command::Freeze);
+        let closing = async {
+            tokio::time::sleep(SECOND).await;
+            drop(server);
+        };
+        let (call, ()) = tokio::join!(call(&connection.sender), closing);
+        let error = call.err().unwrap();
+        assert_eq!(error.kind, SendErrorKind::Unsent);
+        assert_eq!(error.close_reason.as_deref(), Some("closed by the peer"));
     }
 
     #[tokio::test(start_paused = true)]

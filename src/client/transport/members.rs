@@ -9,9 +9,9 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::WatchStream;
 
-use crate::balance::{BalancedChannel, EndpointState, Source};
+use crate::balance::{BalancedChannel, EndpointState, PingPolicy, Source};
 use crate::client::etcd_error::EtcdError;
-use crate::config::{Config, endpoint_uri};
+use crate::config::{Config, MIN_KEEP_ALIVE_INTERVAL, endpoint_uri};
 use crate::error::{Error, Result};
 use crate::instance::{Instance, uncallable_reason};
 
@@ -90,7 +90,8 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
         // the call times out.
         .ready_timeout(config.request_timeout / 2)
         .http2_keep_alive_interval(Some(config.keep_alive_interval))
-        .keep_alive_timeout(config.keep_alive_timeout);
+        .keep_alive_timeout(config.keep_alive_timeout)
+        .ping_policy(PingPolicy::of_min_time(MIN_KEEP_ALIVE_INTERVAL));
     if config.enable_tls {
         let tls = config.tls_config.clone().unwrap_or_default();
         builder = builder.tls(tls);

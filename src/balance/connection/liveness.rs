@@ -1,0 +1,60 @@
+//! Whether a connection that was idle for long is known to work.
+//!
+//! An idle connection is pinged only a few times, because servers count pings (see
+//! [`ping_budget`](super::ping_budget)). Afterwards the connection may break unnoticed. The
+//! keep-alive marks it as unproven, and the next call waits for the response to a ping before
+//! anything is sent.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::Notify;
+
+/// Shared by the keep-alive of a connection and the connection's calls.
+#[derive(Debug, Default)]
+pub(super) struct Liveness {
+    /// Whether a call must wait for a ping. Relaxed, because a call that misses a change behaves
+    /// as a call that was sent a moment earlier.
+    unproven: AtomicBool,
+    /// Whether a call waits.
+    requested: AtomicBool,
+    decided: Notify,
+}
+
+impl Liveness {
+    pub(super) fn is_unproven(&self) -> bool {
+        self.unproven.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_unproven(&self) {
+        self.unproven.store(true, Ordering::Relaxed);
+    }
+
+    /// Records that the peer is alive, or that the connection has ended, and wakes the calls that
+    /// wait.
+    pub(super) fn decide(&self) {
+        self.requested.store(false, Ordering::Relaxed);
+        self.unproven.store(false, Ordering::SeqCst);
+        self.decided.notify_waiters();
+    }
+
+    /// Whether a call waits for a ping. Only the keep-alive calls this.
+    pub(super) fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the connection works or has ended. `wake` wakes the keep-alive.
+    pub(super) async fn wait(&self, wake: impl Fn()) {
+        loop {
+            let decided = self.decided.notified();
+            tokio::pin!(decided);
+            // Registered before the look at the flag, so that no notification is lost in between.
+            decided.as_mut().enable();
+            if !self.unproven.load(Ordering::SeqCst) {
+                return;
+            }
+            self.requested.store(true, Ordering::Relaxed);
+            wake();
+            decided.await;
+        }
+    }
+}
