@@ -355,10 +355,7 @@ async fn keep_alive_removes_a_silent_peer_from_an_idle_channel() {
             .keep_alive_timeout(TIMEOUT)
     });
     wait_until_ready(&channel, 2).await;
-    // A peer that acknowledges pings stays ready for longer than it takes to find a silent one.
-    tokio::time::sleep(2 * INTERVAL + TIMEOUT).await;
-    assert!(is_ready(&channel, silent));
-
+    // An idle connection is pinged only twice.
     servers[0].pause().await;
     let stopped = Instant::now();
     wait_until("the endpoint is not ready", async || {

@@ -9,6 +9,7 @@ mod input;
 mod limits;
 mod mass_deletion;
 mod picking;
+mod pings;
 mod ready;
 mod requests;
 mod served_by;

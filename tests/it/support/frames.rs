@@ -7,8 +7,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 
 /// What a client sends first (RFC 9113, section 3.4).
@@ -60,6 +60,7 @@ impl FrameServer {
         let accepting = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((io, _)) = listener.accept().await {
+                io.set_nodelay(true).unwrap();
                 let index = count.fetch_add(1, Ordering::SeqCst);
                 connections.spawn(handle(FrameConnection::new(io, index)));
                 while connections.try_join_next().is_some() {}
@@ -97,17 +98,25 @@ impl Frame {
     }
 }
 
+/// A byte stream to a client.
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
 /// The server's side of a connection.
 pub struct FrameConnection {
-    io: TcpStream,
+    io: Box<dyn Io>,
     /// How many connections the server accepted before.
     pub index: usize,
 }
 
 impl FrameConnection {
-    fn new(io: TcpStream, index: usize) -> Self {
-        io.set_nodelay(true).unwrap();
-        Self { io, index }
+    /// A connection over any byte stream, for example a pipe in paused time.
+    pub fn new(io: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, index: usize) -> Self {
+        Self {
+            io: Box::new(io),
+            index,
+        }
     }
 
     /// Reads the client's preface and sends SETTINGS, each an id with its value.
