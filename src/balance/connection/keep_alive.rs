@@ -108,10 +108,10 @@ impl<'a> KeepAlive<'a> {
                     if self.state.last_activity() != heard {
                         self.state.liveness.decide();
                         self.watch();
-                    } else if purpose == Purpose::Idle && self.is_needed() {
-                        self.prove();
-                    } else if purpose != self.purpose() {
+                    } else if purpose == Purpose::Stream && self.state.is_idle() {
                         self.watch();
+                    } else if purpose == Purpose::Idle && self.is_needed() && self.prove() {
+                        continue;
                     } else {
                         ready!(self.timer.as_mut().poll(cx));
                         self.on_due();
@@ -171,17 +171,18 @@ impl<'a> KeepAlive<'a> {
         self.timer.as_mut().reset(allowed);
     }
 
-    /// Pings before a call, or refuses the call if the server might not accept the ping.
-    fn prove(&mut self) {
+    /// Pings before a call. Returns false if the server might not accept the ping; the connection
+    /// then takes no more calls.
+    fn prove(&mut self) -> bool {
         if self.awaits_pong || self.is_allowed(Purpose::BeforeCall) {
             self.ping(Purpose::BeforeCall);
-            return;
+            return true;
         }
         let reason = || "idle for so long that it may be broken".to_owned();
         self.state.close_reason.set(reason);
         self.state.mark_exhausted();
         self.state.liveness.decide();
-        self.watch();
+        false
     }
 
     fn is_allowed(&mut self, purpose: Purpose) -> bool {
