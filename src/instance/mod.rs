@@ -5,7 +5,9 @@ mod advertise;
 
 use std::collections::BTreeMap;
 
-pub(crate) use address::{check_address, uncallable_reason, validate_address};
+pub(crate) use address::{
+    check_address, uncallable_ip_reason, uncallable_reason, validate_address,
+};
 
 use crate::error::{Error, Result};
 

@@ -17,6 +17,7 @@ use super::addresses::{describe, race};
 use super::connect::{Connect, Connection};
 use super::driver;
 use super::io::{BoxError, BoxIo};
+use super::lookup::Lookups;
 use super::monitor::MonitoredIo;
 use super::sender::Sender;
 use super::settings::ConnectionSettings;
@@ -40,6 +41,7 @@ pub(crate) struct Connector {
     settings: ConnectionSettings,
     tls: Option<Tls>,
     custom: Option<CustomConnector>,
+    lookups: Lookups,
 }
 
 impl fmt::Debug for Connector {
@@ -113,7 +115,15 @@ impl Connector {
             settings,
             tls,
             custom,
+            lookups: Lookups::of_process(),
         }
+    }
+
+    /// Replaces the resolver of names.
+    #[cfg(test)]
+    pub(super) fn with_lookups(mut self, lookups: Lookups) -> Self {
+        self.lookups = lookups;
+        self
     }
 
     /// The addresses of a target's host.
@@ -121,11 +131,12 @@ impl Connector {
         if let Ok(address) = target.address.parse() {
             return Ok(vec![address]);
         }
-        let found = timeout_at(deadline, tokio::net::lookup_host(&*target.address))
+        let authority = &target.authority;
+        let port = authority.port_u16().unwrap_or_default();
+        let lookup = self.lookups.look_up(authority.host(), port);
+        timeout_at(deadline, lookup)
             .await
             .map_err(|_| self.timed_out("looking up the name"))?
-            .map_err(|error| format!("cannot look up the name: {error}"))?;
-        Ok(found.collect())
     }
 
     /// Opens a connection to one address, up to the end of the HTTP/2 handshake.

@@ -25,7 +25,10 @@ mod go_away;
 mod io;
 mod keep_alive;
 mod liveness;
+mod lookup;
 mod monitor;
+#[cfg(test)]
+mod name_tests;
 mod ping_budget;
 mod sender;
 mod settings;
