@@ -105,6 +105,7 @@ mod directory;
 mod error;
 pub mod format;
 mod instance;
+mod panics;
 mod registrar;
 mod snapshot;
 mod telemetry;

@@ -1,6 +1,7 @@
 //! Where a channel's endpoints come from.
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use futures::{Stream, StreamExt};
 
 use crate::error::Result;
 use crate::instance::{Instance, validate_address};
+use crate::panics;
 use crate::snapshot::Snapshot;
 
 /// A stream of complete sets of instances. Each set replaces the set before it.
@@ -103,8 +105,12 @@ impl Source {
         self.ttl
     }
 
-    pub(super) fn into_stream(self) -> impl Stream<Item = Arc<Snapshot>> + Send + Unpin {
-        self.snapshots
+    /// The snapshots. A panic of the source is the last item, as its text.
+    pub(super) fn into_stream(
+        self,
+    ) -> impl Stream<Item = Result<Arc<Snapshot>, String>> + Send + Unpin {
+        let snapshots = AssertUnwindSafe(self.snapshots).catch_unwind();
+        snapshots.map(|snapshot| snapshot.map_err(|payload| panics::text(&*payload)))
     }
 }
 

@@ -15,6 +15,7 @@ use tower::{Service, ServiceExt};
 
 use super::addresses::{describe, race};
 use super::connect::{Connect, Connection};
+use super::custom_io::CustomIo;
 use super::driver;
 use super::io::{BoxError, BoxIo};
 use super::lookup::Lookups;
@@ -66,7 +67,7 @@ where
         let connector = connector.clone();
         Box::pin(async move {
             let io = connector.oneshot(uri).await.map_err(Into::into)?;
-            Ok(Box::new(TokioIo::new(io)) as BoxIo)
+            Ok(Box::new(CustomIo::new(TokioIo::new(io))) as BoxIo)
         })
     })
 }

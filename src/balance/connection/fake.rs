@@ -25,6 +25,7 @@ pub(crate) enum Script {
     },
     /// Fails when the connect timeout is over.
     Hang,
+    Panic,
 }
 
 /// Accepts connections unless scripted otherwise, and records the attempts.
@@ -127,6 +128,7 @@ impl Connect for FakeConnector {
                 tokio::time::sleep(after).await;
                 return Err("connection refused".to_owned());
             }
+            Script::Panic => panic!("no route to {}", target.address),
             Script::Hang => {
                 tokio::time::sleep(Self::CONNECT_TIMEOUT).await;
                 return Err("connecting took more than 5s".to_owned());

@@ -17,6 +17,7 @@
 mod addresses;
 mod connect;
 mod connector;
+mod custom_io;
 mod driver;
 #[cfg(test)]
 mod fake;

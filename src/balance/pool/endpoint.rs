@@ -64,7 +64,8 @@ pub struct EndpointStatus {
     pub latency: Option<Duration>,
     /// The share of calls, relative to the other endpoints' weights.
     pub weight: u32,
-    /// Why the last connection failed or was lost; `None` while all connections are well.
+    /// Why the last connection failed or was lost; `None` while all connections are well. After a
+    /// panic of the channel's [`Source`](crate::balance::Source), also that panic.
     pub last_error: Option<String>,
     /// Whether the instance has disappeared in a mass deletion and the endpoint is kept while it is
     /// connected, for the time of

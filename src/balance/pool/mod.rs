@@ -22,6 +22,7 @@ mod view;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use tokio::sync::Notify;
@@ -45,6 +46,14 @@ use member::{Member, Vanished};
 use supervisor::{Spawner, Supervisor};
 pub(super) use view::{PoolStatus, View};
 
+/// From how many members on publications are at least [`PAUSE_PER_ENDPOINT`] per member apart.
+/// Timers tick in milliseconds, so a shorter pause would take longer than it says.
+const LARGE_SET: usize = 1_000;
+
+/// The pause after the publication of a large set, per member. A publication takes less than that,
+/// so all of them together take less than half of one core.
+const PAUSE_PER_ENDPOINT: Duration = Duration::from_micros(1);
+
 /// Members whose instances a snapshot has removed, by address.
 type Removed = BTreeMap<Arc<str>, (InstanceKey, Member)>;
 
@@ -63,6 +72,8 @@ pub(crate) struct Pool<C> {
     reported_retained: usize,
     /// Why instances cannot be called.
     unusable: BTreeMap<InstanceKey, String>,
+    /// Why the set does not change any more, after the source has panicked.
+    source_error: Option<String>,
     /// Endpoints to close after the next publication.
     closing: Vec<Supervisor>,
 }
@@ -92,6 +103,7 @@ impl<C: Connect> Pool<C> {
             guard,
             reported_retained: 0,
             unusable: BTreeMap::new(),
+            source_error: None,
             closing: Vec::new(),
         }
     }
@@ -104,7 +116,10 @@ impl<C: Connect> Pool<C> {
             let wake_at = [self.next_replacement_at(), self.guard.next_release_at()];
             let wake_at = wake_at.into_iter().flatten().min();
             tokio::select! {
-                Some(snapshot) = snapshots.next() => self.apply(snapshot),
+                Some(next) = snapshots.next() => match next {
+                    Ok(snapshot) => self.apply(snapshot),
+                    Err(panic) => self.keep_last_set(&panic),
+                },
                 () = self.spawner.changed.notified() => {}
                 () = sleep_until(wake_at) => {}
             }
@@ -115,7 +130,35 @@ impl<C: Connect> Pool<C> {
             // Dropped only after the new picker is published, so that no call can pick a closing
             // endpoint.
             self.closing.clear();
+            self.pause().await;
         }
+    }
+
+    /// Lets other tasks run after a publication, and merges the changes until the next one.
+    ///
+    /// A publication looks at every endpoint. Without a pause, endpoints whose state changes all
+    /// the time would keep this task running for ever, so that it could not be dropped, and a large
+    /// set whose endpoints connect one after the other would cost quadratic time.
+    async fn pause(&self) {
+        if self.members.len() < LARGE_SET {
+            tokio::task::yield_now().await;
+        } else {
+            let members = u32::try_from(self.members.len()).unwrap_or(u32::MAX);
+            tokio::time::sleep(PAUSE_PER_ENDPOINT.saturating_mul(members)).await;
+        }
+    }
+
+    /// Continues with the last set after a panic of the source.
+    fn keep_last_set(&mut self, panic: &str) {
+        let service = &*self.view.status().range;
+        tracing::error!(
+            service,
+            panic,
+            "the source of a channel panicked; the channel keeps the last set"
+        );
+        self.source_error = Some(format!(
+            "the source panicked: {panic}; its last set is kept"
+        ));
     }
 
     /// Adds, changes and removes members until they match a snapshot.
@@ -307,6 +350,7 @@ impl<C: Connect> Pool<C> {
             ready: candidates.len(),
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
+            source_error: self.source_error.clone(),
         };
         let picker = Picker::new(self.policy, candidates, &self.cursor);
         self.view.publish(picker, status);

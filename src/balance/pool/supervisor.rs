@@ -13,6 +13,7 @@ use super::endpoint::{Endpoint, SlotState};
 use crate::backoff::Backoff;
 use crate::balance::connection::{Connect, Connection, Target};
 use crate::instance::Instance;
+use crate::panics;
 
 /// The first pause and the jitter of gRPC's connection backoff ("GRPC Connection Backoff
 /// Protocol").
@@ -86,7 +87,7 @@ impl<C: Connect> ConnectionTask<C> {
         let mut backoff = Backoff::with_jitter(BACKOFF_BASE, max_backoff, BACKOFF_JITTER);
         loop {
             let started = Instant::now();
-            let error = match self.connector.connect(&self.endpoint.target).await {
+            let error = match self.connect().await {
                 Ok(connection) => {
                     let connected = Instant::now();
                     let reason = self.hold(connection).await;
@@ -109,6 +110,13 @@ impl<C: Connect> ConnectionTask<C> {
             let last_error = Some(error);
             self.set(SlotState::Connecting { last_error });
         }
+    }
+
+    /// Makes one attempt to connect. A panic of the connector is a failed attempt.
+    async fn connect(&self) -> Result<Connection, String> {
+        panics::catch(self.connector.connect(&self.endpoint.target))
+            .await
+            .unwrap_or_else(|text| Err(format!("the connector panicked: {text}")))
     }
 
     /// Offers a connection to calls until it accepts no more. Returns the reason for its end.

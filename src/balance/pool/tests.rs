@@ -14,6 +14,9 @@ const REFUSE: Script = Script::Refuse {
     after: Duration::ZERO,
 };
 
+/// The source panics at a set with an instance of this id.
+const PANIC: &str = "panic";
+
 /// A running pool, its source and its connector.
 struct Harness {
     view: Arc<View>,
@@ -44,6 +47,10 @@ impl Harness {
             MassDeletionGuard::new(keep_for, DEFAULT_WINDOW),
         );
         let (sets, received) = mpsc::unbounded();
+        let received = received.inspect(|set: &Vec<Instance>| {
+            let is_bad = set.iter().any(|instance| instance.id == PANIC);
+            assert!(!is_bad, "bad file");
+        });
         let mut task = JoinSet::new();
         task.spawn(pool.run(Source::new("services/echo/", received)));
         Self {
@@ -403,6 +410,92 @@ mod mass_deletion {
         harness.publish(set).await;
         harness.publish([]).await;
         assert!(harness.view.endpoints().is_empty());
+    }
+}
+
+mod panics {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn connector_s_is_a_failed_attempt() {
+        let harness = Harness::new();
+        harness.connector.script("host:1", Script::Panic);
+        harness.publish(fleet(2)).await;
+        let status = harness.endpoint("host:1").unwrap();
+        assert_eq!(status.state, EndpointState::Backoff);
+        let expected = "the connector panicked: no route to host:1";
+        assert_eq!(status.last_error.as_deref(), Some(expected));
+        assert_eq!(harness.pickable(), ["host:2"]);
+        // About 1, 1.6 and 2.6 s apart.
+        sleep(4 * SECOND).await;
+        assert_eq!(harness.connector.attempts("host:1").len(), 3);
+        harness.connector.script("host:1", Script::Accept);
+        sleep(5 * SECOND).await;
+        assert_eq!(harness.pickable(), ["host:1", "host:2"]);
+        assert_eq!(harness.endpoint("host:1").unwrap().last_error, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn source_s_leaves_the_last_set_in_use() {
+        let harness = Harness::new();
+        harness.connector.script("host:2", REFUSE);
+        harness.publish(fleet(2)).await;
+        assert_eq!(harness.endpoint("host:1").unwrap().last_error, None);
+        harness.publish([instance(PANIC, "host:3")]).await;
+        let error = "the source panicked: bad file; its last set is kept";
+        let status = harness.endpoint("host:1").unwrap();
+        assert_eq!(status.state, EndpointState::Ready);
+        assert_eq!(status.last_error.as_deref(), Some(error));
+        let both = format!("connection refused; {error}");
+        let status = harness.endpoint("host:2").unwrap();
+        assert_eq!(status.last_error, Some(both));
+        let message = harness.view.describe_unavailable();
+        assert!(message.ends_with(error), "{message}");
+
+        // The pool goes on.
+        harness.connector.script("host:2", Script::Accept);
+        sleep(3 * SECOND).await;
+        assert_eq!(harness.pickable(), ["host:1", "host:2"]);
+        harness.connector.script("host:1", REFUSE);
+        harness.connector.disconnect("host:1", "reset");
+        settle().await;
+        assert_eq!(harness.pickable(), ["host:2"]);
+    }
+}
+
+mod publications {
+    use super::*;
+
+    /// How often the pool publishes while `count` endpoints fail, one in each millisecond.
+    async fn while_failing(count: u32) -> usize {
+        let harness = Harness::new();
+        let fleet = fleet(count as usize);
+        for (instance, index) in fleet.iter().zip(1..) {
+            let after = Duration::from_millis(1) * index;
+            harness
+                .connector
+                .script(&instance.address, Script::Refuse { after });
+        }
+        harness.publish(fleet).await;
+        let mut statuses = harness.view.watch_status();
+        let mut publications = 0;
+        let counting = async {
+            while statuses.changed().await.is_ok() {
+                publications += 1;
+            }
+        };
+        let duration = Duration::from_millis(1) * count;
+        let _ = timeout(duration, counting).await;
+        publications
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_a_large_set_merge_changes() {
+        let small = while_failing(100).await;
+        assert!((90..=110).contains(&small), "{small}");
+        // One each 2 ms.
+        let large = while_failing(2_000).await;
+        assert!((600..=1_100).contains(&large), "{large}");
     }
 }
 

@@ -35,6 +35,8 @@ pub(crate) struct PoolStatus {
     /// Why instances cannot be called: their addresses are invalid, or they need TLS.
     pub(crate) unusable: Vec<String>,
     pub(crate) freshness: Option<Freshness>,
+    /// Why the set does not change any more.
+    pub(crate) source_error: Option<String>,
 }
 
 impl View {
@@ -46,6 +48,7 @@ impl View {
             ready: 0,
             unusable: vec![],
             freshness: None,
+            source_error: None,
         };
         Self {
             picker: ArcSwap::from_pointee(picker),
@@ -95,10 +98,15 @@ impl View {
 
 impl PoolStatus {
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
-        self.endpoints
-            .iter()
-            .map(|endpoint| endpoint.status())
-            .collect()
+        let statuses = self.endpoints.iter().map(|endpoint| endpoint.status());
+        let with_source_error = statuses.map(|mut status| {
+            if let Some(error) = &self.source_error {
+                let own = status.last_error.take().map(|own| format!("{own}; "));
+                status.last_error = Some(format!("{}{error}", own.unwrap_or_default()));
+            }
+            status
+        });
+        with_source_error.collect()
     }
 
     fn describe_unavailable(&self, is_full: bool) -> String {
@@ -124,6 +132,9 @@ impl PoolStatus {
         if let Some(freshness @ Freshness::Stale { reason, .. }) = &self.freshness {
             let age = freshness.age().as_secs();
             text.push_str(&format!("; not updated for {age} s ({reason})"));
+        }
+        if let Some(error) = &self.source_error {
+            text.push_str(&format!("; {error}"));
         }
         text
     }

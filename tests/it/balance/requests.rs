@@ -1,20 +1,26 @@
 //! Requests as callers really make them: empty streams, headers copied from HTTP/1, no time left.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream;
-use goo_etcd::Instance;
+use futures::future::BoxFuture;
+use futures::{StreamExt, stream};
 use goo_etcd::balance::Source;
 use goo_etcd::testing::{Etcd, EtcdBuilder};
+use goo_etcd::{BalancedChannel, EndpointState, Instance};
 use h2::server::SendResponse;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
-use http::{HeaderMap, Response};
+use http::{HeaderMap, Response, Uri};
 use http_body_util::BodyExt;
+use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tonic::body::Body;
 use tonic::{Code, Request};
 use tower::Service;
@@ -24,7 +30,7 @@ use crate::support::balanced::{
 };
 use crate::support::echo::EchoServer;
 use crate::support::raw::{RawServer, respond_ok};
-use crate::support::{find_etcd, wait_for};
+use crate::support::{find_etcd, wait_for, wait_until};
 
 mod empty_request_stream {
     use super::*;
@@ -180,6 +186,200 @@ mod headers_of_http1 {
     }
 }
 
+mod panics {
+    use super::*;
+
+    /// Where a connector panics.
+    #[derive(Clone, Copy)]
+    enum At {
+        Ready,
+        Call,
+        Future,
+        Read,
+    }
+
+    /// A connector over TCP that panics in its first attempts.
+    #[derive(Clone)]
+    struct Panicking {
+        at: At,
+        attempts: Arc<AtomicUsize>,
+        panics: usize,
+    }
+
+    impl Panicking {
+        /// `panics` is how many attempts panic.
+        fn new(at: At, panics: usize) -> Self {
+            Self {
+                at,
+                attempts: Arc::default(),
+                panics,
+            }
+        }
+    }
+
+    impl Service<Uri> for Panicking {
+        type Response = TokioIo<PanickingIo>;
+        type Error = std::io::Error;
+        type Future = BoxFuture<'static, std::io::Result<Self::Response>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            let attempt = self.attempts.fetch_add(1, Ordering::SeqCst);
+            assert!(
+                attempt >= self.panics || !matches!(self.at, At::Ready),
+                "no route"
+            );
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, uri: Uri) -> Self::Future {
+            let panics = self.attempts.load(Ordering::SeqCst) <= self.panics;
+            assert!(!panics || !matches!(self.at, At::Call), "no route");
+            let at = self.at;
+            Box::pin(async move {
+                tokio::task::yield_now().await;
+                assert!(!panics || !matches!(at, At::Future), "no route");
+                let io = TcpStream::connect(uri.authority().unwrap().as_str()).await?;
+                let panics = panics && matches!(at, At::Read);
+                Ok(TokioIo::new(PanickingIo { io, panics }))
+            })
+        }
+    }
+
+    /// TCP whose reads may panic.
+    struct PanickingIo {
+        io: TcpStream,
+        panics: bool,
+    }
+
+    impl AsyncRead for PanickingIo {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<std::io::Result<()>> {
+            assert!(!self.panics, "no route");
+            Pin::new(&mut self.io).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for PanickingIo {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<std::io::Result<usize>> {
+            Pin::new(&mut self.io).poll_write(cx, buf)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+            Pin::new(&mut self.io).poll_flush(cx)
+        }
+
+        fn poll_shutdown(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<std::io::Result<()>> {
+            Pin::new(&mut self.io).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn connector_that_panics_once_connects_next_time() {
+        let server = EchoServer::start();
+        for at in [At::Ready, At::Call, At::Future, At::Read] {
+            let connector = Panicking::new(at, 1);
+            let channel = static_channel([server.address()], |builder| {
+                builder
+                    .connector(connector.clone())
+                    .max_connect_backoff(Duration::from_millis(50))
+            });
+            assert_eq!(call(&channel).await.unwrap(), server.address());
+            assert_eq!(connector.attempts.load(Ordering::SeqCst), 2);
+        }
+    }
+
+    #[tokio::test]
+    async fn connector_that_always_panics_shows_its_text() {
+        let server = EchoServer::start();
+        for at in [At::Ready, At::Call, At::Future, At::Read] {
+            let connector = Panicking::new(at, usize::MAX);
+            let channel = static_channel([server.address()], |builder| {
+                builder
+                    .connector(connector.clone())
+                    .max_connect_backoff(Duration::from_millis(50))
+                    .ready_timeout(Duration::from_millis(500))
+            });
+            let status = call(&channel).await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            assert!(status.message().contains("panicked: no route"), "{status}");
+            wait_until("the state is true", async || {
+                let status = status_of(&channel, server.address()).unwrap();
+                let error = status.last_error.unwrap_or_default();
+                status.state == EndpointState::Backoff && error.contains("panicked: no route")
+            })
+            .await;
+            assert!(connector.attempts.load(Ordering::SeqCst) > 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn source_that_panics_leaves_its_last_set_in_use() {
+        let server = EchoServer::start();
+        let set = vec![Instance::new("echo", server.address())];
+        let sets = stream::iter([set]).chain(stream::once(async { panic!("bad file") }));
+        let channel = BalancedChannel::builder(Source::new("a file", sets))
+            .build()
+            .unwrap();
+        wait_until("the panic is visible", async || {
+            let status = status_of(&channel, server.address());
+            let error = status.and_then(|status| status.last_error);
+            error.is_some_and(|error| error.contains("the source panicked: bad file"))
+        })
+        .await;
+        assert_eq!(call(&channel).await.unwrap(), server.address());
+    }
+}
+
+mod many_failing_endpoints {
+    use super::*;
+
+    /// The attempts to connect to 3,000 endpoints, all of which fail at once, later than a second
+    /// after their channel was dropped.
+    async fn attempts_after_drop() -> usize {
+        let attempts = Arc::<AtomicUsize>::default();
+        let counter = Arc::clone(&attempts);
+        let refuse = tower::service_fn(move |_: Uri| {
+            counter.fetch_add(1, Ordering::SeqCst);
+            let refused = std::io::Error::from(std::io::ErrorKind::ConnectionRefused);
+            std::future::ready(Err::<TokioIo<TcpStream>, _>(refused))
+        });
+        let addresses: Vec<_> = (1..=3_000).map(|port| format!("10.0.0.1:{port}")).collect();
+        let channel = static_channel(addresses.iter().map(String::as_str), |builder| {
+            builder
+                .connector(refuse)
+                .max_connect_backoff(Duration::from_millis(1))
+        });
+        let begun = || attempts.load(Ordering::SeqCst);
+        wait_until("each has failed twice", async || begun() > 6_000).await;
+        drop(channel);
+        // An idle machine needs less than 100 ms.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let then = begun();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        begun() - then
+    }
+
+    #[tokio::test]
+    async fn end_with_their_channel_on_one_thread() {
+        assert_eq!(attempts_after_drop().await, 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn end_with_their_channel_on_two_threads() {
+        assert_eq!(attempts_after_drop().await, 0);
+    }
+}
+
 mod no_time_left {
     use super::*;
 
@@ -226,7 +426,7 @@ mod no_time_left {
     async fn zero_timeout_of_the_channel_sends_nothing() {
         let (server, received) = counter().await;
         let source = Source::fixed([Instance::new("echo", server.address())]);
-        let channel = goo_etcd::BalancedChannel::builder(source)
+        let channel = BalancedChannel::builder(source)
             .timeout(Duration::ZERO)
             .build()
             .unwrap();
