@@ -6,14 +6,6 @@ use tonic::{Code, Status};
 
 use crate::error::chain;
 
-/// Whether no server application has seen the call, for certain: the server refused the stream, or
-/// it sent GOAWAY before it processed the stream (RFC 9113, sections 8.7 and 6.8).
-pub(super) fn is_refused(error: &h2::Error) -> bool {
-    // h2 reports the peer's GOAWAY as a stream's error only if the stream's id is above the last
-    // stream id that the peer has processed. Other streams end with the connection's error.
-    error.is_remote() && (error.is_go_away() || error.reason() == Some(Reason::REFUSED_STREAM))
-}
-
 /// Whether the server reset the stream because the request is malformed (RFC 9113, section 8.1.1),
 /// which is no failure of the endpoint.
 pub(super) fn is_malformed_request(error: &h2::Error) -> bool {

@@ -1,7 +1,6 @@
 //! One attempt: a request on a stream, and how it ended.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{Request, Response};
 use tokio::time::Instant;
@@ -9,7 +8,7 @@ use tonic::{Code, Status};
 
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
-use crate::balance::connection::{Incoming, ReservedStream, SendError, SendErrorKind};
+use crate::balance::connection::{Incoming, ReservedStream, SendError, SendErrorKind, Unprocessed};
 use crate::balance::grpc_status::{self, is_failure};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
@@ -26,10 +25,10 @@ pub(super) enum Outcome<B = Incoming> {
         in_flight: InFlight,
     },
     /// No server application has seen the attempt.
-    NotSent {
+    Unprocessed {
+        why: Unprocessed,
         status: Status,
         endpoint: Arc<Endpoint>,
-        elapsed: Duration,
     },
     /// A server may have seen the attempt, and the policy allows to retry.
     Retryable {
@@ -130,13 +129,12 @@ impl<'a> Attempt<'a> {
                 let message = format!("cannot send the request: {}", error.error);
                 return Outcome::Final(Status::internal(message));
             }
-            SendErrorKind::Unsent => {
-                let elapsed = self.in_flight.elapsed();
+            SendErrorKind::Unprocessed(why) => {
                 self.in_flight.discard();
-                return Outcome::NotSent {
+                return Outcome::Unprocessed {
+                    why,
                     status: send_status(&endpoint, error),
                     endpoint,
-                    elapsed,
                 };
             }
             SendErrorKind::Unknown => {}
@@ -177,6 +175,8 @@ fn send_status(endpoint: &Endpoint, error: &SendError) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use h2::Reason;
 
     use super::*;
@@ -198,15 +198,27 @@ mod tests {
     }
 
     #[test]
-    fn unsent_is_sent_again_and_leaves_no_trace_in_the_load() {
+    fn unprocessed_leaves_no_trace_in_the_load() {
         let endpoint = endpoint();
         let attempt = Attempt::begin(Arc::clone(&endpoint), None, None);
         assert_eq!(endpoint.load.in_flight(), 1);
         let outcome = attempt.on_error(
-            &error(SendErrorKind::Unsent, Reason::REFUSED_STREAM),
+            &error(
+                SendErrorKind::Unprocessed(Unprocessed::Refused),
+                Reason::REFUSED_STREAM,
+            ),
             |_| false,
         );
-        assert!(matches!(outcome, Outcome::NotSent { .. }), "{outcome:?}");
+        assert!(
+            matches!(
+                outcome,
+                Outcome::Unprocessed {
+                    why: Unprocessed::Refused,
+                    ..
+                }
+            ),
+            "{outcome:?}"
+        );
         assert_eq!(endpoint.load.in_flight(), 0);
         assert_eq!(endpoint.load.latency(Instant::now()), None);
     }

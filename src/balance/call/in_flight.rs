@@ -41,11 +41,6 @@ impl InFlight {
         &self.endpoint
     }
 
-    /// The time since the attempt was sent.
-    pub(super) fn elapsed(&self) -> Duration {
-        self.started.elapsed()
-    }
-
     /// Records the latency, because the response has begun or the attempt has failed.
     pub(super) fn observe(&mut self, failed: bool) {
         let now = Instant::now();

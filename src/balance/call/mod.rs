@@ -134,12 +134,12 @@ impl Dispatcher {
                     };
                     return Ok(into_response(response, progress.deadline().copied(), call));
                 }
-                Outcome::NotSent {
+                Outcome::Unprocessed {
+                    why,
                     status,
                     endpoint,
-                    elapsed,
                 } => {
-                    let decision = progress.on_not_sent(elapsed, Instant::now());
+                    let decision = progress.on_unprocessed(why, Instant::now());
                     (status, endpoint, decision)
                 }
                 Outcome::Retryable { status, endpoint } => {

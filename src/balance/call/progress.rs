@@ -1,5 +1,6 @@
 //! How far a call has come: its attempts so far, and whether and when the next one is made.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,15 +10,31 @@ use tonic::Code;
 use super::grpc_timeout::Deadline;
 use super::retry::RetryPolicy;
 use crate::backoff::Backoff;
+use crate::balance::connection::Unprocessed;
 use crate::balance::pool::Endpoint;
 
-/// Transparent retries that are made without a pause. Several connections that close at once are
-/// usual, for example while a fleet restarts.
+/// Transparent retries after REFUSED_STREAM. gRPC makes one (gRFC A6); the others are for servers
+/// that refuse streams while they restart, one after the other.
+const MAX_REFUSALS: u32 = 5;
+
+/// The pause before the second transparent retry after REFUSED_STREAM, which doubles before each
+/// further one. All pauses together take about 300 ms.
+const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
+
+/// The jitter of that pause, gRPC's for retries (gRFC A6).
+const REFUSAL_JITTER: Range<f64> = 0.8..1.2;
+
+/// Transparent retries after GOAWAY with an error, because the call itself may be its reason and
+/// would break the connection of each further endpoint (gRFC A6).
+const MAX_ERRORS: u32 = 1;
+
+/// Transparent retries without a pause after GOAWAY(NO_ERROR), or if nothing was sent. Several
+/// connections that close at once are usual, for example while a fleet restarts.
 const IMMEDIATE_RETRIES: u32 = 3;
 
-/// The pause before each further transparent retry, so that a server that refuses every stream is
-/// not called in a tight loop.
-const TRANSPARENT_RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// The pause before each further one. Their number is not bounded, because a server that ends its
+/// connections after few requests refuses the other callers' streams many times.
+const GOING_AWAY_PAUSE: Duration = Duration::from_millis(10);
 
 /// The present wait of a call, which the message of an exceeded deadline names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,10 +69,10 @@ pub(super) struct Progress<'a> {
     waiting_for: WaitingFor,
     /// Attempts that a server may have seen, and that have failed.
     failed_attempts: u32,
-    /// Transparent retries in a row.
-    transparent_retries: u32,
+    /// Attempts that no server application has seen, by the reason.
+    unprocessed: UnprocessedAttempts,
     /// From when `ready_timeout` counts: the start of the call, or the end of the last pause before
-    /// a retry. Later by the time that attempts spent on endpoints that then refused them.
+    /// a retry of the policy.
     waiting_since: Instant,
     exclude: Option<Arc<Endpoint>>,
 }
@@ -75,7 +92,7 @@ impl<'a> Progress<'a> {
             backoff: None,
             waiting_for: WaitingFor::Response,
             failed_attempts: 0,
-            transparent_retries: 0,
+            unprocessed: UnprocessedAttempts::default(),
             waiting_since: started,
             exclude: None,
         }
@@ -118,26 +135,27 @@ impl<'a> Progress<'a> {
             .is_some_and(|policy| policy.allows(code, self.failed_attempts + 1))
     }
 
-    /// Records an attempt that no server application has seen and that ended after `elapsed`.
+    /// Records an attempt that no server application has seen.
     ///
-    /// The first transparent retry is always made. The others are made until the call has waited
-    /// for `ready_timeout`.
-    pub(super) fn on_not_sent(&mut self, elapsed: Duration, now: Instant) -> Decision {
-        self.transparent_retries += 1;
-        self.waiting_since += elapsed;
-        if self.transparent_retries > 1 && now > self.ready_deadline() {
+    /// The first transparent retry is always made. The others are made until the call has taken
+    /// `ready_timeout`, at servers or waiting, and within the bounds of their reason.
+    pub(super) fn on_unprocessed(&mut self, why: Unprocessed, now: Instant) -> Decision {
+        let is_first = self.unprocessed == UnprocessedAttempts::default();
+        let Some(pause) = self.unprocessed.pause_after(why) else {
+            return Decision::GiveUp;
+        };
+        if !is_first && now + pause > self.ready_deadline() {
             Decision::GiveUp
-        } else if self.transparent_retries > IMMEDIATE_RETRIES {
-            Decision::RetryAfter(TRANSPARENT_RETRY_PAUSE)
-        } else {
+        } else if pause.is_zero() {
             Decision::Retry
+        } else {
+            Decision::RetryAfter(pause)
         }
     }
 
     /// Records a failed attempt for which [`may_retry`](Self::may_retry) holds.
     pub(super) fn on_failure(&mut self, now: Instant) -> Decision {
         self.failed_attempts += 1;
-        self.transparent_retries = 0;
         let Some(policy) = self.retry else {
             return Decision::GiveUp;
         };
@@ -149,6 +167,49 @@ impl<'a> Progress<'a> {
         }
         self.waiting_since = next_at;
         Decision::RetryAfter(pause)
+    }
+}
+
+/// How many attempts of a call no server application has seen.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct UnprocessedAttempts {
+    refused: u32,
+    /// Excluded by a GOAWAY with an error.
+    errors: u32,
+    /// Excluded by GOAWAY(NO_ERROR), or never sent.
+    going_away: u32,
+}
+
+impl UnprocessedAttempts {
+    /// Counts an attempt. Returns the pause before the next one, or `None` if there is none.
+    fn pause_after(&mut self, why: Unprocessed) -> Option<Duration> {
+        match why {
+            Unprocessed::Refused => {
+                self.refused += 1;
+                match self.refused {
+                    1 => Some(Duration::ZERO),
+                    2..=MAX_REFUSALS => {
+                        let Range { start, end } = REFUSAL_JITTER;
+                        let jitter = start + (end - start) * fastrand::f64();
+                        Some((REFUSAL_PAUSE * (1 << (self.refused - 2))).mul_f64(jitter))
+                    }
+                    _ => None,
+                }
+            }
+            Unprocessed::GoAwayError => {
+                self.errors += 1;
+                (self.errors <= MAX_ERRORS).then_some(Duration::ZERO)
+            }
+            Unprocessed::GoingAway | Unprocessed::NotSent => {
+                self.going_away = self.going_away.saturating_add(1);
+                let immediate = self.going_away <= IMMEDIATE_RETRIES;
+                Some(if immediate {
+                    Duration::ZERO
+                } else {
+                    GOING_AWAY_PAUSE
+                })
+            }
+        }
     }
 }
 
@@ -167,44 +228,81 @@ mod tests {
     mod transparent_retries {
         use super::*;
 
-        #[test]
-        fn three_are_immediate_and_the_others_pause() {
+        /// The decisions after attempts that end for this reason, all at one time.
+        fn decisions(why: Unprocessed, attempts: usize) -> Vec<Decision> {
             let (mut progress, now) = progress(None);
-            for _ in 0..IMMEDIATE_RETRIES {
-                assert_eq!(progress.on_not_sent(MS, now), Decision::Retry);
+            (0..attempts)
+                .map(|_| progress.on_unprocessed(why, now))
+                .collect()
+        }
+
+        #[test]
+        fn five_after_refusals_with_growing_pauses() {
+            let decisions = decisions(Unprocessed::Refused, 7);
+            assert_eq!(decisions[0], Decision::Retry);
+            for (decision, range) in
+                decisions[1..5]
+                    .iter()
+                    .zip([16..=24, 32..=48, 64..=96, 128..=192])
+            {
+                let Decision::RetryAfter(pause) = decision else {
+                    panic!("{decisions:?}");
+                };
+                assert!(range.contains(&pause.as_millis()), "{decisions:?}");
             }
-            for _ in 0..10 {
-                let decision = progress.on_not_sent(MS, now);
-                assert_eq!(decision, Decision::RetryAfter(TRANSPARENT_RETRY_PAUSE));
+            assert_eq!(decisions[5..], [Decision::GiveUp; 2]);
+        }
+
+        #[test]
+        fn one_after_a_goaway_with_an_error() {
+            let decisions = decisions(Unprocessed::GoAwayError, 2);
+            assert_eq!(decisions, [Decision::Retry, Decision::GiveUp]);
+        }
+
+        #[test]
+        fn any_number_after_a_graceful_goaway_but_in_no_tight_loop() {
+            for why in [Unprocessed::GoingAway, Unprocessed::NotSent] {
+                let decisions = decisions(why, 100);
+                assert_eq!(decisions[..3], [Decision::Retry; 3]);
+                let paused = Decision::RetryAfter(GOING_AWAY_PAUSE);
+                assert!(decisions[3..].iter().all(|decision| *decision == paused));
             }
+        }
+
+        #[test]
+        fn reasons_are_counted_apart() {
+            let (mut progress, now) = progress(None);
+            for _ in 0..100 {
+                progress.on_unprocessed(Unprocessed::GoingAway, now);
+            }
+            for _ in 0..MAX_REFUSALS {
+                let decision = progress.on_unprocessed(Unprocessed::Refused, now);
+                assert_ne!(decision, Decision::GiveUp);
+            }
+            let decision = progress.on_unprocessed(Unprocessed::GoAwayError, now);
+            assert_eq!(decision, Decision::Retry);
         }
 
         #[test]
         fn first_is_made_even_after_ready_timeout() {
-            let (mut progress, now) = progress(None);
-            let late = now + 2 * READY_TIMEOUT;
-            assert_eq!(progress.on_not_sent(Duration::ZERO, late), Decision::Retry);
-            assert_eq!(progress.on_not_sent(Duration::ZERO, late), Decision::GiveUp);
+            for why in [Unprocessed::GoingAway, Unprocessed::Refused] {
+                let (mut progress, now) = progress(None);
+                let late = now + 2 * READY_TIMEOUT;
+                assert_eq!(progress.on_unprocessed(why, late), Decision::Retry);
+                assert_eq!(progress.on_unprocessed(why, late), Decision::GiveUp);
+            }
         }
 
         #[test]
-        fn are_made_until_ready_timeout() {
+        fn are_made_until_ready_timeout_wherever_the_time_went() {
             let (mut progress, now) = progress(None);
-            progress.on_not_sent(Duration::ZERO, now);
-            let decision = progress.on_not_sent(Duration::ZERO, now + READY_TIMEOUT);
+            let why = Unprocessed::GoingAway;
+            assert_eq!(progress.on_unprocessed(why, now), Decision::Retry);
+            let decision = progress.on_unprocessed(why, now + READY_TIMEOUT);
             assert_eq!(decision, Decision::Retry);
-            let decision = progress.on_not_sent(Duration::ZERO, now + READY_TIMEOUT + MS);
+            assert_eq!(progress.ready_deadline(), now + READY_TIMEOUT);
+            let decision = progress.on_unprocessed(why, now + READY_TIMEOUT + MS);
             assert_eq!(decision, Decision::GiveUp);
-        }
-
-        #[test]
-        fn time_on_an_endpoint_does_not_count_as_waiting() {
-            let (mut progress, now) = progress(None);
-            let held = 3 * READY_TIMEOUT;
-            assert_eq!(progress.on_not_sent(held, now + held), Decision::Retry);
-            let twice = now + 2 * held;
-            assert_eq!(progress.on_not_sent(held, twice), Decision::Retry);
-            assert_eq!(progress.ready_deadline(), twice + READY_TIMEOUT);
         }
 
         #[test]
@@ -212,9 +310,21 @@ mod tests {
             let policy = RetryPolicy::new(2);
             let (mut progress, now) = progress(Some(&policy));
             for _ in 0..10 {
-                progress.on_not_sent(MS, now);
+                progress.on_unprocessed(Unprocessed::GoingAway, now);
             }
             assert!(progress.may_retry(Code::Unavailable));
+        }
+
+        #[test]
+        fn are_bounded_per_call_and_not_per_attempt_of_the_policy() {
+            let policy = RetryPolicy::new(3);
+            let (mut progress, now) = progress(Some(&policy));
+            for _ in 0..MAX_REFUSALS {
+                progress.on_unprocessed(Unprocessed::Refused, now);
+            }
+            progress.on_failure(now);
+            let decision = progress.on_unprocessed(Unprocessed::Refused, now);
+            assert_eq!(decision, Decision::GiveUp);
         }
     }
 
@@ -281,17 +391,6 @@ mod tests {
                 panic!("the policy allows two attempts");
             };
             assert_eq!(progress.ready_deadline(), failed_at + pause + READY_TIMEOUT);
-        }
-
-        #[test]
-        fn transparent_retries_are_immediate_again_after_one() {
-            let policy = RetryPolicy::new(3);
-            let (mut progress, now) = progress(Some(&policy));
-            for _ in 0..=IMMEDIATE_RETRIES {
-                progress.on_not_sent(Duration::ZERO, now);
-            }
-            progress.on_failure(now);
-            assert_eq!(progress.on_not_sent(Duration::ZERO, now), Decision::Retry);
         }
     }
 }

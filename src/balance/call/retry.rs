@@ -29,7 +29,8 @@ const JITTER: std::ops::Range<f64> = 0.8..1.2;
 /// executed the call completely.
 ///
 /// Transparent retries need no policy and do not count as attempts: a call that provably reached no
-/// server application is always sent to another endpoint.
+/// server application is sent to another endpoint, a bounded number of times (see
+/// [`balance`](crate::balance)). A policy does not raise that number.
 ///
 /// ```
 /// use goo_etcd::balance::RetryPolicy;

@@ -39,6 +39,7 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod unprocessed;
 mod upload;
 
 pub(super) use connect::{Connect, Connection};
@@ -51,3 +52,4 @@ pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Send
 pub(super) use settings::ConnectionSettings;
 pub(super) use target::Target;
 pub(super) use tls::Tls;
+pub(super) use unprocessed::Unprocessed;

@@ -10,8 +10,8 @@ use http::{Request, Response};
 use tokio::sync::Notify;
 
 use super::state::ConnectionState;
+use super::unprocessed::Unprocessed;
 use super::upload::{Upload, upload};
-use crate::balance::grpc_status;
 use crate::balance::replay::AttemptBody;
 
 /// Sends calls on a connection. Cheap to clone. The connection closes when the last sender and the
@@ -43,7 +43,7 @@ pub(crate) struct SendError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SendErrorKind {
     /// No server can have acted on the call.
-    Unsent,
+    Unprocessed(Unprocessed),
     /// The request itself is invalid; no connection can send it.
     Rejected,
     /// A server may have acted on the call.
@@ -135,14 +135,18 @@ impl ReservedStream {
         if state.liveness.is_unproven() && !state.prove().await {
             return Err(send_error(
                 state,
-                SendErrorKind::Unsent,
+                SendErrorKind::Unprocessed(Unprocessed::NotSent),
                 Reason::CANCEL.into(),
             ));
         }
         if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
             // The connection is closing, or has used up its stream ids.
             state.mark_exhausted();
-            return Err(send_error(state, SendErrorKind::Unsent, error));
+            return Err(send_error(
+                state,
+                SendErrorKind::Unprocessed(Unprocessed::NotSent),
+                error,
+            ));
         }
         match self.h2.send_request(request, false) {
             Ok(opened) => Ok(opened),
@@ -153,7 +157,7 @@ impl ReservedStream {
                     SendErrorKind::Rejected
                 } else {
                     state.mark_exhausted();
-                    SendErrorKind::Unsent
+                    SendErrorKind::Unprocessed(Unprocessed::NotSent)
                 };
                 Err(send_error(state, kind, error))
             }
@@ -175,11 +179,8 @@ async fn await_response(
         })),
         Err(error) => {
             permit.closed = true;
-            let kind = if grpc_status::is_refused(&error) {
-                SendErrorKind::Unsent
-            } else {
-                SendErrorKind::Unknown
-            };
+            let unprocessed = Unprocessed::of(&error).map(SendErrorKind::Unprocessed);
+            let kind = unprocessed.unwrap_or(SendErrorKind::Unknown);
             Err(send_error(&permit.state, kind, error))
         }
     }

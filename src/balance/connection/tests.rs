@@ -18,6 +18,8 @@ use crate::instance::Instance;
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
+const NOT_SENT: SendErrorKind = SendErrorKind::Unprocessed(Unprocessed::NotSent);
+
 const KEEP_ALIVE: KeepAliveSettings = KeepAliveSettings {
     interval: Some(Duration::from_secs(10)),
     timeout: Duration::from_secs(3),
@@ -153,7 +155,7 @@ mod keep_alive {
         let called_at = Instant::now();
         let error = call(&connection.sender).await.err().unwrap();
         assert_eq!(called_at.elapsed(), 3 * SECOND);
-        assert_eq!(error.kind, SendErrorKind::Unsent);
+        assert_eq!(error.kind, NOT_SENT);
         assert_eq!(
             error.close_reason.as_deref(),
             Some("keep-alive ping timed out")
@@ -173,7 +175,7 @@ mod keep_alive {
         };
         let (call, ()) = tokio::join!(call(&connection.sender), closing);
         let error = call.err().unwrap();
-        assert_eq!(error.kind, SendErrorKind::Unsent);
+        assert_eq!(error.kind, NOT_SENT);
         assert_eq!(error.close_reason.as_deref(), Some("closed by the peer"));
     }
 

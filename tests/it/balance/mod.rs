@@ -6,6 +6,7 @@ mod faults;
 mod frames;
 mod http_pages;
 mod input;
+mod isolation;
 mod limits;
 mod mass_deletion;
 mod picking;

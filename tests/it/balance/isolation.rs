@@ -1,0 +1,192 @@
+//! A call harms only itself: calls that servers refuse or break on, and responses that are odd.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::stream;
+use goo_etcd::balance::{BalancePolicy, RetryPolicy};
+use helloworld::echo::EchoRequest;
+use helloworld::echo::echo_client::EchoClient;
+use tonic::Code;
+
+use crate::support::balanced::{call, hello, static_channel, wait_until_ready};
+use crate::support::frames::{
+    DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM,
+};
+
+const GRPC_HEAD: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
+
+/// A server that refuses every stream after a time, and the number of streams.
+async fn refusing(after: Duration) -> (FrameServer, Arc<AtomicUsize>) {
+    let streams = Arc::<AtomicUsize>::default();
+    let counter = Arc::clone(&streams);
+    let server = FrameServer::start(move |mut connection| {
+        let streams = Arc::clone(&counter);
+        async move {
+            connection.handshake(&[]).await?;
+            loop {
+                let stream = connection.next_request().await?;
+                streams.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(after).await;
+                connection.reset_stream(stream, REFUSED_STREAM).await?;
+            }
+        }
+    })
+    .await;
+    (server, streams)
+}
+
+/// gRFC A6 allows one transparent retry; this channel makes five.
+#[tokio::test]
+async fn refused_stream_is_sent_again_five_times() {
+    for count in [1, 3] {
+        for retry in [None, Some(RetryPolicy::new(5))] {
+            let servers: Vec<_> =
+                futures::future::join_all((0..count).map(|_| refusing(Duration::ZERO))).await;
+            let addresses = servers.iter().map(|(server, _)| server.address());
+            let channel = static_channel(addresses, |channel| match &retry {
+                Some(policy) => channel.retry(policy.clone()),
+                None => channel,
+            });
+            wait_until_ready(&channel, count).await;
+            let status = call(&channel).await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+            let streams = servers.iter().map(|(_, s)| s.load(Ordering::SeqCst));
+            assert_eq!(streams.sum::<usize>(), 6, "{retry:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn time_at_refusing_servers_counts_for_ready_timeout() {
+    let (server, streams) = refusing(Duration::from_millis(200)).await;
+    let channel = static_channel([server.address()], |channel| {
+        channel.ready_timeout(Duration::from_millis(300))
+    });
+    wait_until_ready(&channel, 1).await;
+    let status = call(&channel).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    // The first attempt ends within `ready_timeout`, the second after it.
+    assert_eq!(streams.load(Ordering::SeqCst), 2);
+}
+
+/// A server that breaks on a call: it ends the connection with an error, before the call's stream.
+#[tokio::test]
+async fn poison_call_breaks_two_connections_at_most() {
+    const SERVERS: usize = 4;
+    for retry in [None, Some(RetryPolicy::new(5))] {
+        let broken = Arc::<AtomicUsize>::default();
+        let mut servers = Vec::new();
+        for _ in 0..SERVERS {
+            let counter = Arc::clone(&broken);
+            let server = FrameServer::start(move |mut connection| {
+                let broken = Arc::clone(&counter);
+                async move {
+                    connection.handshake(&[]).await?;
+                    connection.next_request().await?;
+                    broken.fetch_add(1, Ordering::SeqCst);
+                    connection
+                        .send_go_away(0, PROTOCOL_ERROR, "bad header")
+                        .await?;
+                    connection.close().await
+                }
+            });
+            servers.push(server.await);
+        }
+        let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
+            let channel = channel.policy(BalancePolicy::RoundRobin);
+            match &retry {
+                Some(policy) => channel.retry(policy.clone()),
+                None => channel,
+            }
+        });
+        wait_until_ready(&channel, SERVERS).await;
+        let status = call(&channel).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+        assert_eq!(broken.load(Ordering::SeqCst), 2, "{retry:?}");
+        assert!(servers.iter().all(|server| server.accepted() <= 2));
+    }
+}
+
+/// What a server of hand-written frames responds with.
+#[derive(Debug, Clone, Copy)]
+enum Odd {
+    Informational,
+    EarlyResponse,
+    NoTrailers,
+    TrailersWithoutStatus,
+    StatusIsNoNumber,
+    UnknownStatus,
+    StatusTwice,
+}
+
+async fn odd_server(odd: Odd) -> FrameServer {
+    FrameServer::start(move |mut connection| async move {
+        connection.handshake(&[]).await?;
+        loop {
+            let frame = connection.next().await?;
+            if frame.kind != HEADERS {
+                continue;
+            }
+            let stream = frame.stream;
+            let trailers: &[(&str, &[u8])] = match odd {
+                Odd::Informational => {
+                    for status in ["100", "103"] {
+                        let head = [(":status", status.as_bytes()), ("link", b"</a>")];
+                        connection.send_headers(stream, &head, false).await?;
+                    }
+                    &[("grpc-status", b"0"), ("x-more", b"1")]
+                }
+                Odd::EarlyResponse => &[("grpc-status", b"0")],
+                Odd::NoTrailers => &[],
+                Odd::TrailersWithoutStatus => &[("x-more", b"1")],
+                Odd::StatusIsNoNumber => &[("grpc-status", b"ok")],
+                Odd::UnknownStatus => &[("grpc-status", b"99")],
+                Odd::StatusTwice => &[("grpc-status", b"5"), ("grpc-status", b"0")],
+            };
+            connection.send_headers(stream, &GRPC_HEAD, false).await?;
+            let is_end = if trailers.is_empty() { END_STREAM } else { 0 };
+            connection
+                .write_frame(DATA, is_end, stream, &[0; 5])
+                .await?;
+            if !trailers.is_empty() {
+                connection.send_headers(stream, trailers, true).await?;
+            }
+            if matches!(odd, Odd::EarlyResponse) {
+                // The server does not read the rest of the request (RFC 9113, section 8.1).
+                connection.reset_stream(stream, NO_ERROR).await?;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn odd_response_has_its_code_and_keeps_the_connection() {
+    for (odd, code) in [
+        (Odd::Informational, Code::Ok),
+        (Odd::EarlyResponse, Code::Ok),
+        (Odd::NoTrailers, Code::Unknown),
+        (Odd::TrailersWithoutStatus, Code::Unknown),
+        (Odd::StatusIsNoNumber, Code::Unknown),
+        (Odd::UnknownStatus, Code::Unknown),
+        (Odd::StatusTwice, Code::NotFound),
+    ] {
+        let server = odd_server(odd).await;
+        let channel = static_channel([server.address()], |channel| channel);
+        let mut client = EchoClient::new(channel.clone());
+        for _ in 0..3 {
+            let unary = client.unary(hello()).await.map(drop);
+            assert_eq!(code_of(unary), code, "{odd:?}");
+            let endless = stream::pending::<EchoRequest>();
+            let streamed = client.client_stream(endless).await.map(drop);
+            assert_eq!(code_of(streamed), code, "{odd:?}");
+        }
+        assert_eq!(server.accepted(), 1, "{odd:?}");
+    }
+}
+
+fn code_of(result: Result<(), tonic::Status>) -> Code {
+    result.err().map_or(Code::Ok, |status| status.code())
+}
