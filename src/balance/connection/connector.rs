@@ -20,6 +20,7 @@ use super::driver;
 use super::io::{BoxError, BoxIo};
 use super::lookup::Lookups;
 use super::monitor::MonitoredIo;
+use super::ping_interval::PingInterval;
 use super::sender::Sender;
 use super::settings::ConnectionSettings;
 use super::state::ConnectionState;
@@ -159,7 +160,7 @@ impl Connector {
                 .map_err(|error| format!("TLS failed: {error}"))?,
             None => io,
         };
-        timeout_at(deadline, self.handshake(io))
+        timeout_at(deadline, self.handshake(target, io))
             .await
             .map_err(|_| self.timed_out("the HTTP/2 handshake"))?
     }
@@ -170,16 +171,18 @@ impl Connector {
     }
 
     /// Performs the HTTP/2 handshake, which is complete when the peer's SETTINGS have arrived.
-    async fn handshake(&self, io: BoxIo) -> Result<Connection, String> {
+    async fn handshake(&self, target: &Target, io: BoxIo) -> Result<Connection, String> {
         let state = ConnectionState::new();
-        let (io, events) = MonitoredIo::new(io, Arc::clone(&state));
+        let mut keep_alive = self.settings.keep_alive;
+        let interval = PingInterval::new(&target.address, keep_alive.interval, &target.doublings);
+        keep_alive.interval = interval.get();
+        let (io, events) = MonitoredIo::new(io, Arc::clone(&state), interval);
         let (h2, connection) = self
             .http2()
             .handshake(io)
             .await
             .map_err(|error| format!("HTTP/2 failed: {}", chain(&error)))?;
         let sender = Sender::new(h2, Arc::clone(&state));
-        let keep_alive = self.settings.keep_alive;
         let mut closed = driver::spawn(
             connection,
             Arc::clone(&state),

@@ -10,9 +10,13 @@ const HEADER: usize = 9;
 
 const DATA: u8 = 0x0;
 const HEADERS: u8 = 0x1;
+const RST_STREAM: u8 = 0x3;
 const SETTINGS: u8 = 0x4;
 const PING: u8 = 0x6;
 const GOAWAY: u8 = 0x7;
+
+/// The flag of HEADERS and DATA that are the last of their stream.
+const END_STREAM: u8 = 0x1;
 
 /// The flag of SETTINGS and PING that acknowledge a frame of ours.
 const ACK: u8 = 0x1;
@@ -31,6 +35,8 @@ pub(super) enum Frame {
     Headers,
     /// The header of a DATA frame has arrived.
     Data,
+    /// The peer has ended this stream. Follows the HEADERS or DATA that end one.
+    StreamEnd(u32),
     /// A whole SETTINGS frame of the peer's own settings has arrived.
     Settings(Settings),
     /// A whole PING has arrived. `ack` says whether it answers a ping of ours.
@@ -91,14 +97,19 @@ impl Scanner {
         self.header_filled += taken;
         if self.header_filled == HEADER {
             self.header_filled = 0;
-            let [a, b, c, kind, ..] = self.header;
+            let [a, b, c, kind, flags, id @ ..] = self.header;
+            let stream = u32::from_be_bytes(id) & 0x7fff_ffff;
             self.payload_left = u32::from_be_bytes([0, a, b, c]) as usize;
             match kind {
                 HEADERS => found(Frame::Headers),
                 DATA => found(Frame::Data),
                 SETTINGS | PING | GOAWAY if self.payload_left == 0 => found(self.take_kept()),
                 SETTINGS | PING | GOAWAY => {}
+                RST_STREAM => found(Frame::StreamEnd(stream)),
                 _ => found(Frame::Other),
+            }
+            if matches!(kind, HEADERS | DATA) && flags & END_STREAM != 0 {
+                found(Frame::StreamEnd(stream));
             }
         }
         &bytes[taken..]
@@ -183,6 +194,18 @@ mod tests {
             scan(&frame(PING, ACK, &[0; 8])),
             [Frame::Ping { ack: true }]
         );
+    }
+
+    #[test]
+    fn ends_of_streams_are_found() {
+        for kind in [HEADERS, DATA] {
+            let mut bytes = frame(kind, END_STREAM, &[]);
+            bytes[8] = 7;
+            assert_eq!(scan(&bytes)[1..], [Frame::StreamEnd(7)]);
+            assert_eq!(scan(&frame(kind, 0, &[])).len(), 1);
+        }
+        let reset = frame(RST_STREAM, 0, &[0; 4]);
+        assert_eq!(scan(&reset), [Frame::StreamEnd(0)]);
     }
 
     #[test]

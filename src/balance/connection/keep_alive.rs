@@ -108,7 +108,7 @@ impl<'a> KeepAlive<'a> {
                     if self.state.last_activity() != heard {
                         self.state.liveness.decide();
                         self.watch();
-                    } else if purpose == Purpose::Stream && self.state.is_idle() {
+                    } else if purpose == Purpose::Stream && self.purpose() == Purpose::Idle {
                         self.watch();
                     } else if purpose == Purpose::Idle && self.is_needed() && self.prove() {
                         continue;
@@ -138,16 +138,16 @@ impl<'a> KeepAlive<'a> {
     }
 
     fn purpose(&self) -> Purpose {
-        if self.state.is_idle() {
-            Purpose::Idle
-        } else {
+        if self.state.has_open_stream() {
             Purpose::Stream
+        } else {
+            Purpose::Idle
         }
     }
 
     /// Whether a connection that was idle for long is about to be used.
     fn is_needed(&self) -> bool {
-        self.state.liveness.is_requested() || !self.state.is_idle()
+        self.state.liveness.is_requested() || self.state.has_open_stream()
     }
 
     fn on_due(&mut self) {

@@ -31,6 +31,7 @@ mod monitor;
 #[cfg(test)]
 mod name_tests;
 mod ping_budget;
+mod ping_interval;
 mod sender;
 mod settings;
 mod state;

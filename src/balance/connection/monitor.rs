@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
 use super::frames::{Frame, Scanner};
+use super::ping_interval::PingInterval;
 use super::state::ConnectionState;
 
 /// An I/O that reports the peer's first SETTINGS, its GOAWAY, and the first write error.
@@ -29,6 +30,9 @@ pub(crate) struct MonitoredIo<T> {
     write_failed: Option<oneshot::Sender<String>>,
     /// Whether the last write found no room.
     is_write_blocked: bool,
+    /// The stream that the peer ended last.
+    last_ended: u32,
+    ping_interval: PingInterval,
     state: Arc<ConnectionState>,
 }
 
@@ -44,7 +48,11 @@ pub(crate) struct IoEvents {
 }
 
 impl<T> MonitoredIo<T> {
-    pub(crate) fn new(io: T, state: Arc<ConnectionState>) -> (Self, IoEvents) {
+    pub(super) fn new(
+        io: T,
+        state: Arc<ConnectionState>,
+        ping_interval: PingInterval,
+    ) -> (Self, IoEvents) {
         let (settings_tx, settings) = oneshot::channel();
         let (going_away_tx, going_away) = oneshot::channel();
         let (write_failed_tx, write_failed) = oneshot::channel();
@@ -55,6 +63,8 @@ impl<T> MonitoredIo<T> {
             going_away: Some(going_away_tx),
             write_failed: Some(write_failed_tx),
             is_write_blocked: false,
+            last_ended: 0,
+            ping_interval,
             state,
         };
         let events = IoEvents {
@@ -67,13 +77,25 @@ impl<T> MonitoredIo<T> {
 
     fn on_read(&mut self, bytes: &[u8]) {
         let (settings, going_away) = (&mut self.settings, &mut self.going_away);
+        let (last_ended, ping_interval) = (&mut self.last_ended, &self.ping_interval);
         let state = &self.state;
         self.scanner.scan(bytes, |frame| match frame {
             Frame::Headers | Frame::Data => state.record_data(),
+            Frame::StreamEnd(stream) => {
+                // A server that does not wait for the end of a request sends RST_STREAM after its
+                // response.
+                if std::mem::replace(last_ended, stream) != stream {
+                    state.record_stream_end();
+                }
+            }
             Frame::Settings(_) => notify(settings, || ()),
             Frame::GoAway(go_away) => {
                 state.stop_accepting();
-                notify(going_away, || go_away.to_string());
+                let advice = ping_interval.on_go_away(&go_away);
+                notify(going_away, || match advice {
+                    Some(advice) => format!("{go_away}; {advice}"),
+                    None => go_away.to_string(),
+                });
             }
             _ => {}
         });

@@ -205,7 +205,7 @@ struct StreamPermit {
 impl Drop for StreamPermit {
     fn drop(&mut self) {
         if self.closed {
-            self.state.release_streams(1);
+            self.state.close_stream();
         } else {
             self.state.cancel_stream();
         }

@@ -1,6 +1,6 @@
 //! The state that a connection's driver task, its I/O and its calls share.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 use std::time::Duration;
@@ -38,6 +38,9 @@ pub(crate) struct ConnectionState {
     pub(super) liveness: Liveness,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
+    /// Streams in use that the peer has ended. Not exact: the end of a stream that this side has
+    /// cancelled meanwhile counts until no stream is in use.
+    ended: AtomicIsize,
     /// The server's limit on concurrent streams.
     stream_limit: AtomicUsize,
     /// Streams of cancelled calls that h2 may not have reset yet. They still count against the
@@ -59,6 +62,7 @@ impl ConnectionState {
             data_arrived: AtomicBool::new(false),
             liveness: Liveness::default(),
             streams: AtomicUsize::new(0),
+            ended: AtomicIsize::new(0),
             stream_limit: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
             driver: AtomicWaker::new(),
@@ -124,9 +128,20 @@ impl ConnectionState {
         }
     }
 
-    /// Whether no stream is in use.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.streams.load(Ordering::Relaxed) == 0
+    /// Whether a stream is open for the peer, too. A stream may be in use for much longer, while its
+    /// response waits to be read. Only the driver's task calls this.
+    pub(super) fn has_open_stream(&self) -> bool {
+        let streams = self.streams.load(Ordering::SeqCst);
+        if streams == 0 {
+            self.ended.store(0, Ordering::Relaxed);
+        }
+        let ended = self.ended.load(Ordering::Relaxed);
+        usize::try_from(ended).map_or(streams > 0, |ended| streams > ended)
+    }
+
+    /// Records that the peer has ended a stream.
+    pub(super) fn record_stream_end(&self) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether as many streams are in use as the server allows.
@@ -162,6 +177,13 @@ impl ConnectionState {
         if streams >= self.stream_limit() {
             self.notify_capacity();
         }
+    }
+
+    /// Gives back a stream that the peer has ended.
+    pub(super) fn close_stream(&self) {
+        // First, so that nothing is left when the last stream is given back.
+        self.ended.fetch_sub(1, Ordering::Relaxed);
+        self.release_streams(1);
     }
 
     /// Gives a stream back once the driver has reset it, and wakes the driver.
@@ -237,7 +259,25 @@ mod tests {
         let reset = state.take_cancelled();
         state.release_streams(reset);
         assert_eq!(reset, 1);
-        assert!(state.is_idle() && state.acquire_stream());
+        assert!(!state.has_open_stream() && state.acquire_stream());
+    }
+
+    #[test]
+    fn stream_that_the_peer_has_ended_is_not_open() {
+        let state = ConnectionState::new();
+        state.set_stream_limit(2);
+        assert!(state.acquire_stream() && state.acquire_stream());
+        assert!(state.has_open_stream());
+        state.record_stream_end();
+        assert!(state.has_open_stream());
+        state.close_stream();
+        assert!(state.has_open_stream());
+        state.record_stream_end();
+        assert!(!state.has_open_stream());
+        // Cancelled while its end arrived.
+        state.release_streams(1);
+        assert!(!state.has_open_stream());
+        assert!(state.acquire_stream() && state.has_open_stream());
     }
 
     #[test]

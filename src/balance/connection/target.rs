@@ -6,6 +6,7 @@ use http::Uri;
 use http::uri::{Authority, Scheme};
 
 use super::addresses::LastWinner;
+use super::ping_interval::Doublings;
 use crate::instance::{Instance, validate_address};
 
 /// Where and how to connect to an endpoint.
@@ -18,6 +19,8 @@ pub(crate) struct Target {
     pub(crate) authority: Authority,
     /// Which address of the host connected last.
     pub(super) last_winner: LastWinner,
+    /// How often the server has asked for fewer pings.
+    pub(super) doublings: Doublings,
 }
 
 impl Target {
@@ -46,6 +49,7 @@ impl Target {
             scheme,
             authority,
             last_winner: LastWinner::default(),
+            doublings: Doublings::default(),
         })
     }
 

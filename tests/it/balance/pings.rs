@@ -17,11 +17,13 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Streaming};
 
 use crate::support::balanced::{
-    call, call_with_timeout, hello, is_ready, static_channel, wait_until_ready,
+    call, call_with_timeout, hello, is_ready, static_channel, status_of, wait_until_ready,
 };
 use crate::support::frames::{
-    ACK, ENHANCE_YOUR_CALM, FrameConnection, HEADERS, PING, RST_STREAM, SETTINGS,
+    ACK, ENHANCE_YOUR_CALM, FrameConnection, HEADERS, NO_ERROR, PING, RST_STREAM, SETTINGS,
 };
+use crate::support::log::Log;
+use crate::support::process::isolate;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -36,6 +38,8 @@ enum Answer {
     Nothing,
     /// RST_STREAM, which frees no ping.
     Reset,
+    /// A response, and GOAWAY with this code and debug data.
+    GoAway(u32, &'static str),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +191,11 @@ impl Server {
                 policy.streams.remove(&stream);
                 connection.reset_stream(stream, 0x8).await?;
             }
+            Answer::GoAway(code, debug_data) => {
+                policy.streams.remove(&stream);
+                connection.respond_ok(stream).await?;
+                connection.send_go_away(stream, code, debug_data).await?;
+            }
         }
         Ok(())
     }
@@ -311,6 +320,20 @@ mod streams {
         assert_eq!(error.code(), Code::Unavailable, "{error:?}");
         assert!(error.message().contains("keep-alive"), "{error:?}");
         assert!((13 * SECOND..14 * SECOND).contains(&waited), "{waited:?}");
+    }
+
+    /// The server has forgotten the stream, and counts pings as on an idle connection.
+    #[tokio::test(start_paused = true)]
+    async fn unread_response_is_no_open_stream() {
+        let server = Server::new(Answer::Ok);
+        let channel = channel(&[&server], |builder| builder).await;
+        let mut unread = open_stream(&channel).await;
+        sleep(HOUR).await;
+        assert_eq!(server.ping_pauses(0), [10, 10]);
+        call(&channel).await.unwrap();
+        assert!(unread.message().await.unwrap().is_some());
+        server.assert_never_too_many_pings();
+        assert_eq!(server.accepted(), 1);
     }
 
     /// Calls, cancelled calls, silent streams and idle times in any order.
@@ -473,5 +496,89 @@ mod idle {
         assert_eq!(server.events(0), []);
         call(&channel).await.unwrap();
         assert_eq!(server.events(0), [Event::Ping, Event::Call]);
+    }
+}
+
+/// gRFC A8: the server permits fewer pings than usual, and says so with code and debug data.
+mod too_many_pings {
+    use super::*;
+
+    /// The pauses between the pings of an idle connection after a GOAWAY, and `last_error`.
+    async fn after_go_away(code: u32, debug_data: &'static str) -> (Vec<u64>, String) {
+        let server = Server::new(Answer::GoAway(code, debug_data));
+        // The second endpoint takes the calls while the first one is not connected.
+        let other = Server::new(Answer::Ok);
+        let channel = channel(&[&server, &other], |builder| builder).await;
+        while server.calls() == 0 {
+            call(&channel).await.unwrap();
+        }
+        let last_error = || status_of(&channel, &address(0)).unwrap().last_error;
+        let error = wait_until_some(last_error).await;
+        server.answer(Answer::Ok);
+        sleep(HOUR).await;
+        assert_eq!(server.accepted(), 2);
+        assert_eq!(other.ping_pauses(0).last(), Some(&10));
+        (server.ping_pauses(1), error)
+    }
+
+    async fn wait_until_some<T>(mut get: impl FnMut() -> Option<T>) -> T {
+        loop {
+            if let Some(value) = get() {
+                return value;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn interval_doubles_for_this_endpoint() {
+        let (pauses, error) = after_go_away(ENHANCE_YOUR_CALM, "too_many_pings").await;
+        assert_eq!(pauses, [20, 20]);
+        assert!(
+            error.contains("GOAWAY ENHANCE_YOUR_CALM: too_many_pings"),
+            "{error}"
+        );
+        assert!(error.contains("http2_keep_alive_interval"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn code_or_debug_data_alone_change_nothing() {
+        let (pauses, error) = after_go_away(ENHANCE_YOUR_CALM, "too much").await;
+        assert_eq!(pauses, [10, 10]);
+        assert!(!error.contains("http2_keep_alive_interval"), "{error}");
+        let (pauses, error) = after_go_away(NO_ERROR, "too_many_pings").await;
+        assert_eq!(pauses, [10, 10]);
+        assert!(!error.contains("http2_keep_alive_interval"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn each_doubling_is_logged_once() {
+        if !isolate("balance::pings::too_many_pings::each_doubling_is_logged_once").await {
+            return;
+        }
+        tokio::time::pause();
+        let (log, _scope) = Log::start("goo_etcd=warn");
+        let answer = Answer::GoAway(ENHANCE_YOUR_CALM, "too_many_pings");
+        let server = Server::new(answer);
+        let settings = |builder: BalancedChannelBuilder| builder.connections_per_endpoint(2);
+        let channel = channel(&[&server], settings).await;
+        for _ in 0..2 {
+            call(&channel).await.unwrap();
+        }
+        sleep(MINUTE).await;
+        let text = log.text();
+        let warnings: Vec<_> = text
+            .lines()
+            .filter(|line| line.contains("too many pings"))
+            .collect();
+        assert!(!warnings.is_empty(), "{text}");
+        for interval in ["interval=20s", "interval=40s"] {
+            let count = warnings
+                .iter()
+                .filter(|line| line.contains(interval))
+                .count();
+            assert!(count <= 1, "{text}");
+        }
+        assert!(warnings[0].contains("s0:1"), "{text}");
     }
 }
