@@ -116,8 +116,14 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets the timeout of one attempt to connect: TCP, TLS and the server's first HTTP/2 frame
-    /// together. Default 5 s.
+    /// Sets the timeout of one attempt to connect: looking up the name, TCP, TLS and the server's
+    /// first HTTP/2 frame together. Default 5 s.
+    ///
+    /// If the name has several addresses, the time is for all of them. Each address is tried to the
+    /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an attempt
+    /// fails. The first that completes is used, and is tried first next time.
+    ///
+    /// At most 16 names are looked up at a time in a process; others wait.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
         self

@@ -1,8 +1,11 @@
 //! The addresses that a channel takes.
 
+use std::time::Duration;
+
 use crate::support::TestResult;
 use crate::support::balanced::{call, instance, wait_until_ready};
 use crate::support::echo::EchoServer;
+use crate::support::process::isolate;
 use goo_etcd::BalancedChannel;
 use goo_etcd::balance::Source;
 
@@ -73,7 +76,7 @@ async fn uncallable_instance_of_a_source_is_unusable() -> TestResult {
     let streams = futures::stream::iter([bad.to_vec()]);
     for source in [Source::fixed(bad.clone()), Source::new("mine", streams)] {
         let channel = BalancedChannel::builder(source)
-            .ready_timeout(std::time::Duration::from_millis(100))
+            .ready_timeout(Duration::from_millis(100))
             .build()?;
         let status = call(&channel).await.unwrap_err();
         let text = status.message();
@@ -84,5 +87,33 @@ async fn uncallable_instance_of_a_source_is_unusable() -> TestResult {
     let channel = BalancedChannel::builder(Source::fixed(one_good)).build()?;
     wait_until_ready(&channel, 1).await;
     call(&channel).await?;
+    Ok(())
+}
+
+/// The threads of this process.
+#[cfg(target_os = "linux")]
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Each look-up of tokio and hyper takes one of the runtime's 512 blocking threads, behind which
+/// file operations wait.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn names_that_do_not_resolve_take_few_threads() -> TestResult {
+    if !isolate("balance::addresses::names_that_do_not_resolve_take_few_threads").await {
+        return Ok(());
+    }
+    let before = threads();
+    let names = (0..1_000).map(|n| format!("name-{n}.invalid:1"));
+    let channel = BalancedChannel::from_endpoints(names)?;
+    let mut most = before;
+    for _ in 0..500 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        most = most.max(threads());
+    }
+    // 16 look-ups, and a few that are just ending.
+    assert!(most <= before + 24, "{before} threads became {most}");
+    drop(channel);
     Ok(())
 }
