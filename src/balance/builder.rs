@@ -141,6 +141,8 @@ impl BalancedChannelBuilder {
     /// Sets how long a call waits for a ready endpoint with a free stream, because servers limit
     /// the streams of a connection. The call's own deadline may be earlier. Default 5 s.
     ///
+    /// Calls are served in the order in which they started.
+    ///
     /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints.
     /// Waiting calls do not speed up the attempts to connect, which are at most
     /// [`max_connect_backoff`](Self::max_connect_backoff) apart. For a call to survive the restart
@@ -150,11 +152,14 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets whether a call waits if no endpoint is ready. Default true. With false such a call
-    /// fails at once with `UNAVAILABLE`.
+    /// Sets whether a call waits for endpoints that fail. Default true. With false a call fails at
+    /// once with `UNAVAILABLE` while no endpoint is ready and the last attempt to connect to each
+    /// of them has failed.
     ///
-    /// A call always waits for a free stream if the ready endpoints have none, and for its turn
-    /// under [`concurrency_limit`](Self::concurrency_limit).
+    /// As in gRPC, a call always waits while the first attempts to connect run or a lost
+    /// connection is being replaced. A call also waits for the first set of instances, for a free
+    /// stream if the ready endpoints have none, and for its turn under
+    /// [`concurrency_limit`](Self::concurrency_limit).
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.wait_for_ready = wait;
         self

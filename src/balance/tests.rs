@@ -1,8 +1,11 @@
 //! Calls that wait for an endpoint, over a pool with a scripted connector, in paused time.
 
+mod fairness;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::channel::mpsc;
 use http::{HeaderValue, Request, Response};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep};
@@ -10,7 +13,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::call::Dispatcher;
-use super::connection::{FakeConnector, Script};
+use super::connection::{FakeConnector, STREAM_LIMIT, Script};
 use super::pick::BalancePolicy;
 use super::pool::{ConnectPlan, DEFAULT_WINDOW, MassDeletionGuard, Pool, View};
 use super::source::Source;
@@ -33,6 +36,11 @@ struct Channel {
 impl Channel {
     /// Also lets the pool make its first attempt to connect.
     async fn new(script: Script, wait_for_ready: bool) -> Self {
+        let source = Source::fixed([Instance::new("echo", "a:1")]);
+        Self::with_source(source, script, wait_for_ready).await
+    }
+
+    async fn with_source(source: Source, script: Script, wait_for_ready: bool) -> Self {
         let connector = Arc::new(FakeConnector::default());
         connector.script("a:1", script);
         let view = Arc::new(View::new("services/echo/".into()));
@@ -44,7 +52,7 @@ impl Channel {
             MassDeletionGuard::new(Duration::ZERO, DEFAULT_WINDOW),
         );
         let mut task = JoinSet::new();
-        task.spawn(pool.run(Source::fixed([Instance::new("echo", "a:1")])));
+        task.spawn(pool.run(source));
         sleep(Duration::from_millis(1)).await;
         let dispatcher = Arc::new(Dispatcher {
             view,
@@ -138,6 +146,66 @@ mod ready_timeout {
         let (status, waited) = channel.status_of_call(None).await;
         assert_eq!(status.code(), Code::Unavailable);
         assert_eq!(waited, Duration::ZERO);
+    }
+}
+
+/// Calls that do not wait for endpoints that fail.
+mod fail_fast {
+    use super::*;
+
+    const SLOW: Script = Script::Refuse { after: SECOND };
+
+    #[tokio::test(start_paused = true)]
+    async fn calls_wait_for_the_first_attempt() {
+        let channel = Channel::new(SLOW, false).await;
+        let calls = [channel.call(None), channel.call(None)];
+        sleep(SECOND * 9 / 10).await;
+        assert!(calls.iter().all(|call| !call.is_finished()));
+        sleep(SECOND / 2).await;
+        assert!(calls.iter().all(JoinHandle::is_finished));
+        for call in calls {
+            let status = call.await.unwrap().unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+            let message = status.message();
+            assert!(message.contains("connection refused"), "{message}");
+            assert!(!message.contains("waited"), "{message}");
+        }
+        // The second attempt runs. As long as no attempt succeeds, calls fail at once.
+        let (status, waited) = channel.status_of_call(None).await;
+        let expected = "is ready: a:1 (connecting: connection refused)";
+        assert!(status.message().ends_with(expected), "{status:?}");
+        assert_eq!(waited, Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn call_waits_while_a_lost_connection_is_replaced() {
+        let channel = Channel::new(Script::Accept, false).await;
+        sleep(2 * SECOND).await;
+        channel.connector.script("a:1", SLOW);
+        channel.connector.disconnect("a:1", "reset");
+        let calls = [channel.call(None), channel.call(None)];
+        sleep(SECOND / 2).await;
+        assert!(calls.iter().all(|call| !call.is_finished()));
+        sleep(SECOND).await;
+        for call in calls {
+            let status = call.await.unwrap().unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn call_waits_for_the_set() {
+        let (sets, received) = mpsc::unbounded::<Vec<Instance>>();
+        let source = Source::new("services/echo/", received);
+        let channel = Channel::with_source(source, SLOW, false).await;
+        let call = channel.call(None);
+        sleep(SECOND).await;
+        assert!(!call.is_finished());
+        sets.unbounded_send(vec![]).unwrap();
+        sleep(SECOND / 100).await;
+        assert!(call.is_finished());
+        let status = call.await.unwrap().unwrap_err();
+        assert_eq!(status.message(), "no instances under services/echo/");
     }
 }
 

@@ -9,7 +9,7 @@ use tonic::Status;
 use super::progress::{Progress, WaitingFor};
 use super::{AttemptedEndpoints, Dispatcher};
 use crate::balance::connection::ReservedStream;
-use crate::balance::pool::{Endpoint, ReadyEndpoint};
+use crate::balance::pool::{Endpoint, ReadyEndpoint, WaitingCall};
 
 impl Dispatcher {
     pub(super) async fn acquire_permit(
@@ -34,19 +34,24 @@ impl Dispatcher {
         Ok(permit.ok())
     }
 
-    /// Picks an endpoint and reserves a stream on it, waiting until one is ready and has room.
+    /// Picks an endpoint and reserves a stream on it. Waits if no endpoint is ready and has room,
+    /// and behind the calls that wait already.
     pub(super) async fn acquire_stream(
         &self,
         progress: &mut Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
     ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
-        if let Some(picked) = self.pick(progress.excluded_endpoint(), attempted) {
-            return Ok(picked);
+        if !self.view.has_waiting_calls() {
+            let exclude = progress.excluded_endpoint();
+            let avoids = |ready: &ReadyEndpoint| is_avoided(ready, exclude, attempted);
+            if let Some(reserved) = self.view.reserve(avoids) {
+                return Ok(reserved);
+            }
         }
         progress.set_waiting_for(WaitingFor::Endpoint);
-        let picked = self.wait_for_stream(progress, attempted).await?;
+        let reserved = self.wait_for_stream(progress, attempted).await?;
         progress.set_waiting_for(WaitingFor::Response);
-        Ok(picked)
+        Ok(reserved)
     }
 
     async fn wait_for_stream(
@@ -54,33 +59,23 @@ impl Dispatcher {
         progress: &Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
     ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
-        loop {
-            let (ready, capacity) = (self.view.ready.notified(), self.view.capacity.notified());
-            tokio::pin!(ready, capacity);
-            // Registered before the pick, so that no notification is lost between the two.
-            ready.as_mut().enable();
-            capacity.as_mut().enable();
-            if let Some(picked) = self.pick(progress.excluded_endpoint(), attempted) {
-                // `capacity` wakes one call at a time, and there may be room for more.
-                self.view.capacity.notify_one();
-                return Ok(picked);
-            }
-            // A full endpoint is ready, so a call waits for a stream on it in any case.
-            if !self.wait_for_ready && !self.view.is_full() {
-                return Err(self.unavailable(progress, ""));
-            }
-            let changed = async {
-                tokio::select! {
-                    () = ready => {}
-                    () = capacity => {}
-                }
-            };
-            if timeout_at(progress.ready_deadline(), changed)
-                .await
-                .is_err()
-            {
+        if !self.wait_for_ready && self.view.is_failing() {
+            return Err(self.unavailable(progress, ""));
+        }
+        let exclude = progress.excluded_endpoint().cloned();
+        let attempted = attempted.cloned();
+        let call = WaitingCall {
+            started: progress.started(),
+            avoids: Arc::new(move |ready| is_avoided(ready, exclude.as_ref(), attempted.as_ref())),
+            waits_for_ready: self.wait_for_ready,
+        };
+        let served = self.view.wait_for_stream(call);
+        match timeout_at(progress.ready_deadline(), served).await {
+            Ok(Some(reserved)) => Ok(reserved),
+            Ok(None) => Err(self.unavailable(progress, "")),
+            Err(_) => {
                 let waited = format!(" (waited {:?})", self.ready_timeout);
-                return Err(self.unavailable(progress, &waited));
+                Err(self.unavailable(progress, &waited))
             }
         }
     }
@@ -94,24 +89,16 @@ impl Dispatcher {
             _ => Status::unavailable(reason),
         }
     }
+}
 
-    fn pick(
-        &self,
-        exclude: Option<&Arc<Endpoint>>,
-        attempted: Option<&AttemptedEndpoints>,
-    ) -> Option<(Arc<Endpoint>, ReservedStream)> {
-        let picker = self.view.picker.load();
-        let avoid = |ready: &ReadyEndpoint| {
-            exclude.is_some_and(|exclude| Arc::ptr_eq(exclude, &ready.endpoint))
-                || attempted
-                    .is_some_and(|attempted| attempted.contains(&ready.endpoint.target.address))
-        };
-        loop {
-            let ready = picker.pick(Instant::now(), avoid)?;
-            // `None` if another call took the last stream since the pick, or the connection closed.
-            if let Some(stream) = ready.reserve() {
-                return Some((Arc::clone(&ready.endpoint), stream));
-            }
-        }
-    }
+/// Whether a call prefers other endpoints: the call was just sent there, or the operation that it
+/// is part of was.
+fn is_avoided(
+    ready: &ReadyEndpoint,
+    exclude: Option<&Arc<Endpoint>>,
+    attempted: Option<&AttemptedEndpoints>,
+) -> bool {
+    let endpoint = &ready.endpoint;
+    exclude.is_some_and(|exclude| Arc::ptr_eq(exclude, endpoint))
+        || attempted.is_some_and(|attempted| attempted.contains(&endpoint.target.address))
 }

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 pub(crate) struct AttemptedEndpoints(Arc<Mutex<[Option<Arc<str>>; 2]>>);
 
 impl AttemptedEndpoints {
-    pub(super) fn add(&self, address: &Arc<str>) {
+    pub(in crate::balance) fn add(&self, address: &Arc<str>) {
         let mut latest = self.0.lock();
         latest[1] = latest[0].replace(Arc::clone(address));
     }

@@ -106,6 +106,11 @@ impl<'a> Progress<'a> {
         self.waiting_for = waiting_for;
     }
 
+    /// When the call started, which is its place among waiting calls.
+    pub(super) fn started(&self) -> Instant {
+        self.started
+    }
+
     pub(super) fn deadline(&self) -> Option<&Deadline> {
         self.deadline.as_ref()
     }

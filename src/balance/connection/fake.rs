@@ -1,7 +1,9 @@
 //! A scripted connector for unit tests, without network.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::{Arc, Weak};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -108,6 +110,21 @@ impl FakeConnector {
     }
 }
 
+/// Frees the streams of cancelled calls, as the driver of a connection does.
+async fn release_cancelled(state: Weak<ConnectionState>) -> Infallible {
+    std::future::poll_fn(|cx| {
+        if let Some(state) = state.upgrade() {
+            state.register_driver(cx.waker());
+            let cancelled = state.take_cancelled();
+            if cancelled > 0 {
+                state.release_streams(cancelled);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
 impl Connect for FakeConnector {
     fn is_tls(&self) -> bool {
         false
@@ -139,6 +156,7 @@ impl Connect for FakeConnector {
         let (h2, connection) = handshake.map_err(|error| error.to_string())?;
         let state = ConnectionState::new();
         state.set_stream_limit(STREAM_LIMIT);
+        let driven = Arc::downgrade(&state);
         let (close, closed) = oneshot::channel();
         let fake = FakeConnection {
             state: Arc::downgrade(&state),
@@ -149,7 +167,12 @@ impl Connect for FakeConnector {
         self.with(&target.address, |endpoint| endpoint.connections.push(fake));
         Ok(Connection {
             sender: Sender::new(h2, state),
-            ended: Box::pin(async move { closed.await.unwrap_or_default() }),
+            ended: Box::pin(async move {
+                tokio::select! {
+                    reason = closed => reason.unwrap_or_default(),
+                    never = release_cancelled(driven) => match never {},
+                }
+            }),
         })
     }
 }

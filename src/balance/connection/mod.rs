@@ -15,6 +15,7 @@
 //! [`Connect`] is the seam to the pool: its unit tests use a scripted connector and no network.
 
 mod addresses;
+mod capacity;
 mod connect;
 mod connector;
 mod custom_io;
@@ -43,10 +44,11 @@ mod tls;
 mod unprocessed;
 mod upload;
 
+pub(super) use capacity::Capacity;
 pub(super) use connect::{Connect, Connection};
 pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
-pub(super) use fake::{FakeConnector, Script};
+pub(super) use fake::{FakeConnector, STREAM_LIMIT, Script};
 pub(super) use io::BoxError;
 pub(crate) use ping_budget::PingPolicy;
 pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};

@@ -7,8 +7,8 @@ use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
 use http::{Request, Response};
-use tokio::sync::Notify;
 
+use super::capacity::Capacity;
 use super::state::ConnectionState;
 use super::unprocessed::Unprocessed;
 use super::upload::{Upload, upload};
@@ -76,8 +76,8 @@ impl Sender {
     }
 
     /// `capacity` is notified whenever the connection has a free stream after it had none.
-    pub(crate) fn set_capacity_notify(&self, capacity: &Arc<Notify>) {
-        self.state.set_capacity_notify(capacity);
+    pub(crate) fn set_capacity(&self, capacity: &Arc<Capacity>) {
+        self.state.set_capacity(capacity);
     }
 
     /// Reserves a stream for one call, if the connection is open and has a free one.
@@ -105,6 +105,11 @@ pub(crate) struct ReservedStream {
 }
 
 impl ReservedStream {
+    /// Whether the connection still accepts calls.
+    pub(crate) fn is_open(&self) -> bool {
+        self.permit.state.is_accepting()
+    }
+
     /// Sends a request and waits for the head of its response.
     ///
     /// Dropping the future, or later the response's body, resets the stream.

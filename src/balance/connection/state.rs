@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::capacity::Capacity;
 use super::liveness::Liveness;
 
 /// Why a connection closed. The first cause wins, because later errors only follow from it.
@@ -48,7 +49,7 @@ pub(crate) struct ConnectionState {
     cancelled: AtomicUsize,
     driver: AtomicWaker,
     /// Notified when the connection has a free stream again.
-    capacity: OnceLock<Arc<Notify>>,
+    capacity: OnceLock<Arc<Capacity>>,
     exhausted: Notify,
     pub(crate) close_reason: CloseReason,
 }
@@ -170,8 +171,7 @@ impl ConnectionState {
 
     /// Gives streams back.
     ///
-    /// Sequentially consistent, because a waiting call first registers for the notification and
-    /// then looks for a free stream; one of the two sides always sees the other.
+    /// Sequentially consistent; see [`Capacity::notify_free_stream`].
     pub(crate) fn release_streams(&self, count: usize) {
         let streams = self.streams.fetch_sub(count, Ordering::SeqCst);
         if streams >= self.stream_limit() {
@@ -202,13 +202,13 @@ impl ConnectionState {
     }
 
     /// `capacity` is notified whenever the connection has a free stream after it had none.
-    pub(crate) fn set_capacity_notify(&self, capacity: &Arc<Notify>) {
+    pub(crate) fn set_capacity(&self, capacity: &Arc<Capacity>) {
         let _ = self.capacity.set(Arc::clone(capacity));
     }
 
     fn notify_capacity(&self) {
         if let Some(capacity) = self.capacity.get() {
-            capacity.notify_one();
+            capacity.notify_free_stream();
         }
     }
 }
@@ -219,8 +219,8 @@ mod tests {
 
     use super::*;
 
-    fn is_notified(notify: &Notify) -> bool {
-        notify.notified().now_or_never().is_some()
+    fn is_notified(capacity: &Capacity) -> bool {
+        capacity.notified().now_or_never().is_some()
     }
 
     #[test]
@@ -237,8 +237,9 @@ mod tests {
     #[test]
     fn only_a_full_connection_notifies_of_capacity() {
         let state = ConnectionState::new();
-        let capacity = Arc::default();
-        state.set_capacity_notify(&capacity);
+        let capacity = Arc::<Capacity>::default();
+        capacity.set_waiting(1);
+        state.set_capacity(&capacity);
         state.set_stream_limit(2);
         assert!(is_notified(&capacity));
         assert!(state.acquire_stream());
@@ -247,6 +248,10 @@ mod tests {
         assert!(state.acquire_stream() && state.acquire_stream());
         state.release_streams(1);
         assert!(is_notified(&capacity));
+        assert!(state.acquire_stream());
+        capacity.set_waiting(0);
+        state.release_streams(1);
+        assert!(!is_notified(&capacity), "no call waits");
     }
 
     #[test]

@@ -257,8 +257,9 @@ mod streams {
     async fn cancelled_call_frees_its_stream() {
         let (connection, server) = connect(KEEP_ALIVE).await;
         let sender = &connection.sender;
-        let capacity = Arc::default();
-        sender.set_capacity_notify(&capacity);
+        let capacity = Arc::<Capacity>::default();
+        capacity.set_waiting(1);
+        sender.set_capacity(&capacity);
         server.send(Command::Freeze);
         // The server allows one stream.
         timeout(SECOND, call(sender)).await.unwrap_err();

@@ -56,10 +56,6 @@ impl<C: Candidate> Picker<C> {
         }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.candidates.is_empty()
-    }
-
     pub(crate) fn candidates(&self) -> &[C] {
         &self.candidates
     }

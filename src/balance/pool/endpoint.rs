@@ -81,7 +81,16 @@ pub(crate) struct Endpoint {
     /// 0 while the endpoint gets no new calls.
     weight: AtomicU32,
     retained: AtomicBool,
-    slots: Mutex<Vec<SlotState>>,
+    slots: Mutex<Vec<Slot>>,
+}
+
+/// One connection of an endpoint.
+#[derive(Debug)]
+struct Slot {
+    state: SlotState,
+    /// Whether an attempt to connect has failed since the connection was last ready. As in gRPC's
+    /// policies, a slot stays failed during further attempts.
+    failed: bool,
 }
 
 /// The state of one connection of an endpoint.
@@ -97,10 +106,10 @@ pub(crate) enum SlotState {
     },
 }
 
-impl SlotState {
+impl Slot {
     /// The sender, if the connection accepts calls.
     fn sender(&self) -> Option<&Sender> {
-        match self {
+        match &self.state {
             SlotState::Ready(sender) if sender.is_open() => Some(sender),
             _ => None,
         }
@@ -108,7 +117,7 @@ impl SlotState {
 
     /// The last error. A connection may be lost before its task has noticed.
     fn error(&self) -> Option<String> {
-        match self {
+        match &self.state {
             SlotState::Connecting { last_error } => last_error.clone(),
             SlotState::Ready(sender) => sender.close_reason(),
             SlotState::Backoff { error } => Some(error.clone()),
@@ -118,7 +127,10 @@ impl SlotState {
 
 impl Endpoint {
     pub(crate) fn new(target: Target, instance: &Instance, connections: usize) -> Self {
-        let connecting = || SlotState::Connecting { last_error: None };
+        let connecting = || Slot {
+            state: SlotState::Connecting { last_error: None },
+            failed: false,
+        };
         let slots = std::iter::repeat_with(connecting).take(connections);
         let endpoint = Self {
             target,
@@ -161,11 +173,7 @@ impl Endpoint {
             return None;
         }
         let slots = self.slots.lock();
-        let senders: Box<[Sender]> = slots
-            .iter()
-            .filter_map(SlotState::sender)
-            .cloned()
-            .collect();
+        let senders: Box<[Sender]> = slots.iter().filter_map(Slot::sender).cloned().collect();
         (!senders.is_empty()).then(|| ReadyEndpoint {
             endpoint: Arc::clone(self),
             senders,
@@ -177,7 +185,7 @@ impl Endpoint {
     /// a connection.
     pub(crate) fn limit_reached(&self) -> Option<usize> {
         let slots = self.slots.lock();
-        let open = slots.iter().filter_map(SlotState::sender);
+        let open = slots.iter().filter_map(Slot::sender);
         let limits = open.map(Sender::limit_reached);
         limits.reduce(|sum, limit| Some(sum?.saturating_add(limit?)))?
     }
@@ -187,11 +195,18 @@ impl Endpoint {
         self.slots.lock().iter().any(|slot| slot.sender().is_some())
     }
 
+    /// Whether no call should wait for the endpoint: the last attempt of each connection failed,
+    /// or the endpoint gets no calls.
+    pub(crate) fn is_failing(&self) -> bool {
+        let is_draining = self.weight.load(Ordering::Relaxed) == 0;
+        is_draining || self.slots.lock().iter().all(|slot| slot.failed)
+    }
+
     pub(crate) fn status(&self) -> EndpointStatus {
         let weight = self.weight.load(Ordering::Relaxed);
         let slots = self.slots.lock();
-        let connections = slots.iter().filter_map(SlotState::sender).count();
-        let is_backing_off = |slot: &SlotState| matches!(slot, SlotState::Backoff { .. });
+        let connections = slots.iter().filter_map(Slot::sender).count();
+        let is_backing_off = |slot: &Slot| matches!(slot.state, SlotState::Backoff { .. });
         let state = if weight == 0 {
             EndpointState::Draining
         } else if connections > 0 {
@@ -208,7 +223,7 @@ impl Endpoint {
             in_flight: self.load.in_flight() as usize,
             latency: self.load.latency(Instant::now()),
             weight,
-            last_error: slots.iter().find_map(SlotState::error),
+            last_error: slots.iter().find_map(Slot::error),
             retained: self.is_retained(),
         }
     }
@@ -216,7 +231,12 @@ impl Endpoint {
     /// Sets the state of one connection. Does nothing after [`close`](Self::close).
     pub(crate) fn set_slot(&self, index: usize, state: SlotState) {
         if let Some(slot) = self.slots.lock().get_mut(index) {
-            *slot = state;
+            slot.failed = match state {
+                SlotState::Connecting { .. } => slot.failed,
+                SlotState::Ready(_) => false,
+                SlotState::Backoff { .. } => true,
+            };
+            slot.state = state;
         }
     }
 
@@ -248,9 +268,9 @@ impl ReadyEndpoint {
         after.iter().chain(before).find_map(Sender::reserve)
     }
 
-    /// Whether the endpoint is connected and no connection has a free stream.
-    pub(crate) fn is_full(&self) -> bool {
-        !self.is_usable() && self.senders.iter().any(Sender::is_open)
+    /// Whether a connection is open. The connection may have no free stream.
+    pub(crate) fn is_open(&self) -> bool {
+        self.senders.iter().any(Sender::is_open)
     }
 }
 

@@ -19,6 +19,8 @@ mod supervisor;
 #[cfg(test)]
 mod tests;
 mod view;
+mod wait_queue;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::connection::Connect;
 use super::pick::{BalancePolicy, Cursor, Picker};
@@ -45,6 +48,7 @@ pub(super) use mass_deletion::{
 use member::{Member, Vanished};
 use supervisor::{Spawner, Supervisor};
 pub(super) use view::{PoolStatus, View};
+pub(super) use waiting::WaitingCall;
 
 /// From how many members on publications are at least [`PAUSE_PER_ENDPOINT`] per member apart.
 /// Timers tick in milliseconds, so a shorter pause would take longer than it says.
@@ -90,7 +94,7 @@ impl<C: Connect> Pool<C> {
             connector,
             plan,
             changed: Arc::new(Notify::new()),
-            capacity: Arc::clone(&view.capacity),
+            capacity: view.capacity(),
         };
         Self {
             view,
@@ -111,6 +115,9 @@ impl<C: Connect> Pool<C> {
     /// Runs until it is dropped. The connections then close, each after its last call. If the
     /// source's stream ends, the last set stays.
     pub(crate) async fn run(mut self, source: Source) {
+        let serving = Arc::clone(&self.view);
+        let serving = tokio::spawn(async move { serving.serve_waiting_calls().await });
+        let _serving = AbortOnDropHandle::new(serving);
         let mut snapshots = source.into_stream().fuse();
         loop {
             let wake_at = [self.next_replacement_at(), self.guard.next_release_at()];
@@ -338,16 +345,21 @@ impl<C: Connect> Pool<C> {
             .clone()
             .filter_map(|member| member.current().endpoint.as_ready())
             .collect();
-        let endpoints = members.flat_map(Member::supervisors);
+        let endpoints: Vec<Arc<Endpoint>> = members
+            .flat_map(Member::supervisors)
+            .map(|supervisor| Arc::clone(&supervisor.endpoint))
+            .collect();
+        let is_failing = candidates.is_empty()
+            && self.snapshot.is_some()
+            && endpoints.iter().all(|endpoint| endpoint.is_failing());
         let status = PoolStatus {
             range: match &self.snapshot {
                 Some(snapshot) => Arc::clone(&snapshot.range),
                 None => Arc::clone(&self.view.status().range),
             },
-            endpoints: endpoints
-                .map(|supervisor| Arc::clone(&supervisor.endpoint))
-                .collect(),
+            endpoints,
             ready: candidates.len(),
+            is_failing,
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
             source_error: self.source_error.clone(),

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::connect_plan::ConnectPlan;
 use super::endpoint::{Endpoint, SlotState};
 use crate::backoff::Backoff;
-use crate::balance::connection::{Connect, Connection, Target};
+use crate::balance::connection::{Capacity, Connect, Connection, Target};
 use crate::instance::Instance;
 use crate::panics;
 
@@ -27,7 +27,7 @@ pub(crate) struct Spawner<C> {
     /// Notified whenever the state of a connection changes.
     pub(crate) changed: Arc<Notify>,
     /// Notified whenever a connection has a free stream after it had none.
-    pub(crate) capacity: Arc<Notify>,
+    pub(crate) capacity: Arc<Capacity>,
 }
 
 impl<C: Connect> Spawner<C> {
@@ -79,7 +79,7 @@ struct ConnectionTask<C> {
     slot: usize,
     connector: Arc<C>,
     changed: Arc<Notify>,
-    capacity: Arc<Notify>,
+    capacity: Arc<Capacity>,
 }
 
 impl<C: Connect> ConnectionTask<C> {
@@ -121,7 +121,7 @@ impl<C: Connect> ConnectionTask<C> {
 
     /// Offers a connection to calls until it accepts no more. Returns the reason for its end.
     async fn hold(&self, connection: Connection) -> String {
-        connection.sender.set_capacity_notify(&self.capacity);
+        connection.sender.set_capacity(&self.capacity);
         self.set(SlotState::Ready(connection.sender));
         let reason = connection.ended.await;
         // The picker is told before a new attempt starts. Calls that have already picked this

@@ -90,9 +90,18 @@ impl Harness {
 
     /// Picks an endpoint and reserves a stream on it, as a call does.
     fn pick(&self) -> Option<(Arc<Endpoint>, ReservedStream)> {
-        let picker = self.view.picker.load();
-        let ready = picker.pick(Instant::now(), |_| false)?;
-        Some((Arc::clone(&ready.endpoint), ready.reserve()?))
+        self.view.reserve(|_| false)
+    }
+
+    /// Waits for a stream, as a call does.
+    async fn wait_for_stream(&self, limit: Duration) -> (Arc<Endpoint>, ReservedStream) {
+        let call = WaitingCall {
+            started: Instant::now(),
+            avoids: Arc::new(|_| false),
+            waits_for_ready: true,
+        };
+        let served = timeout(limit, self.view.wait_for_stream(call)).await;
+        served.unwrap().unwrap()
     }
 }
 
@@ -507,11 +516,10 @@ mod view {
         let harness = Harness::new();
         harness.connector.script("host:1", REFUSE);
         harness.publish(fleet(1)).await;
-        let ready = harness.view.ready.notified();
         assert!(harness.pick().is_none());
         harness.connector.script("host:1", Script::Accept);
-        timeout(3 * SECOND, ready).await.unwrap();
-        assert!(harness.pick().is_some());
+        let (endpoint, _stream) = harness.wait_for_stream(3 * SECOND).await;
+        assert_eq!(&*endpoint.target.address, "host:1");
     }
 
     #[tokio::test(start_paused = true)]
@@ -521,18 +529,15 @@ mod view {
         harness.connector.set_stream_limit("host:1", 1);
         let (_, stream) = harness.pick().unwrap();
         assert!(harness.pick().is_none());
-        assert!(harness.view.is_full());
         let limit = "host:1 (ready, its limit of 1 streams is reached)";
         let message = harness.view.describe_unavailable();
         assert!(message.contains(limit), "{message}");
 
-        // The fake has no driver to free a dropped stream, so the server raises its limit instead.
-        let capacity = Arc::clone(&harness.view.capacity);
-        settle().await;
-        harness.connector.set_stream_limit("host:1", 2);
-        timeout(SECOND, capacity.notified()).await.unwrap();
-        assert!(harness.pick().is_some());
-        drop(stream);
+        let free = async {
+            settle().await;
+            drop(stream);
+        };
+        tokio::join!(harness.wait_for_stream(SECOND), free);
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,9 +3,14 @@
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
+use tokio::task::coop::consume_budget;
+use tokio::time::Instant;
 
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, ReadyEndpoint};
+use super::wait_queue::WaitQueue;
+use super::waiting::{AssignedStream, WaitingCall};
+use crate::balance::connection::{Capacity, ReservedStream};
 use crate::balance::pick::{BalancePolicy, Cursor, Picker};
 use crate::snapshot::Freshness;
 
@@ -16,11 +21,8 @@ const MAX_NAMED: usize = 10;
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) picker: ArcSwap<Picker<ReadyEndpoint>>,
-    /// Notifies all waiting calls whenever a picker with endpoints is published.
-    pub(crate) ready: Notify,
-    /// Notified whenever a connection has a free stream after it had none. A notification wakes one
-    /// waiting call, which wakes the next after it has found a stream.
-    pub(crate) capacity: Arc<Notify>,
+    waiting: WaitQueue<WaitingCall, AssignedStream>,
+    capacity: Arc<Capacity>,
     status: watch::Sender<Arc<PoolStatus>>,
 }
 
@@ -32,6 +34,9 @@ pub(crate) struct PoolStatus {
     pub(crate) endpoints: Vec<Arc<Endpoint>>,
     /// How many endpoints the picker has.
     pub(crate) ready: usize,
+    /// Whether there is nothing to wait for soon: the set has arrived, no endpoint is ready, and
+    /// the last attempt to connect to each has failed. gRPC calls this state TRANSIENT_FAILURE.
+    pub(crate) is_failing: bool,
     /// Why instances cannot be called: their addresses are invalid, or they need TLS.
     pub(crate) unusable: Vec<String>,
     pub(crate) freshness: Option<Freshness>,
@@ -46,26 +51,84 @@ impl View {
             range,
             endpoints: vec![],
             ready: 0,
+            is_failing: false,
             unusable: vec![],
             freshness: None,
             source_error: None,
         };
+        let capacity = Arc::<Capacity>::default();
         Self {
             picker: ArcSwap::from_pointee(picker),
-            ready: Notify::new(),
-            capacity: Arc::default(),
+            waiting: WaitQueue::new(Arc::clone(&capacity)),
+            capacity,
             status: watch::Sender::new(Arc::new(status)),
         }
     }
 
     /// Publishes a picker and the status that belongs to it.
     pub(crate) fn publish(&self, picker: Picker<ReadyEndpoint>, status: PoolStatus) {
-        let has_endpoints = !picker.is_empty();
         self.picker.store(Arc::new(picker));
-        if has_endpoints {
-            self.ready.notify_waiters();
-        }
         self.status.send_replace(Arc::new(status));
+        self.capacity.notify();
+    }
+
+    /// Notified whenever waiting calls should be tried.
+    pub(crate) fn capacity(&self) -> Arc<Capacity> {
+        Arc::clone(&self.capacity)
+    }
+
+    /// Whether calls wait. A new call then has to queue.
+    pub(crate) fn has_waiting_calls(&self) -> bool {
+        self.capacity.is_awaited()
+    }
+
+    /// Picks an endpoint and reserves a stream on it. An endpoint that `avoid` matches is taken
+    /// only if no other has room.
+    pub(crate) fn reserve(
+        &self,
+        avoid: impl Fn(&ReadyEndpoint) -> bool,
+    ) -> Option<(Arc<Endpoint>, ReservedStream)> {
+        let picker = self.picker.load();
+        loop {
+            let ready = picker.pick(Instant::now(), &avoid)?;
+            // `None` if another call took the last stream since the pick, or the connection closed.
+            if let Some(stream) = ready.reserve() {
+                return Some((Arc::clone(&ready.endpoint), stream));
+            }
+        }
+    }
+
+    /// Waits until a stream is reserved for the call. Returns `None` if all endpoints fail and the
+    /// call does not wait for them.
+    pub(crate) async fn wait_for_stream(
+        &self,
+        call: WaitingCall,
+    ) -> Option<(Arc<Endpoint>, ReservedStream)> {
+        loop {
+            let assigned = self.waiting.wait(call.started, call.clone()).await?;
+            if let Some(taken) = assigned.take() {
+                return Some(taken);
+            }
+        }
+    }
+
+    /// Serves waiting calls until the future is dropped.
+    pub(super) async fn serve_waiting_calls(&self) {
+        let capacity = self.capacity();
+        let reserve = |call: &WaitingCall| {
+            let reserved = self.reserve(|ready| (call.avoids)(ready));
+            reserved.map(AssignedStream::new)
+        };
+        loop {
+            capacity.notified().await;
+            if self.is_failing() {
+                self.waiting.refuse(|call| !call.waits_for_ready);
+            }
+            while self.waiting.serve_first(reserve) {
+                // Thousands of calls may wait for the first endpoint.
+                consume_budget().await;
+            }
+        }
     }
 
     /// The current status.
@@ -83,16 +146,22 @@ impl View {
         self.status().endpoints()
     }
 
-    /// Whether an endpoint is ready but has no free stream.
-    pub(crate) fn is_full(&self) -> bool {
+    /// Whether there is nothing that a call should wait for if it does not wait for endpoints that
+    /// fail.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.status.borrow().is_failing
+    }
+
+    /// Whether a connection is open. A call that waits nevertheless waits for a free stream.
+    fn has_open_endpoint(&self) -> bool {
         let picker = self.picker.load();
-        picker.candidates().iter().any(ReadyEndpoint::is_full)
+        picker.candidates().iter().any(ReadyEndpoint::is_open)
     }
 
     /// Why no call can be sent: there are no instances, or the state of each of the first
     /// [`MAX_NAMED`].
     pub(crate) fn describe_unavailable(&self) -> String {
-        self.status().describe_unavailable(self.is_full())
+        self.status().describe_unavailable(self.has_open_endpoint())
     }
 }
 
@@ -109,8 +178,8 @@ impl PoolStatus {
         with_source_error.collect()
     }
 
-    fn describe_unavailable(&self, is_full: bool) -> String {
-        let lacking = if is_full {
+    fn describe_unavailable(&self, has_open_endpoint: bool) -> String {
+        let lacking = if has_open_endpoint {
             "has room for another call"
         } else {
             "is ready"

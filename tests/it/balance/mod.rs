@@ -2,6 +2,7 @@
 
 mod addresses;
 mod attempts;
+mod fairness;
 mod faults;
 mod frames;
 mod http_pages;
