@@ -19,6 +19,10 @@ use tokio::time::{Instant, sleep};
 /// section 5, with the value that the RFC recommends.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 
+/// The shortest pause. It is shorter than [`ATTEMPT_DELAY`] if a name has so many addresses, or the
+/// time is so short, that not all could be tried. RFC 8305 allows no less than 10 ms.
+const MIN_ATTEMPT_DELAY: Duration = Duration::from_millis(10);
+
 /// How many addresses the error of a name lists. A name may have hundreds.
 const LISTED_ERRORS: usize = 4;
 
@@ -69,7 +73,7 @@ impl LastWinner {
 ///
 /// The errors of the attempts, in the order in which they failed.
 pub(super) async fn race<A, T, E, F>(
-    addresses: impl IntoIterator<Item = A>,
+    addresses: Vec<A>,
     deadline: Instant,
     connect: impl Fn(A) -> F,
 ) -> Result<(A, T), Vec<(A, E)>>
@@ -77,11 +81,13 @@ where
     A: Copy,
     F: Future<Output = Result<T, E>>,
 {
+    let delay = attempt_delay(addresses.len(), deadline - Instant::now());
     let mut untried = addresses.into_iter().peekable();
     let mut running = FuturesUnordered::new();
     let mut failed = Vec::new();
     loop {
-        let has_time = running.is_empty() && failed.is_empty() || Instant::now() < deadline;
+        let is_first = running.is_empty() && failed.is_empty();
+        let has_time = is_first || Instant::now() < deadline;
         if let Some(address) = untried.next_if(|_| has_time) {
             let attempt = connect(address);
             running.push(async move { (address, attempt.await) });
@@ -94,9 +100,15 @@ where
                 Some((address, Err(error))) => failed.push((address, error)),
                 None => return Err(failed),
             },
-            () = sleep(ATTEMPT_DELAY), if may_start => {}
+            () = sleep(delay), if may_start => {}
         }
     }
+}
+
+/// The pause between the starts of two attempts, if `count` addresses have to be tried in `time`.
+fn attempt_delay(count: usize, time: Duration) -> Duration {
+    let count = u32::try_from(count).unwrap_or(u32::MAX).max(1);
+    (time / count).clamp(MIN_ATTEMPT_DELAY, ATTEMPT_DELAY)
 }
 
 /// The error of a name of which no address could be connected to.
@@ -157,7 +169,7 @@ mod tests {
         let begun = Instant::now();
         let starts = Mutex::new(Vec::new());
         let running = Mutex::new(0);
-        let result = race(0..scripts.len(), begun + 5 * SECOND, |index| {
+        let result = race((0..scripts.len()).collect(), begun + 5 * SECOND, |index| {
             starts.lock().push(begun.elapsed());
             *running.lock() += 1;
             let guard = Running(&running);
@@ -219,12 +231,33 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn many_silent_addresses_are_all_tried_in_time() {
+        let mut scripts = [HANG; 100];
+        scripts[99] = Script::Accept(10 * MILLISECOND);
+        let outcome = run(&scripts).await;
+        assert_eq!(outcome.result, Ok(99));
+        // 5 s for 100 addresses.
+        assert_eq!(outcome.starts[1..3], [50, 100].map(Duration::from_millis));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn deadline_ends_all_attempts_and_starts_no_more() {
-        let outcome = run(&[HANG; 100]).await;
+        let outcome = run(&[HANG; 1_000]).await;
         assert_eq!(outcome.took, 5 * SECOND);
-        // One at the start and one each 250 ms before 5 s.
-        assert_eq!(outcome.starts.len(), 20);
-        assert_eq!(outcome.result.unwrap_err().len(), 20);
+        // One each 10 ms before 5 s.
+        assert_eq!(outcome.starts.len(), 500);
+        assert_eq!(outcome.result.unwrap_err().len(), 500);
+    }
+
+    #[test]
+    fn delay_leaves_time_for_each_address() {
+        let delay = |count, millis| attempt_delay(count, Duration::from_millis(millis));
+        assert_eq!(delay(2, 5_000), Duration::from_millis(250));
+        assert_eq!(delay(20, 5_000), Duration::from_millis(250));
+        assert_eq!(delay(2, 200), Duration::from_millis(100));
+        assert_eq!(delay(1_000, 5_000), MIN_ATTEMPT_DELAY);
+        assert_eq!(delay(0, 5_000), ATTEMPT_DELAY);
+        assert_eq!(delay(2, 0), MIN_ATTEMPT_DELAY);
     }
 
     #[tokio::test(start_paused = true)]
