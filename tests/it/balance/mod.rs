@@ -19,4 +19,5 @@ mod streams;
 #[cfg(feature = "_tls")]
 mod tls;
 mod transport;
+mod uploads;
 mod waiting;

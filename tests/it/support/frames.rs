@@ -36,6 +36,7 @@ pub const REFUSED_STREAM: u32 = 0x7;
 pub const ENHANCE_YOUR_CALM: u32 = 0xb;
 
 pub const MAX_CONCURRENT_STREAMS: u16 = 0x3;
+pub const INITIAL_WINDOW_SIZE: u16 = 0x4;
 pub const MAX_HEADER_LIST_SIZE: u16 = 0x6;
 
 /// A server whose connections a closure handles, each in a task of its own.

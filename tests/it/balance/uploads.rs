@@ -1,0 +1,137 @@
+//! Keep-alive while a request is sent that takes long.
+
+use std::time::{Duration, Instant};
+
+use goo_etcd::BalancedChannel;
+use goo_etcd::testing::Proxy;
+use helloworld::echo::EchoRequest;
+use helloworld::echo::echo_client::EchoClient;
+use nix::sys::signal::Signal;
+use tonic::{Code, Status};
+
+use crate::support::balanced::{static_channel, wait_until_ready};
+use crate::support::echo_process::EchoProcess;
+use crate::support::frames::{
+    DATA, FrameConnection, FrameServer, INITIAL_WINDOW_SIZE, WINDOW_UPDATE,
+};
+
+const MIB: usize = 1024 * 1024;
+
+/// Wide enough for a busy machine to answer a ping.
+const INTERVAL: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The time in which a stopped server must be found, for a busy machine. Without keep-alive it is
+/// never found.
+const FOUND_WITHIN: Duration = Duration::from_secs(15);
+
+fn channel(address: &str) -> BalancedChannel {
+    static_channel([address], |builder| {
+        builder
+            .http2_keep_alive_interval(Some(INTERVAL))
+            .keep_alive_timeout(TIMEOUT)
+    })
+}
+
+async fn upload(channel: &BalancedChannel, bytes: usize) -> Result<(), Status> {
+    let request = EchoRequest {
+        payload: vec![7; bytes],
+        ..EchoRequest::default()
+    };
+    let client = EchoClient::new(channel.clone());
+    let mut client = client.max_encoding_message_size(usize::MAX);
+    client.unary(request).await.map(drop)
+}
+
+/// Sends messages of 64 KiB until the call fails.
+async fn upload_for_ever(channel: &BalancedChannel) -> Status {
+    let message = EchoRequest {
+        payload: vec![7; 64 * 1024],
+        ..EchoRequest::default()
+    };
+    let mut client = EchoClient::new(channel.clone());
+    let messages = futures::stream::repeat(message);
+    client.client_stream(messages).await.unwrap_err()
+}
+
+/// Grants windows of 8 MiB, so that nothing but TCP slows an upload down.
+async fn open_windows(connection: &mut FrameConnection) -> std::io::Result<()> {
+    let window = 8 * MIB as u32;
+    connection
+        .handshake(&[(INITIAL_WINDOW_SIZE, window)])
+        .await?;
+    let increment = window.to_be_bytes();
+    connection
+        .write_frame(WINDOW_UPDATE, 0, 0, &increment)
+        .await
+}
+
+/// 4 MiB at 160 KiB/s took 26 s, and the ping waited behind what the system had buffered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_upload_ends() {
+    let server = FrameServer::start(|mut connection| async move {
+        open_windows(&mut connection).await?;
+        loop {
+            let stream = connection.next_request().await?;
+            connection.respond_ok(stream).await?;
+        }
+    })
+    .await;
+    let proxy = Proxy::start(server.address()).await.unwrap();
+    let endpoint = proxy.endpoint();
+    let channel = channel(endpoint.trim_start_matches("http://"));
+    wait_until_ready(&channel, 1).await;
+    // 16 KiB at a time: at most 0.8 MiB/s.
+    proxy.delay(Duration::from_millis(20));
+    let started = Instant::now();
+    upload(&channel, 4 * MIB).await.unwrap();
+    let took = started.elapsed();
+    assert!(took > 2 * (INTERVAL + TIMEOUT), "not slow: {took:?}");
+    assert_eq!(server.accepted(), 1);
+}
+
+/// A server that has stopped takes nothing any more, once its windows or the system's buffers are
+/// full.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stopped_process_is_found_in_mid_upload() {
+    let server = EchoProcess::start().await;
+    let channel = channel(server.address());
+    wait_until_ready(&channel, 1).await;
+    let uploading = tokio::spawn({
+        let channel = channel.clone();
+        async move { upload_for_ever(&channel).await }
+    });
+    tokio::time::sleep(INTERVAL / 2).await;
+    server.pause().await;
+    let stopped = Instant::now();
+    let error = uploading.await.unwrap();
+    let took = stopped.elapsed();
+    assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+    assert!(error.message().contains("keep-alive"), "{error:?}");
+    assert!(took <= FOUND_WITHIN, "{took:?}");
+    server.signal(Signal::SIGCONT);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn server_that_stops_reading_is_found_in_mid_upload() {
+    let server = FrameServer::start(|mut connection| async move {
+        open_windows(&mut connection).await?;
+        let mut received = 0;
+        while received < MIB {
+            let frame = connection.next().await?;
+            if frame.kind == DATA {
+                received += frame.payload.len();
+            }
+        }
+        std::future::pending().await
+    })
+    .await;
+    let channel = channel(server.address());
+    wait_until_ready(&channel, 1).await;
+    let started = Instant::now();
+    let error = upload(&channel, 64 * MIB).await.unwrap_err();
+    let took = started.elapsed();
+    assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+    assert!(error.message().contains("keep-alive"), "{error:?}");
+    assert!(took <= FOUND_WITHIN, "{took:?}");
+}
