@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 
 use super::sender::Sender;
+use super::state::Carried;
 use super::target::Target;
 
 /// Opens connections for the endpoints of a pool.
@@ -26,7 +27,14 @@ pub(crate) trait Connect: Send + Sync + 'static {
 /// A connection whose peer has sent its HTTP/2 SETTINGS.
 pub(crate) struct Connection {
     pub(crate) sender: Sender,
-    /// Resolves with the reason when the connection accepts no more calls. After it is dropped,
-    /// calls in flight on the connection still finish if the peer lets them.
-    pub(crate) ended: BoxFuture<'static, String>,
+    /// Resolves when the connection accepts no more calls. After it is dropped, calls in flight on
+    /// the connection still finish if the peer lets them.
+    pub(crate) ended: BoxFuture<'static, Ended>,
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) reason: String,
+    pub(crate) carried: Carried,
 }

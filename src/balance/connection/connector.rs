@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
 use super::addresses::{describe, race};
-use super::connect::{Connect, Connection};
+use super::connect::{Connect, Connection, Ended};
 use super::custom_io::CustomIo;
 use super::driver;
 use super::io::{BoxError, BoxIo};
@@ -23,7 +23,7 @@ use super::monitor::MonitoredIo;
 use super::ping_interval::PingInterval;
 use super::sender::Sender;
 use super::settings::ConnectionSettings;
-use super::state::ConnectionState;
+use super::state::{Carried, ConnectionState};
 use super::target::Target;
 use super::tcp;
 use super::tls::Tls;
@@ -201,11 +201,15 @@ impl Connector {
         }
         let going_away = events.going_away;
         let ended = Box::pin(async move {
-            tokio::select! {
+            let reason = tokio::select! {
                 biased;
                 Ok(reason) = going_away => reason,
                 reason = closed => or_lost(reason),
                 () = state.wait_until_exhausted() => "the connection accepts no more streams".to_owned(),
+            };
+            Ended {
+                reason,
+                carried: Carried::of(&state),
             }
         });
         Ok(Connection { sender, ended })

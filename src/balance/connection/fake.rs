@@ -12,9 +12,9 @@ use tokio::io::DuplexStream;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::connect::{Connect, Connection};
+use super::connect::{Connect, Connection, Ended};
 use super::sender::Sender;
-use super::state::ConnectionState;
+use super::state::{Carried, ConnectionState};
 use super::target::Target;
 
 /// What connecting to an address leads to.
@@ -92,6 +92,16 @@ impl FakeConnector {
         });
     }
 
+    /// Records a response on all connections to an address.
+    pub(crate) fn respond(&self, address: &str) {
+        self.with(address, |endpoint| {
+            let states = endpoint.connections.iter().map(|c| &c.state);
+            for state in states.filter_map(Weak::upgrade) {
+                state.record_response();
+            }
+        });
+    }
+
     /// Changes the limit on streams of all connections to an address.
     pub(crate) fn set_stream_limit(&self, address: &str, limit: usize) {
         self.with(address, |endpoint| {
@@ -165,13 +175,15 @@ impl Connect for FakeConnector {
             _peer: peer,
         };
         self.with(&target.address, |endpoint| endpoint.connections.push(fake));
+        let carried = Carried::of(&state);
         Ok(Connection {
             sender: Sender::new(h2, state),
             ended: Box::pin(async move {
-                tokio::select! {
+                let reason = tokio::select! {
                     reason = closed => reason.unwrap_or_default(),
                     never = release_cancelled(driven) => match never {},
-                }
+                };
+                Ended { reason, carried }
             }),
         })
     }

@@ -45,7 +45,7 @@ mod unprocessed;
 mod upload;
 
 pub(super) use capacity::Capacity;
-pub(super) use connect::{Connect, Connection};
+pub(super) use connect::{Connect, Connection, Ended};
 pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
 pub(super) use fake::{FakeConnector, STREAM_LIMIT, Script};
@@ -53,6 +53,7 @@ pub(super) use io::BoxError;
 pub(crate) use ping_budget::PingPolicy;
 pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};
 pub(super) use settings::ConnectionSettings;
+pub(super) use state::Carried;
 pub(super) use target::Target;
 pub(super) use tls::Tls;
 pub(super) use unprocessed::Unprocessed;

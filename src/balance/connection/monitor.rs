@@ -80,7 +80,11 @@ impl<T> MonitoredIo<T> {
         let (last_ended, ping_interval) = (&mut self.last_ended, &self.ping_interval);
         let state = &self.state;
         self.scanner.scan(bytes, |frame| match frame {
-            Frame::Headers | Frame::Data => state.record_data(),
+            Frame::Headers => {
+                state.record_response();
+                state.record_data();
+            }
+            Frame::Data => state.record_data(),
             Frame::StreamEnd(stream) => {
                 // A server that does not wait for the end of a request sends RST_STREAM after its
                 // response.

@@ -51,6 +51,9 @@ pub(crate) struct ConnectionState {
     /// Notified when the connection has a free stream again.
     capacity: OnceLock<Arc<Capacity>>,
     exhausted: Notify,
+    /// Whether the head of a response has arrived.
+    has_response: AtomicBool,
+    response: Notify,
     pub(crate) close_reason: CloseReason,
 }
 
@@ -69,6 +72,8 @@ impl ConnectionState {
             driver: AtomicWaker::new(),
             capacity: OnceLock::new(),
             exhausted: Notify::new(),
+            has_response: AtomicBool::new(false),
+            response: Notify::new(),
             close_reason: CloseReason::default(),
         })
     }
@@ -120,6 +125,15 @@ impl ConnectionState {
 
     pub(crate) fn last_activity(&self) -> Instant {
         self.opened_at + Duration::from_nanos(self.last_activity.load(Ordering::Relaxed))
+    }
+
+    /// Records that the head of a response has arrived.
+    pub(crate) fn record_response(&self) {
+        // Only the first is stored, because this runs for every response.
+        if !self.has_response.load(Ordering::Relaxed) {
+            self.has_response.store(true, Ordering::SeqCst);
+            self.response.notify_waiters();
+        }
     }
 
     pub(crate) fn describe_close(&self) -> String {
@@ -210,6 +224,38 @@ impl ConnectionState {
         if let Some(capacity) = self.capacity.get() {
             capacity.notify_free_stream();
         }
+    }
+}
+
+/// What a connection carried. Holds the connection's state and not the connection itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Carried(Arc<ConnectionState>);
+
+impl Carried {
+    pub(crate) fn of(state: &Arc<ConnectionState>) -> Self {
+        Self(Arc::clone(state))
+    }
+
+    /// Whether the head of a response has arrived.
+    pub(crate) fn has_response(&self) -> bool {
+        self.0.has_response.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when the head of a response has arrived. A connection whose peer announced its end
+    /// may still carry responses.
+    pub(crate) async fn wait_for_response(&self) {
+        let arrived = self.0.response.notified();
+        tokio::pin!(arrived);
+        // Registered before the look at the flag, so that no response is missed in between.
+        arrived.as_mut().enable();
+        if !self.has_response() {
+            arrived.await;
+        }
+    }
+
+    /// Whether a response may still arrive: the connection, or a call on it, is alive.
+    pub(crate) fn may_change(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 }
 

@@ -126,7 +126,7 @@ mod keep_alive {
         let (connection, server) = connect(KEEP_ALIVE).await;
         server.send(Command::Freeze);
         let frozen_at = Instant::now();
-        let reason = connection.ended.await;
+        let reason = connection.ended.await.reason;
         assert_eq!(reason, "connection lost: keep-alive ping timed out");
         let waited = frozen_at.elapsed();
         assert!((13 * SECOND..14 * SECOND).contains(&waited), "{waited:?}");
@@ -160,7 +160,7 @@ mod keep_alive {
             error.close_reason.as_deref(),
             Some("keep-alive ping timed out")
         );
-        let reason = connection.ended.await;
+        let reason = connection.ended.await.reason;
         assert_eq!(reason, "connection lost: keep-alive ping timed out");
     }
 
@@ -234,7 +234,7 @@ mod ending {
     async fn goaway_is_noticed_without_a_call() {
         let (connection, server) = connect(KEEP_ALIVE).await;
         server.send(Command::ShutDown);
-        let reason = connection.ended.await;
+        let reason = connection.ended.await.reason;
         assert_eq!(reason, "GOAWAY NO_ERROR");
         assert!(connection.sender.reserve().is_none());
     }
@@ -243,7 +243,7 @@ mod ending {
     async fn closed_connection_says_who_closed_it() {
         let (connection, server) = connect(KEEP_ALIVE).await;
         drop(server);
-        let reason = connection.ended.await;
+        let reason = connection.ended.await.reason;
         assert_eq!(reason, "connection lost: closed by the peer");
         let close_reason = connection.sender.close_reason();
         assert_eq!(close_reason, Some(reason));

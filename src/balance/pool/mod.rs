@@ -12,9 +12,11 @@
 //!   others.
 
 mod connect_plan;
+mod demand;
 mod endpoint;
 mod mass_deletion;
 mod member;
+mod reconnect;
 mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -95,6 +97,7 @@ impl<C: Connect> Pool<C> {
             plan,
             changed: Arc::new(Notify::new()),
             capacity: view.capacity(),
+            demand: Arc::clone(&view.demand),
         };
         Self {
             view,

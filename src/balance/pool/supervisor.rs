@@ -1,24 +1,21 @@
 //! Keeping an endpoint connected.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::connect_plan::ConnectPlan;
+use super::demand::Demand;
 use super::endpoint::{Endpoint, SlotState};
-use crate::backoff::Backoff;
-use crate::balance::connection::{Capacity, Connect, Connection, Target};
+use super::reconnect::{Next, Reconnect};
+use crate::balance::connection::{Capacity, Carried, Connect, Connection, Ended, Target};
 use crate::instance::Instance;
 use crate::panics;
-
-/// The first pause and the jitter of gRPC's connection backoff ("GRPC Connection Backoff
-/// Protocol").
-const BACKOFF_BASE: Duration = Duration::from_secs(1);
-const BACKOFF_JITTER: Range<f64> = 0.8..1.2;
 
 /// Starts the supervisors of a pool.
 pub(crate) struct Spawner<C> {
@@ -28,6 +25,7 @@ pub(crate) struct Spawner<C> {
     pub(crate) changed: Arc<Notify>,
     /// Notified whenever a connection has a free stream after it had none.
     pub(crate) capacity: Arc<Capacity>,
+    pub(crate) demand: Arc<Demand>,
 }
 
 impl<C: Connect> Spawner<C> {
@@ -47,6 +45,8 @@ impl<C: Connect> Spawner<C> {
                 connector: Arc::clone(&self.connector),
                 changed: Arc::clone(&self.changed),
                 capacity: Arc::clone(&self.capacity),
+                demand: Arc::clone(&self.demand),
+                unanswered: Vec::new(),
             };
             tasks.spawn(task.run(self.plan.max_backoff));
         }
@@ -80,35 +80,42 @@ struct ConnectionTask<C> {
     connector: Arc<C>,
     changed: Arc<Notify>,
     capacity: Arc<Capacity>,
+    demand: Arc<Demand>,
+    /// Ended connections that carried no response so far. A server that announced the end of a
+    /// connection may still respond on it.
+    unanswered: Vec<Carried>,
 }
 
 impl<C: Connect> ConnectionTask<C> {
-    async fn run(self, max_backoff: Duration) {
-        let mut backoff = Backoff::with_jitter(BACKOFF_BASE, max_backoff, BACKOFF_JITTER);
+    async fn run(mut self, max_backoff: Duration) {
+        let mut reconnect = Reconnect::new(max_backoff);
         loop {
             let started = Instant::now();
-            let error = match self.connect().await {
+            let (error, next) = match self.connect().await {
                 Ok(connection) => {
                     let connected = Instant::now();
-                    let reason = self.hold(connection).await;
-                    if connected.elapsed() >= BACKOFF_BASE {
-                        // The connection was stable, so its loss starts a new series of attempts.
-                        backoff.reset();
-                        continue;
-                    }
-                    reason
+                    let ended = self.hold(connection).await;
+                    let lifetime = connected.elapsed();
+                    let next = if self.is_answered(ended.carried) {
+                        self.unanswered.clear();
+                        reconnect.on_answered()
+                    } else {
+                        reconnect.on_unanswered(lifetime)
+                    };
+                    (ended.reason, next)
                 }
-                Err(error) => error,
+                Err(error) => {
+                    let next = reconnect.on_failed();
+                    (error, next)
+                }
             };
             tracing::debug!(address = %self.endpoint.target.address, %error, "not connected");
-            self.set(SlotState::Backoff {
-                error: error.clone(),
-            });
-            // gRPC counts the pause from the start of the attempt, because an attempt that took
-            // long to fail has already waited.
-            tokio::time::sleep_until(started + backoff.next()).await;
-            let last_error = Some(error);
-            self.set(SlotState::Connecting { last_error });
+            if let Next::After { pause, on_demand } = next {
+                // gRPC counts the pause from the start of the attempt, because an attempt that took
+                // long to fail has already waited.
+                self.back_off(error, started + pause, on_demand, &mut reconnect)
+                    .await;
+            }
         }
     }
 
@@ -119,20 +126,64 @@ impl<C: Connect> ConnectionTask<C> {
             .unwrap_or_else(|text| Err(format!("the connector panicked: {text}")))
     }
 
-    /// Offers a connection to calls until it accepts no more. Returns the reason for its end.
-    async fn hold(&self, connection: Connection) -> String {
+    /// Offers a connection to calls until it accepts no more.
+    async fn hold(&self, connection: Connection) -> Ended {
         connection.sender.set_capacity(&self.capacity);
         self.set(SlotState::Ready(connection.sender));
-        let reason = connection.ended.await;
+        let ended = connection.ended.await;
         // The picker is told before a new attempt starts. Calls that have already picked this
         // connection get their request back and pick again.
-        let last_error = Some(reason.clone());
+        let last_error = Some(ended.reason.clone());
         self.set(SlotState::Connecting { last_error });
-        reason
+        ended
+    }
+
+    /// Whether the connection that has just ended, or one of those before that were thought to be
+    /// unanswered, has carried a response.
+    fn is_answered(&mut self, carried: Carried) -> bool {
+        self.unanswered.push(carried);
+        let answered = self.unanswered.iter().any(Carried::has_response);
+        // A connection without a call can carry nothing any more.
+        self.unanswered.retain(Carried::may_change);
+        answered
+    }
+
+    /// Waits until a time, or shorter: for a waiting call, or until an ended connection carries a
+    /// response.
+    async fn back_off(
+        &mut self,
+        error: String,
+        until: Instant,
+        on_demand: bool,
+        reconnect: &mut Reconnect,
+    ) {
+        self.set(SlotState::Backoff {
+            error: error.clone(),
+        });
+        tokio::select! {
+            biased;
+            () = wait_for_response(&self.unanswered) => {
+                self.unanswered.clear();
+                reconnect.on_answered();
+            }
+            () = self.demand.wait_for_call(), if on_demand => reconnect.on_demand(),
+            () = tokio::time::sleep_until(until) => {}
+        }
+        let last_error = Some(error);
+        self.set(SlotState::Connecting { last_error });
     }
 
     fn set(&self, state: SlotState) {
         self.endpoint.set_slot(self.slot, state);
         self.changed.notify_one();
+    }
+}
+
+/// Resolves when one of the connections carries a response. Never resolves without connections.
+async fn wait_for_response(connections: &[Carried]) {
+    let responses = connections.iter().map(Carried::wait_for_response);
+    let mut responses: FuturesUnordered<_> = responses.collect();
+    if responses.next().await.is_none() {
+        std::future::pending().await
     }
 }

@@ -1,5 +1,7 @@
 //! The pool with a scripted connector, in paused time.
 
+mod reconnecting;
+
 use std::time::Duration;
 
 use futures::channel::mpsc;
@@ -189,25 +191,6 @@ mod backoff {
         let pause = attempts[before + 1] - lost_at;
         assert!(pause <= SECOND.mul_f64(1.21), "{pause:?}");
     }
-
-    #[tokio::test(start_paused = true)]
-    async fn connection_lost_at_once_backs_off() {
-        let harness = Harness::new();
-        harness.publish(fleet(1)).await;
-        for _ in 0..4 {
-            harness.connector.disconnect("host:1", "reset");
-            settle().await;
-            assert_eq!(harness.state("host:1"), Some(EndpointState::Backoff));
-            let error = harness.endpoint("host:1").unwrap().last_error;
-            assert_eq!(error.as_deref(), Some("connection lost: reset"));
-            while harness.state("host:1") != Some(EndpointState::Ready) {
-                settle().await;
-            }
-            assert_eq!(harness.endpoint("host:1").unwrap().last_error, None);
-        }
-        let pauses = pauses(&harness);
-        assert!(pauses[3] > 1.6 * pauses[0], "{pauses:?}");
-    }
 }
 
 mod replacement {
@@ -248,6 +231,7 @@ mod replacement {
         harness.connector.script("host:2", Script::Hang);
         harness.publish([instance("a", "host:1")]).await;
         harness.publish([instance("a", "host:2")]).await;
+        harness.connector.script("host:1", REFUSE);
         harness.connector.disconnect("host:1", "reset");
         settle().await;
         assert_eq!(harness.state("host:1"), None);
@@ -355,7 +339,8 @@ mod mass_deletion {
         assert!(!harness.endpoint("host:1").unwrap().retained);
         assert_eq!(harness.state("host:5"), None);
 
-        // A retained endpoint that loses its connection is given up.
+        // A retained endpoint that loses its connection for good is given up.
+        harness.connector.script("host:4", REFUSE);
         harness.connector.disconnect("host:4", "reset");
         settle().await;
         assert_eq!(harness.pickable(), ["host:1", "host:2", "host:3"]);

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::task::coop::consume_budget;
 use tokio::time::Instant;
 
+use super::demand::Demand;
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, ReadyEndpoint};
 use super::wait_queue::WaitQueue;
 use super::waiting::{AssignedStream, WaitingCall};
@@ -23,6 +24,8 @@ pub(crate) struct View {
     pub(crate) picker: ArcSwap<Picker<ReadyEndpoint>>,
     waiting: WaitQueue<WaitingCall, AssignedStream>,
     capacity: Arc<Capacity>,
+    /// The calls that wait for an endpoint.
+    pub(crate) demand: Arc<Demand>,
     status: watch::Sender<Arc<PoolStatus>>,
 }
 
@@ -61,6 +64,7 @@ impl View {
             picker: ArcSwap::from_pointee(picker),
             waiting: WaitQueue::new(Arc::clone(&capacity)),
             capacity,
+            demand: Arc::default(),
             status: watch::Sender::new(Arc::new(status)),
         }
     }
