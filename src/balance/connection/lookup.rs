@@ -291,11 +291,11 @@ mod tests {
     #[tokio::test]
     async fn callers_share_the_look_up_of_a_name() {
         let (gate, lookups) = Gate::new();
-        let callers: Vec<_> = (0..100).map(|_| spawn(&lookups, "name")).collect();
-        gate.wait_until_started(1).await;
+        // All join before the look-up can end.
+        let callers: Vec<_> = (0..100).map(|_| lookups.join("name")).collect();
         gate.set_open(true);
-        for caller in callers {
-            caller.await.unwrap().unwrap();
+        for found in futures::future::join_all(callers).await {
+            found.unwrap();
         }
         assert_eq!(gate.started(), ["name"]);
         // A result is not kept.
