@@ -16,6 +16,7 @@
 
 mod addresses;
 mod capacity;
+mod close_reason;
 mod connect;
 mod connector;
 mod custom_io;
@@ -24,6 +25,7 @@ mod driver;
 mod fake;
 mod frames;
 mod go_away;
+mod held_read;
 mod io;
 mod keep_alive;
 mod liveness;

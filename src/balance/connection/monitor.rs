@@ -1,7 +1,7 @@
 //! Watching a connection's bytes for the two frames that h2 does not report in time.
 //!
-//! A server's first frame is SETTINGS. Until it has arrived, nothing shows that a server is there, even
-//! if the socket is connected. GOAWAY announces that the server accepts no new calls. h2 reports it
+//! A server's first frame is SETTINGS. Until it has arrived, nothing shows that a server is there,
+//! even if the socket is connected. GOAWAY announces that the server accepts no new calls. h2 reports it
 //! with the next call, which is too late on an idle connection.
 //!
 //! The monitor also keeps a broken connection readable. h2 writes before it reads and gives up a
@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
 use super::frames::{Frame, Scanner};
+use super::held_read::HeldRead;
 use super::ping_interval::PingInterval;
 use super::state::ConnectionState;
 
@@ -28,6 +29,9 @@ pub(crate) struct MonitoredIo<T> {
     settings: Option<oneshot::Sender<()>>,
     going_away: Option<oneshot::Sender<String>>,
     write_failed: Option<oneshot::Sender<String>>,
+    /// Whether a GOAWAY was read.
+    has_go_away: bool,
+    held: Option<HeldRead>,
     /// Whether the last write found no room.
     is_write_blocked: bool,
     /// The stream that the peer ended last.
@@ -62,6 +66,8 @@ impl<T> MonitoredIo<T> {
             settings: Some(settings_tx),
             going_away: Some(going_away_tx),
             write_failed: Some(write_failed_tx),
+            has_go_away: false,
+            held: None,
             is_write_blocked: false,
             last_ended: 0,
             ping_interval,
@@ -75,7 +81,10 @@ impl<T> MonitoredIo<T> {
         (monitored, events)
     }
 
-    fn on_read(&mut self, bytes: &[u8]) {
+    /// Returns whether the first GOAWAY was found.
+    fn on_read(&mut self, bytes: &[u8]) -> bool {
+        let had_go_away = self.has_go_away;
+        let has_go_away = &mut self.has_go_away;
         let (settings, going_away) = (&mut self.settings, &mut self.going_away);
         let (last_ended, ping_interval) = (&mut self.last_ended, &self.ping_interval);
         let state = &self.state;
@@ -94,15 +103,23 @@ impl<T> MonitoredIo<T> {
             }
             Frame::Settings(_) => notify(settings, || ()),
             Frame::GoAway(go_away) => {
-                state.stop_accepting();
-                let advice = ping_interval.on_go_away(&go_away);
-                notify(going_away, || match advice {
+                *has_go_away = true;
+                let text = match ping_interval.on_go_away(&go_away) {
                     Some(advice) => format!("{go_away}; {advice}"),
                     None => go_away.to_string(),
-                });
+                };
+                // Calls that fail afterwards are told this cause.
+                if go_away.code == h2::Reason::NO_ERROR {
+                    state.close_reason.set_graceful(text.clone());
+                } else {
+                    state.close_reason.set(|| text.clone());
+                }
+                state.stop_accepting();
+                notify(going_away, || text);
             }
             _ => {}
         });
+        self.has_go_away && !had_go_away
     }
 
     /// Runs a write. After the first write error no more are run, and `complete`, the result of a
@@ -153,6 +170,14 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if let Some(held) = &mut this.held {
+            let polled = held.poll(cx, buf, &this.state);
+            if held.is_empty() {
+                this.held = None;
+            }
+            return polled.map(Ok);
+        }
         let before = buf.filled().len();
         let result = Pin::new(&mut self.io).poll_read(cx, buf);
         if let Poll::Ready(Ok(())) = result {
@@ -164,7 +189,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
                     .close_reason
                     .set(|| "closed by the peer".to_owned());
             }
-            self.on_read(read);
+            if self.on_read(read) {
+                self.held = Some(HeldRead::take(buf, before, &self.state));
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
         }
         if let Poll::Ready(Err(error)) = &result {
             self.state.close_reason.set(|| error.to_string());

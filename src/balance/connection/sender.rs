@@ -153,7 +153,17 @@ impl ReservedStream {
                 error,
             ));
         }
-        match self.h2.send_request(request, false) {
+        // A GOAWAY may have been read since the stream was reserved.
+        let Some(opening) = state.begin_opening() else {
+            return Err(send_error(
+                state,
+                SendErrorKind::Unprocessed(Unprocessed::NotSent),
+                Reason::CANCEL.into(),
+            ));
+        };
+        let opened = self.h2.send_request(request, false);
+        drop(opening);
+        match opened {
             Ok(opened) => Ok(opened),
             Err(error) => {
                 // The request is to blame only if the connection still accepts others.

@@ -6,31 +6,19 @@ use std::task::Waker;
 use std::time::Duration;
 
 use futures::task::AtomicWaker;
-use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::capacity::Capacity;
+use super::close_reason::CloseReason;
 use super::liveness::Liveness;
-
-/// Why a connection closed. The first cause wins, because later errors only follow from it.
-#[derive(Debug, Default)]
-pub(crate) struct CloseReason(Mutex<Option<String>>);
-
-impl CloseReason {
-    pub(crate) fn set(&self, reason: impl FnOnce() -> String) {
-        self.0.lock().get_or_insert_with(reason);
-    }
-
-    pub(crate) fn get(&self) -> Option<String> {
-        self.0.lock().clone()
-    }
-}
 
 /// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
     accepting: AtomicBool,
+    /// Calls that are handing their request to h2.
+    opening: AtomicUsize,
     opened_at: Instant,
     /// The last sign of life of the peer, in nanoseconds since `opened_at`.
     last_activity: AtomicU64,
@@ -61,6 +49,7 @@ impl ConnectionState {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self {
             accepting: AtomicBool::new(true),
+            opening: AtomicUsize::new(0),
             opened_at: Instant::now(),
             last_activity: AtomicU64::new(0),
             data_arrived: AtomicBool::new(false),
@@ -84,7 +73,23 @@ impl ConnectionState {
     }
 
     pub(crate) fn stop_accepting(&self) {
-        self.accepting.store(false, Ordering::Release);
+        self.accepting.store(false, Ordering::SeqCst);
+    }
+
+    /// Lets a call hand its request to h2 until the result is dropped, if the connection accepts
+    /// calls.
+    ///
+    /// Sequentially consistent, like [`stop_accepting`](Self::stop_accepting): either the call sees
+    /// that the connection accepts no more, or the I/O sees the call.
+    pub(super) fn begin_opening(&self) -> Option<OpeningStream<'_>> {
+        self.opening.fetch_add(1, Ordering::SeqCst);
+        let opening = OpeningStream(self);
+        self.accepting.load(Ordering::SeqCst).then_some(opening)
+    }
+
+    /// Whether a call is handing its request to h2.
+    pub(super) fn is_opening_stream(&self) -> bool {
+        self.opening.load(Ordering::SeqCst) > 0
     }
 
     /// Records that h2 accepts no more calls, although the connection may stay open. The endpoint
@@ -227,6 +232,15 @@ impl ConnectionState {
     }
 }
 
+/// A call that is handing its request to h2.
+pub(super) struct OpeningStream<'a>(&'a ConnectionState);
+
+impl Drop for OpeningStream<'_> {
+    fn drop(&mut self) {
+        self.0.opening.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// What a connection carried. Holds the connection's state and not the connection itself.
 #[derive(Debug, Clone)]
 pub(crate) struct Carried(Arc<ConnectionState>);
@@ -332,11 +346,22 @@ mod tests {
     }
 
     #[test]
-    fn first_close_reason_wins() {
+    fn lost_connection_names_the_cause() {
         let state = ConnectionState::new();
         assert_eq!(state.describe_close(), "connection closed");
         state.close_reason.set(|| "reset by peer".to_owned());
-        state.close_reason.set(|| "broken pipe".to_owned());
         assert_eq!(state.describe_close(), "connection lost: reset by peer");
+    }
+
+    #[test]
+    fn connection_that_accepts_no_calls_opens_no_stream() {
+        let state = ConnectionState::new();
+        let opening = state.begin_opening();
+        assert!(opening.is_some());
+        state.stop_accepting();
+        assert!(state.is_opening_stream());
+        drop(opening);
+        assert!(state.begin_opening().is_none());
+        assert!(!state.is_opening_stream());
     }
 }

@@ -101,8 +101,15 @@ pub(crate) enum SlotState {
         last_error: Option<String>,
     },
     Ready(Sender),
+    /// The last connection was no failure, and another attempt follows it at once.
+    Replacing {
+        /// Why the last connection ended.
+        reason: String,
+    },
     Backoff {
         error: String,
+        /// Whether a waiting call ends the pause.
+        on_demand: bool,
     },
 }
 
@@ -120,7 +127,8 @@ impl Slot {
         match &self.state {
             SlotState::Connecting { last_error } => last_error.clone(),
             SlotState::Ready(sender) => sender.close_reason(),
-            SlotState::Backoff { error } => Some(error.clone()),
+            SlotState::Replacing { reason } => Some(reason.clone()),
+            SlotState::Backoff { error, .. } => Some(error.clone()),
         }
     }
 }
@@ -195,6 +203,16 @@ impl Endpoint {
         self.slots.lock().iter().any(|slot| slot.sender().is_some())
     }
 
+    /// Whether no connection is open, and none was a moment ago. A server that ends a connection
+    /// which worked, for example after a number of requests, is not lost.
+    pub(crate) fn is_lost(&self) -> bool {
+        let slots = self.slots.lock();
+        slots.iter().all(|slot| match slot.state {
+            SlotState::Connecting { .. } | SlotState::Backoff { .. } => true,
+            SlotState::Ready(_) | SlotState::Replacing { .. } => false,
+        })
+    }
+
     /// Whether no call should wait for the endpoint: the last attempt of each connection failed,
     /// or the endpoint gets no calls.
     pub(crate) fn is_failing(&self) -> bool {
@@ -233,8 +251,9 @@ impl Endpoint {
         if let Some(slot) = self.slots.lock().get_mut(index) {
             slot.failed = match state {
                 SlotState::Connecting { .. } => slot.failed,
-                SlotState::Ready(_) => false,
-                SlotState::Backoff { .. } => true,
+                SlotState::Ready(_) | SlotState::Replacing { .. } => false,
+                // A call that waits makes an attempt.
+                SlotState::Backoff { on_demand, .. } => !on_demand,
             };
             slot.state = state;
         }

@@ -52,8 +52,8 @@ impl Member {
         std::iter::once(self.current).chain(replacement)
     }
 
-    pub(crate) fn is_connected(&self) -> bool {
-        self.current.endpoint.is_connected()
+    pub(crate) fn is_lost(&self) -> bool {
+        self.current.endpoint.is_lost()
     }
 
     pub(crate) fn has_address(&self, address: &str) -> bool {
@@ -100,7 +100,7 @@ impl Member {
         let current = &self.current.endpoint;
         let replacement = self.replacement.take_if(|replacement| {
             replacement.supervisor.endpoint.is_connected()
-                || !current.is_connected()
+                || current.is_lost()
                 || now >= replacement.deadline
         })?;
         Some(std::mem::replace(&mut self.current, replacement.supervisor))

@@ -268,7 +268,7 @@ impl<C: Connect> Pool<C> {
         };
         let instance = Arc::clone(instance);
         member.current().endpoint.stop_new_calls();
-        let is_connected = member.is_connected();
+        let is_connected = !member.is_lost();
         let vanished = Vanished { member, instance };
         let refused = self
             .guard
@@ -328,7 +328,7 @@ impl<C: Connect> Pool<C> {
 
     /// Gives up retained members that lost their connection or whose time is over.
     fn release_retained(&mut self) {
-        let is_connected = |vanished: &Vanished| vanished.member.is_connected();
+        let is_connected = |vanished: &Vanished| !vanished.member.is_lost();
         for vanished in self.guard.release(is_connected, Instant::now()) {
             self.close(vanished.member);
         }

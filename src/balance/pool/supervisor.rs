@@ -110,11 +110,16 @@ impl<C: Connect> ConnectionTask<C> {
                 }
             };
             tracing::debug!(address = %self.endpoint.target.address, %error, "not connected");
-            if let Next::After { pause, on_demand } = next {
+            // The picker is told before a new attempt starts. Calls that have already picked a lost
+            // connection get their request back and pick again.
+            match next {
+                Next::Now => self.set(SlotState::Replacing { reason: error }),
                 // gRPC counts the pause from the start of the attempt, because an attempt that took
                 // long to fail has already waited.
-                self.back_off(error, started + pause, on_demand, &mut reconnect)
-                    .await;
+                Next::After { pause, on_demand } => {
+                    self.back_off(error, started + pause, on_demand, &mut reconnect)
+                        .await;
+                }
             }
         }
     }
@@ -130,12 +135,7 @@ impl<C: Connect> ConnectionTask<C> {
     async fn hold(&self, connection: Connection) -> Ended {
         connection.sender.set_capacity(&self.capacity);
         self.set(SlotState::Ready(connection.sender));
-        let ended = connection.ended.await;
-        // The picker is told before a new attempt starts. Calls that have already picked this
-        // connection get their request back and pick again.
-        let last_error = Some(ended.reason.clone());
-        self.set(SlotState::Connecting { last_error });
-        ended
+        connection.ended.await
     }
 
     /// Whether the connection that has just ended, or one of those before that were thought to be
@@ -159,6 +159,7 @@ impl<C: Connect> ConnectionTask<C> {
     ) {
         self.set(SlotState::Backoff {
             error: error.clone(),
+            on_demand,
         });
         tokio::select! {
             biased;

@@ -352,6 +352,22 @@ mod mass_deletion {
         assert_eq!(harness.connector.attempts("host:2").len(), 1);
     }
 
+    /// A server that ends connections after a number of requests is not lost.
+    #[tokio::test(start_paused = true)]
+    async fn retained_endpoint_stays_while_its_connection_is_replaced() {
+        let harness = Harness::guarded_for(KEEP_FOR);
+        harness.publish(fleet(5)).await;
+        harness.publish(fleet(1)).await;
+        harness.connector.script("host:2", Script::Hang);
+        harness.connector.disconnect("host:2", "GOAWAY NO_ERROR");
+        settle().await;
+        assert_eq!(harness.state("host:2"), Some(EndpointState::Connecting));
+        assert!(harness.endpoint("host:2").unwrap().retained);
+
+        sleep(FakeConnector::CONNECT_TIMEOUT).await;
+        assert_eq!(harness.state("host:2"), None);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn single_removal_takes_the_endpoint_out_at_once() {
         let harness = Harness::guarded_for(KEEP_FOR);
