@@ -295,7 +295,15 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets the largest size of a response's headers, in bytes. Default 16 KiB.
+    /// Sets the largest size of a response's headers and of its trailers, in bytes, at least 256.
+    /// Default 16 KiB.
+    ///
+    /// Servers are told the limit (`SETTINGS_MAX_HEADER_LIST_SIZE`). A call whose response exceeds
+    /// it fails with `RESOURCE_EXHAUSTED`. No other call is affected unless the headers also exceed
+    /// 1 MiB, which may end the connection.
+    ///
+    /// Requests have the limits of their servers: a call whose headers exceed what the server has
+    /// told to accept fails with `RESOURCE_EXHAUSTED` and is not sent.
     pub fn http2_max_header_list_size(mut self, size: u32) -> Self {
         self.settings.max_header_list_size = size;
         self

@@ -8,7 +8,9 @@ use tonic::{Code, Status};
 
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
-use crate::balance::connection::{Incoming, ReservedStream, SendError, SendErrorKind, Unprocessed};
+use crate::balance::connection::{
+    HeadersTooLarge, Incoming, ReservedStream, SendError, SendErrorKind, Unprocessed,
+};
 use crate::balance::grpc_status::{self, is_failure};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
@@ -72,9 +74,41 @@ impl<'a> Attempt<'a> {
         body: AttemptBody,
         may_retry: impl Fn(Code) -> bool,
     ) -> Outcome {
+        let stream = match stream.check(&request) {
+            Ok(stream) => stream,
+            Err(too_large) => {
+                let status = too_large.status(self.address());
+                self.in_flight.discard();
+                return Outcome::Final(status);
+            }
+        };
         match stream.send(request, body).await {
-            Ok(response) => self.on_response(response, may_retry),
+            Ok(response) => match response.body().check_head(response.headers()) {
+                Ok(()) => self.on_response(response, may_retry),
+                Err(too_large) => self.on_large_head(too_large, may_retry),
+            },
             Err(error) => self.on_error(&error, may_retry),
+        }
+    }
+
+    fn address(&self) -> &str {
+        &self.in_flight.endpoint().target.address
+    }
+
+    /// Ends an attempt whose response has too large a head, which is no failure of the endpoint.
+    fn on_large_head(
+        mut self,
+        too_large: HeadersTooLarge,
+        may_retry: impl Fn(Code) -> bool,
+    ) -> Outcome {
+        self.in_flight.observe(false);
+        let status = too_large.status(self.address());
+        match may_retry(status.code()) {
+            true => Outcome::Retryable {
+                status,
+                endpoint: Arc::clone(self.in_flight.endpoint()),
+            },
+            false => Outcome::Final(status),
         }
     }
 
@@ -83,8 +117,7 @@ impl<'a> Attempt<'a> {
         mut response: Response<B>,
         may_retry: impl Fn(Code) -> bool,
     ) -> Outcome<B> {
-        let address = &self.in_flight.endpoint().target.address;
-        let head = ResponseHead::read(address, &mut response);
+        let head = ResponseHead::read(self.address(), &mut response);
         if let ResponseHead::Status(status) = &head
             && let Some(exceeded) = self.deadline_status(status)
         {
@@ -136,6 +169,14 @@ impl<'a> Attempt<'a> {
                     status: send_status(&endpoint, error),
                     endpoint,
                 };
+            }
+            SendErrorKind::TooLarge(too_large) => {
+                self.in_flight.observe(false);
+                return Outcome::Final(too_large.status(&endpoint.target.address));
+            }
+            SendErrorKind::Unreadable => {
+                self.in_flight.observe(true);
+                return Outcome::Final(send_status(&endpoint, error));
             }
             SendErrorKind::Unknown => {}
         }

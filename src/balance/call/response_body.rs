@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::Reason;
+use http::HeaderMap;
 use http_body::{Body, Frame};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
@@ -87,6 +88,9 @@ impl ResponseBody {
         }
         let close_reason = self.incoming.close_reason();
         let address = &call.in_flight.endpoint().target.address;
+        if let Some(too_large) = self.incoming.cause_in_headers(error) {
+            return (too_large.status(address), false);
+        }
         let status = grpc_status::status_of_error(address, error, close_reason.as_deref());
         match &self.deadline {
             Some((deadline, _)) if deadline.is_cause_of(&status) => {
@@ -94,6 +98,20 @@ impl ResponseBody {
             }
             _ => (status, !grpc_status::is_malformed_request(error)),
         }
+    }
+
+    /// Ends the response with its trailers.
+    fn on_trailers(&mut self, trailers: &mut HeaderMap) -> Result<(), Status> {
+        if let Err(too_large) = self.incoming.check_trailers(trailers) {
+            let call = self.call.take();
+            self.end(false);
+            let endpoint = call.as_ref().map(|call| call.in_flight.endpoint());
+            return Err(too_large.status(endpoint.map_or("", |e| &e.target.address)));
+        }
+        status_headers::sanitize(trailers);
+        let failed = code_of_trailers(trailers).is_some_and(is_failure);
+        self.end(failed);
+        Ok(())
     }
 
     fn poll_incoming(
@@ -149,9 +167,7 @@ impl Body for ResponseBody {
         match this.poll_incoming(cx) {
             Poll::Ready(Some(Ok(mut frame))) => {
                 if let Some(trailers) = frame.trailers_mut() {
-                    status_headers::sanitize(trailers);
-                    let failed = code_of_trailers(trailers).is_some_and(is_failure);
-                    this.end(failed);
+                    this.on_trailers(trailers)?;
                 }
                 Poll::Ready(Some(Ok(frame)))
             }

@@ -14,9 +14,11 @@ use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
 use super::addresses::{describe, race};
+use super::advertised_limit::AdvertisedLimit;
 use super::connect::{Connect, Connection, Ended};
 use super::custom_io::CustomIo;
 use super::driver;
+use super::header_limits::{self, HeaderLimits};
 use super::io::{BoxError, BoxIo};
 use super::lookup::Lookups;
 use super::monitor::MonitoredIo;
@@ -172,7 +174,9 @@ impl Connector {
 
     /// Performs the HTTP/2 handshake, which is complete when the peer's SETTINGS have arrived.
     async fn handshake(&self, target: &Target, io: BoxIo) -> Result<Connection, String> {
-        let state = ConnectionState::new();
+        let header_limit = self.settings.max_header_list_size;
+        let state = ConnectionState::with_header_limits(HeaderLimits::new(header_limit));
+        let io = Box::new(AdvertisedLimit::new(io, header_limit)) as BoxIo;
         let mut keep_alive = self.settings.keep_alive;
         let interval = PingInterval::new(&target.address, keep_alive.interval, &target.doublings);
         keep_alive.interval = interval.get();
@@ -229,7 +233,7 @@ impl Connector {
             .data_frame_budget(usize::MAX)
             .initial_window_size(settings.initial_stream_window_size)
             .initial_connection_window_size(settings.initial_connection_window_size)
-            .max_header_list_size(settings.max_header_list_size);
+            .max_header_list_size(header_limits::readable(settings.max_header_list_size));
         if let Some(size) = settings.max_frame_size {
             http2.max_frame_size(size);
         }

@@ -4,16 +4,18 @@
 //! late: the peer's SETTINGS and GOAWAY, and when HEADERS and DATA arrive.
 
 use super::go_away::GoAway;
+use super::header_limits::LARGE_BLOCK;
 
 /// Length, type, flags and stream id of a frame.
-const HEADER: usize = 9;
+pub(super) const HEADER: usize = 9;
 
 const DATA: u8 = 0x0;
 const HEADERS: u8 = 0x1;
 const RST_STREAM: u8 = 0x3;
-const SETTINGS: u8 = 0x4;
+pub(super) const SETTINGS: u8 = 0x4;
 const PING: u8 = 0x6;
 const GOAWAY: u8 = 0x7;
+const CONTINUATION: u8 = 0x9;
 
 /// The flag of HEADERS and DATA that are the last of their stream.
 const END_STREAM: u8 = 0x1;
@@ -26,7 +28,7 @@ const ACK: u8 = 0x1;
 const MAX_KEPT: usize = 4096;
 
 /// `SETTINGS_MAX_HEADER_LIST_SIZE` (RFC 9113, section 6.5.2).
-const MAX_HEADER_LIST_SIZE: u16 = 0x6;
+pub(super) const MAX_HEADER_LIST_SIZE: u16 = 0x6;
 
 /// A frame that the peer sent.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,6 +45,9 @@ pub(super) enum Frame {
     Ping { ack: bool },
     /// A whole GOAWAY has arrived.
     GoAway(GoAway),
+    /// The headers of a stream have become larger than [`LARGE_BLOCK`]: the header of that frame
+    /// has arrived, HEADERS or CONTINUATION.
+    LargeHeaders { stream: u32 },
     /// The header of any other frame has arrived.
     Other,
 }
@@ -74,6 +79,8 @@ pub(super) struct Scanner {
     header: [u8; HEADER],
     header_filled: usize,
     payload_left: usize,
+    /// How many bytes HEADERS and the CONTINUATION frames after it take.
+    header_block: usize,
     /// The payload of a SETTINGS, PING or GOAWAY frame so far, up to [`MAX_KEPT`] bytes.
     kept: Vec<u8>,
 }
@@ -101,7 +108,15 @@ impl Scanner {
             let stream = u32::from_be_bytes(id) & 0x7fff_ffff;
             self.payload_left = u32::from_be_bytes([0, a, b, c]) as usize;
             match kind {
-                HEADERS => found(Frame::Headers),
+                HEADERS => {
+                    self.header_block = 0;
+                    found(Frame::Headers);
+                    self.add_to_header_block(stream, found);
+                }
+                CONTINUATION => {
+                    found(Frame::Other);
+                    self.add_to_header_block(stream, found);
+                }
                 DATA => found(Frame::Data),
                 SETTINGS | PING | GOAWAY if self.payload_left == 0 => found(self.take_kept()),
                 SETTINGS | PING | GOAWAY => {}
@@ -113,6 +128,15 @@ impl Scanner {
             }
         }
         &bytes[taken..]
+    }
+
+    /// Adds the frame whose header has arrived to the headers of its stream.
+    fn add_to_header_block(&mut self, stream: u32, found: &mut impl FnMut(Frame)) {
+        let before = self.header_block;
+        self.header_block += self.payload_left;
+        if before <= LARGE_BLOCK && self.header_block > LARGE_BLOCK {
+            found(Frame::LargeHeaders { stream });
+        }
     }
 
     fn read_payload<'a>(&mut self, bytes: &'a [u8], found: &mut impl FnMut(Frame)) -> &'a [u8] {
@@ -206,6 +230,26 @@ mod tests {
         }
         let reset = frame(RST_STREAM, 0, &[0; 4]);
         assert_eq!(scan(&reset), [Frame::StreamEnd(0)]);
+    }
+
+    #[test]
+    fn large_headers_are_found_once_with_their_stream() {
+        let piece = |kind, length: usize| {
+            let mut bytes = frame(kind, 0, &vec![0; length]);
+            bytes[8] = 5;
+            bytes
+        };
+        let mut bytes = piece(HEADERS, LARGE_BLOCK - 1);
+        bytes.extend(piece(CONTINUATION, 1));
+        assert_eq!(scan(&bytes), [Frame::Headers, Frame::Other]);
+        for _ in 0..2 {
+            bytes.extend(piece(CONTINUATION, 1));
+        }
+        let large = Frame::LargeHeaders { stream: 5 };
+        assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
+        // Each stream's headers count from zero.
+        bytes.extend(piece(HEADERS, LARGE_BLOCK));
+        assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! [`Connect`] is the seam to the pool: its unit tests use a scripted connector and no network.
 
 mod addresses;
+mod advertised_limit;
 mod capacity;
 mod close_reason;
 mod connect;
@@ -25,6 +26,7 @@ mod driver;
 mod fake;
 mod frames;
 mod go_away;
+mod header_limits;
 mod held_read;
 mod io;
 mod keep_alive;
@@ -51,6 +53,7 @@ pub(super) use connect::{Connect, Connection, Ended};
 pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
 pub(super) use fake::{FakeConnector, STREAM_LIMIT, Script};
+pub(super) use header_limits::HeadersTooLarge;
 pub(super) use io::BoxError;
 pub(crate) use ping_budget::PingPolicy;
 pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};

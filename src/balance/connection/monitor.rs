@@ -101,7 +101,13 @@ impl<T> MonitoredIo<T> {
                     state.record_stream_end();
                 }
             }
-            Frame::Settings(_) => notify(settings, || ()),
+            Frame::LargeHeaders { stream } => state.header_limits.record_large(stream),
+            Frame::Settings(sent) => {
+                if let Some(limit) = sent.max_header_list_size {
+                    state.header_limits.set_peer(limit);
+                }
+                notify(settings, || ());
+            }
             Frame::GoAway(go_away) => {
                 *has_go_away = true;
                 let text = match ping_interval.on_go_away(&go_away) {

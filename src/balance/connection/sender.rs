@@ -6,9 +6,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{Reason, RecvStream, SendStream};
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 
 use super::capacity::Capacity;
+use super::header_limits::HeadersTooLarge;
 use super::state::ConnectionState;
 use super::unprocessed::Unprocessed;
 use super::upload::{Upload, upload};
@@ -46,6 +47,11 @@ pub(crate) enum SendErrorKind {
     Unprocessed(Unprocessed),
     /// The request itself is invalid; no connection can send it.
     Rejected,
+    /// The headers of the response are too large to be read. Other servers' may be as well.
+    TooLarge(HeadersTooLarge),
+    /// The response breaks the rules of HTTP/2, or its headers are too large. Another server may
+    /// respond alike, and cost another connection.
+    Unreadable,
     /// A server may have acted on the call.
     Unknown,
 }
@@ -108,6 +114,18 @@ impl ReservedStream {
     /// Whether the connection still accepts calls.
     pub(crate) fn is_open(&self) -> bool {
         self.permit.state.is_accepting()
+    }
+
+    /// Checks a request against the limits of the server. The stream of one that is too large is
+    /// given back.
+    pub(crate) fn check(mut self, request: &Request<()>) -> Result<Self, HeadersTooLarge> {
+        match self.permit.state.header_limits.check_request(request) {
+            Ok(()) => Ok(self),
+            Err(too_large) => {
+                self.permit.closed = true;
+                Err(too_large)
+            }
+        }
     }
 
     /// Sends a request and waits for the head of its response.
@@ -186,6 +204,7 @@ async fn await_response(
     upload: Option<Upload>,
     response: ResponseFuture,
 ) -> Result<Response<Incoming>, SendError> {
+    let stream = response.stream_id().as_u32();
     match response.await {
         Ok(response) => Ok(response.map(|stream| Incoming {
             stream: Some(stream),
@@ -194,11 +213,38 @@ async fn await_response(
         })),
         Err(error) => {
             permit.closed = true;
-            let unprocessed = Unprocessed::of(&error).map(SendErrorKind::Unprocessed);
-            let kind = unprocessed.unwrap_or(SendErrorKind::Unknown);
+            let kind = kind_of(&permit.state, stream, &error);
             Err(send_error(&permit.state, kind, error))
         }
     }
+}
+
+/// How far a call got whose stream failed.
+fn kind_of(state: &ConnectionState, stream: u32, error: &h2::Error) -> SendErrorKind {
+    if let Some(unprocessed) = Unprocessed::of(error) {
+        return SendErrorKind::Unprocessed(unprocessed);
+    }
+    if !error.is_library() {
+        return SendErrorKind::Unknown;
+    }
+    match state.header_limits.is_large(stream) {
+        Some(true) => SendErrorKind::TooLarge(state.header_limits.unreadable()),
+        _ if error.is_reset() => SendErrorKind::Unreadable,
+        // Headers that repeat themselves are small on the wire, so this may be the call that
+        // caused the end of the connection.
+        None if ends_because_of_headers(error) => SendErrorKind::Unreadable,
+        _ => SendErrorKind::Unknown,
+    }
+}
+
+/// Whether h2 has ended the connection because of the size of headers.
+fn ends_because_of_headers(error: &h2::Error) -> bool {
+    let reason = error.reason();
+    error.is_go_away()
+        && matches!(
+            reason,
+            Some(Reason::ENHANCE_YOUR_CALM | Reason::COMPRESSION_ERROR)
+        )
 }
 
 fn send_error(state: &ConnectionState, kind: SendErrorKind, error: h2::Error) -> SendError {
@@ -258,5 +304,38 @@ impl Incoming {
     pub(crate) fn close_reason(&self) -> Option<String> {
         let permit = self.permit.as_ref()?;
         permit.state.close_reason.get()
+    }
+
+    /// Checks the head of the response.
+    pub(crate) fn check_head(&self, headers: &HeaderMap) -> Result<(), HeadersTooLarge> {
+        match &self.permit {
+            Some(permit) => permit.state.header_limits.check_head(headers),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks trailers. h2 leaves out what is too large to be read, so large ones without a status
+    /// are not complete.
+    pub(crate) fn check_trailers(&self, trailers: &HeaderMap) -> Result<(), HeadersTooLarge> {
+        let Some(permit) = &self.permit else {
+            return Ok(());
+        };
+        permit.state.header_limits.check_trailers(trailers)?;
+        if trailers.contains_key("grpc-status") {
+            return Ok(());
+        }
+        self.headers_too_large().map_or(Ok(()), Err)
+    }
+
+    /// The cause of an error of the stream, if headers that are too large to be read are it.
+    pub(crate) fn cause_in_headers(&self, error: &h2::Error) -> Option<HeadersTooLarge> {
+        self.headers_too_large().filter(|_| error.is_library())
+    }
+
+    /// The error of headers of this stream that h2 may not have read to their end.
+    fn headers_too_large(&self) -> Option<HeadersTooLarge> {
+        let limits = &self.permit.as_ref()?.state.header_limits;
+        let stream = self.stream.as_ref()?.stream_id().as_u32();
+        (limits.is_large(stream) == Some(true)).then(|| limits.unreadable())
     }
 }

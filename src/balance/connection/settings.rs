@@ -13,6 +13,10 @@ const FRAME_SIZES: std::ops::Range<u32> = 1 << 14..1 << 24;
 /// The sizes that HTTP/2 allows for flow-control windows (RFC 9113, section 6.9.1).
 const WINDOW_SIZES: std::ops::Range<u32> = 1..1 << 31;
 
+/// The smallest useful limit of a response's headers, in bytes. `:status`, `content-type`, `date`
+/// and `grpc-status` together count as 211 (RFC 9113, section 6.5.2).
+const MIN_HEADER_LIST: u32 = 256;
+
 /// HTTP/2 and TCP settings, named as in tonic's `Endpoint`.
 #[derive(Debug, Clone)]
 pub(crate) struct ConnectionSettings {
@@ -86,6 +90,13 @@ impl ConnectionSettings {
                 return Err(Error::invalid(field, size.to_string(), reason));
             }
         }
+        if self.max_header_list_size < MIN_HEADER_LIST {
+            return Err(Error::invalid(
+                "http2_max_header_list_size",
+                self.max_header_list_size.to_string(),
+                format!("must be at least {MIN_HEADER_LIST} bytes, the headers of a gRPC response"),
+            ));
+        }
         match self.max_frame_size {
             Some(size) if !FRAME_SIZES.contains(&size) => Err(Error::invalid(
                 "http2_max_frame_size",
@@ -157,6 +168,14 @@ mod tests {
             let found = invalid_field(|settings| settings.max_frame_size = Some(size));
             assert_eq!(found, field, "{size}");
         }
+    }
+
+    #[test]
+    fn header_limit_has_room_for_a_response() {
+        let invalid =
+            |size| invalid_field(|settings| settings.max_header_list_size = size).is_some();
+        assert!(invalid(0) && invalid(MIN_HEADER_LIST - 1));
+        assert!(!invalid(MIN_HEADER_LIST) && !invalid(u32::MAX));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::capacity::Capacity;
 use super::close_reason::CloseReason;
+use super::header_limits::HeaderLimits;
 use super::liveness::Liveness;
 
 /// The state of one connection.
@@ -25,6 +26,7 @@ pub(crate) struct ConnectionState {
     /// Whether HEADERS or DATA arrived since the keep-alive last looked.
     data_arrived: AtomicBool,
     pub(super) liveness: Liveness,
+    pub(super) header_limits: HeaderLimits,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
     /// Streams in use that the peer has ended. Not exact: the end of a stream that this side has
@@ -46,7 +48,12 @@ pub(crate) struct ConnectionState {
 }
 
 impl ConnectionState {
+    #[cfg(test)]
     pub(crate) fn new() -> Arc<Self> {
+        Self::with_header_limits(HeaderLimits::new(u32::MAX))
+    }
+
+    pub(super) fn with_header_limits(header_limits: HeaderLimits) -> Arc<Self> {
         Arc::new(Self {
             accepting: AtomicBool::new(true),
             opening: AtomicUsize::new(0),
@@ -54,6 +61,7 @@ impl ConnectionState {
             last_activity: AtomicU64::new(0),
             data_arrived: AtomicBool::new(false),
             liveness: Liveness::default(),
+            header_limits,
             streams: AtomicUsize::new(0),
             ended: AtomicIsize::new(0),
             stream_limit: AtomicUsize::new(0),

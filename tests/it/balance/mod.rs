@@ -5,6 +5,7 @@ mod attempts;
 mod fairness;
 mod faults;
 mod frames;
+mod header_limits;
 mod http_pages;
 mod input;
 mod isolation;
