@@ -1,8 +1,13 @@
 //! The error type of the crate.
 
+mod causes;
+
 use std::time::Duration;
 
 use tonic::Code;
+
+pub(crate) use causes::chain;
+use causes::with_causes;
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -248,6 +253,29 @@ pub enum Error {
         key: String,
     },
 
+    /// The Tokio runtime that ran the background tasks of a client, channel or registrar has ended.
+    /// Every test function of Tokio, for example, has a runtime of its own.
+    #[error(
+        "{operation} failed: the Tokio runtime that ran the background tasks has ended; build {what} on a runtime that lives as long as it is used"
+    )]
+    #[non_exhaustive]
+    RuntimeEnded {
+        /// The operation, with its key or id.
+        operation: String,
+        /// What lost its tasks, such as `the client`.
+        what: &'static str,
+    },
+
+    /// An operation that needs a Tokio runtime was tried outside of one.
+    #[error(
+        "{operation} needs a Tokio runtime; call it in an async function that Tokio runs, or after `Handle::enter`"
+    )]
+    #[non_exhaustive]
+    NoRuntime {
+        /// The operation, with its key or id.
+        operation: String,
+    },
+
     /// The registrar was closed, and accepts no registration any more.
     #[error("the registrar is closed; build another one to register")]
     RegistrarClosed,
@@ -373,6 +401,8 @@ impl Error {
             | Error::Deregistered { .. }
             | Error::Superseded { .. }
             | Error::InstanceAlreadyRegistered { .. }
+            | Error::RuntimeEnded { .. }
+            | Error::NoRuntime { .. }
             | Error::RegistrarClosed => false,
         }
     }
@@ -404,43 +434,6 @@ impl Error {
             _ => false,
         };
         !self.is_retryable() && !may_pass
-    }
-}
-
-/// Appends the causes to the message. The message of a status made on this side is as bare as "tcp
-/// connect error"; the reason is in its sources.
-fn with_causes(status: tonic::Status) -> tonic::Status {
-    use std::error::Error as _;
-    let mut text = status.message().to_owned();
-    append_causes(&mut text, status.source());
-    if text == status.message() {
-        return status;
-    }
-    tonic::Status::with_details_and_metadata(
-        status.code(),
-        text,
-        status.details().to_vec().into(),
-        status.metadata().clone(),
-    )
-}
-
-/// An error with its causes in one line, because the outermost one is often as bare as "transport
-/// error".
-pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    append_causes(&mut text, error.source());
-    text
-}
-
-fn append_causes(text: &mut String, mut source: Option<&(dyn std::error::Error + 'static)>) {
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Layers repeat each other, and tonic's own layer adds only "transport error".
-        if cause_text != "transport error" && !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
     }
 }
 
@@ -585,6 +578,13 @@ mod tests {
             Error::Deregistered { key: key() },
             Error::Superseded { key: key(), by: 7 },
             Error::InstanceAlreadyRegistered { key: key() },
+            Error::RuntimeEnded {
+                operation: operation(),
+                what: "the client",
+            },
+            Error::NoRuntime {
+                operation: operation(),
+            },
             Error::RegistrarClosed,
         ] {
             check(&error, false, true, None);

@@ -107,6 +107,7 @@ pub mod format;
 mod instance;
 mod panics;
 mod registrar;
+mod runtime;
 mod snapshot;
 mod telemetry;
 #[cfg(feature = "testing")]

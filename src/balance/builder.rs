@@ -21,6 +21,7 @@ use super::pool::{
 use super::source::Source;
 use crate::config::TlsConfig;
 use crate::error::{Error, Result};
+use crate::runtime;
 use crate::time::MAX_DURATION;
 
 /// The channel's own part of the user agent.
@@ -72,7 +73,8 @@ impl BalancedChannel {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for an address that is not valid.
+    /// [`Error::Invalid`](crate::Error::Invalid) for an address that is not valid, and
+    /// [`Error::NoRuntime`](crate::Error::NoRuntime) outside of a Tokio runtime.
     pub fn from_endpoints<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
         Self::builder(Source::addresses(addresses)?).build()
     }
@@ -350,13 +352,15 @@ impl BalancedChannelBuilder {
     /// Creates the channel and starts to connect. Returns at once.
     ///
     /// Must be called within a Tokio runtime, which runs the tasks that keep the endpoints
-    /// connected.
+    /// connected. When that runtime ends, all calls fail at once and say so.
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`] for a setting that is out of range, and for certificates that cannot be
-    /// read.
+    /// - [`Error::Invalid`] for a setting that is out of range, and for certificates that cannot be
+    ///   read.
+    /// - [`Error::NoRuntime`] outside of a Tokio runtime.
     pub fn build(self) -> Result<BalancedChannel> {
+        runtime::require(|| "building a channel".to_owned())?;
         self.validate_calls()?;
         let user_agent = user_agent(self.user_agent.as_deref())?;
         let tls = self.tls.as_ref().map(load_tls).transpose()?;

@@ -35,6 +35,7 @@ struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.dispatcher.view.close();
         self.pool.abort();
     }
 }
@@ -60,7 +61,9 @@ impl BalancedChannel {
     /// of an item, but a change of the load alone produces no item.
     ///
     /// The stream does not keep the channel open, and ends when the last clone of the channel is
-    /// dropped. Dropping the stream has no effect on the channel.
+    /// dropped. When the channel's runtime ends, the stream ends after an item in which all
+    /// endpoints are [`Shutdown`](super::EndpointState::Shutdown). Dropping the stream has no effect
+    /// on the channel.
     ///
     /// ```no_run
     /// # async fn example(channel: goo_etcd::BalancedChannel) {
@@ -75,7 +78,9 @@ impl BalancedChannel {
     /// # }
     /// ```
     pub fn endpoint_statuses(&self) -> EndpointStatuses {
-        EndpointStatuses(WatchStream::new(self.view().watch_status()))
+        EndpointStatuses {
+            statuses: Some(WatchStream::new(self.view().watch_status())),
+        }
     }
 
     /// Waits until at least `count` endpoints are ready, that is, connected and used for calls.
@@ -85,6 +90,9 @@ impl BalancedChannel {
     /// `count` instances, the wait continues until the source adds more. An endpoint can be lost
     /// again at any time, so there is no need to wait before each call: calls wait for an endpoint
     /// themselves, see [`ready_timeout`](super::BalancedChannelBuilder::ready_timeout).
+    ///
+    /// The wait also ends when the runtime ends on which the channel was built. Calls then fail and
+    /// say so.
     ///
     /// Dropping the future ends the wait and has no other effect.
     ///
@@ -101,7 +109,9 @@ impl BalancedChannel {
     pub async fn ready(&self, count: usize) {
         let mut statuses = self.view().watch_status();
         // Cannot fail, because the channel owns the sender.
-        let _ = statuses.wait_for(|status| status.ready >= count).await;
+        let _ = statuses
+            .wait_for(|status| status.ready >= count || status.ended)
+            .await;
     }
 
     /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints that it is
@@ -114,6 +124,11 @@ impl BalancedChannel {
         self.inner.dispatcher.call(request, attempted).await
     }
 
+    /// Whether the runtime has ended on which the channel was built.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.view().has_ended()
+    }
+
     fn view(&self) -> &View {
         &self.inner.dispatcher.view
     }
@@ -121,13 +136,22 @@ impl BalancedChannel {
 
 /// A stream of the states of a channel's endpoints, from [`BalancedChannel::endpoint_statuses`].
 #[must_use = "streams do nothing unless polled"]
-pub struct EndpointStatuses(WatchStream<Arc<PoolStatus>>);
+pub struct EndpointStatuses {
+    /// `None` after the last status of a channel whose runtime has ended.
+    statuses: Option<WatchStream<Arc<PoolStatus>>>,
+}
 
 impl Stream for EndpointStatuses {
     type Item = Vec<EndpointStatus>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let status = ready!(Pin::new(&mut self.0).poll_next(cx));
+        let Some(statuses) = &mut self.statuses else {
+            return Poll::Ready(None);
+        };
+        let status = ready!(Pin::new(statuses).poll_next(cx));
+        if status.as_ref().is_none_or(|status| status.ended) {
+            self.statuses = None;
+        }
         Poll::Ready(status.map(|status| status.endpoints()))
     }
 }

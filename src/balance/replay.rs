@@ -126,6 +126,11 @@ impl Replay {
         }
     }
 
+    /// Whether the body is sent as it becomes available.
+    pub(super) fn is_streamed(&self) -> bool {
+        matches!(self, Self::Streamed(_))
+    }
+
     /// Where an error of the body will be found. `None` for a body in memory, which cannot fail.
     pub(super) fn body_error(&self) -> Option<RequestBodyError> {
         match self {

@@ -15,6 +15,7 @@ use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::runtime;
 
 /// How long one member may take to open a stream before another is tried. etcd itself needs
 /// milliseconds.
@@ -25,6 +26,9 @@ pub(super) const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Clones are cheap and share the connections. The connections end with [`close`](Client::close),
 /// or when the last clone and everything created from it (watches, locks, registrars, directories)
 /// are dropped.
+///
+/// A client may be used on several Tokio runtimes. The tasks behind its connections run on the
+/// runtime that built it; when that runtime ends, every call fails with [`Error::RuntimeEnded`].
 ///
 /// Dropping the future of a call cancels the call. A write that was in progress may or may not have
 /// been applied.
@@ -67,6 +71,7 @@ impl Client {
     ///   certificate cannot be read.
     /// - [`Error::Unreachable`]: no member responded in time.
     /// - [`Error::Rpc`], at once: etcd refuses the user.
+    /// - [`Error::NoRuntime`] outside of a Tokio runtime.
     pub async fn connect(name: impl Into<String>, config: Config) -> Result<Self> {
         let (name, closed) = validate(name, &config)?;
         // Stops the background tasks if connecting fails or this future is dropped.
@@ -109,11 +114,8 @@ impl Client {
     /// # Errors
     ///
     /// [`Error::Invalid`], as for [`connect`](Self::connect). Errors that only etcd can report,
-    /// such as a wrong password, are returned by each call.
-    ///
-    /// # Panics
-    ///
-    /// Panics outside of a Tokio runtime, because the connections are background tasks.
+    /// such as a wrong password, are returned by each call. [`Error::NoRuntime`] outside of a Tokio
+    /// runtime, because the connections are background tasks.
     pub fn connect_lazy(name: impl Into<String>, config: Config) -> Result<Self> {
         let (name, closed) = validate(name, &config)?;
         let transport = Transport::connect_lazy(&config, &closed)?;
@@ -221,9 +223,10 @@ impl Client {
         operation: impl Fn() -> String,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
+        runtime::require(&operation)?;
         let limit = self.request_timeout();
         let work = pin!(work);
-        self.or_closed(async {
+        let result = self.or_closed(async {
             let work = async {
                 self.inner
                     .transport
@@ -235,8 +238,27 @@ impl Client {
                 Ok(result) => result,
                 Err(_) => Err(self.timeout_error(operation(), limit)),
             }
+        });
+        result.await.map_err(|error| {
+            if self.has_runtime_ended() {
+                self.runtime_error(operation())
+            } else {
+                error
+            }
         })
-        .await
+    }
+
+    /// Whether the runtime has ended on which the client was built.
+    pub(super) fn has_runtime_ended(&self) -> bool {
+        self.inner.transport.rpc.has_runtime_ended()
+    }
+
+    /// The error after the end of the runtime on which the client was built.
+    pub(super) fn runtime_error(&self, operation: String) -> Error {
+        Error::RuntimeEnded {
+            operation,
+            what: "the client",
+        }
     }
 
     /// The error of a call without a response: the reason why no member is connected, if none is.
@@ -307,6 +329,9 @@ impl Client {
                     None
                 }
             };
+            if self.has_runtime_ended() {
+                return Err(self.runtime_error(operation()));
+            }
             if started.elapsed() >= self.request_timeout() / 2 {
                 match failure {
                     Some(error) if error.code() != Some(tonic::Code::Unavailable) => {

@@ -205,6 +205,8 @@ impl RenewalStream {
 ///   etcd extends its leases.
 /// - [`Error::LeaseNotFound`]: etcd says that the lease is gone. The stream ends.
 /// - [`Error::Closed`]: the client was closed. The stream ends.
+/// - [`Error::RuntimeEnded`]: the Tokio runtime has ended on which the client was built, or
+///   [`Client::keep_alive`] was called. The stream ends.
 /// - [`Error::Rpc`]: etcd refuses the user. The stream ends.
 ///
 /// Dropping it stops the renewals, and the lease expires after its TTL.
@@ -241,13 +243,16 @@ struct Renewer {
 impl Renewer {
     async fn run(mut self, responses: watch::Sender<Result<LeaseKeepAliveResponse>>) {
         let client = self.client.clone();
-        loop {
-            let renewed = client.or_closed(self.renew_once_due(&responses)).await;
-            let is_over = renewed.is_err();
-            drop(responses.send_replace(renewed));
-            if is_over {
-                return;
-            }
+        let mut responses = ResponsesOfTask {
+            responses,
+            id: self.id,
+            is_over: false,
+        };
+        while !responses.is_over {
+            let renewing = self.renew_once_due(&responses.responses);
+            let renewed = client.or_closed(renewing).await;
+            responses.is_over = renewed.is_err();
+            drop(responses.responses.send_replace(renewed));
         }
     }
 
@@ -313,6 +318,25 @@ impl Renewer {
             }
             *last_error.lock() = error.to_string();
             sleep(backoff.next()).await;
+        }
+    }
+}
+
+/// The responses of a [`Renewer`]. If its task is dropped because the runtime has ended, an error is
+/// the last item.
+struct ResponsesOfTask {
+    responses: watch::Sender<Result<LeaseKeepAliveResponse>>,
+    id: i64,
+    is_over: bool,
+}
+
+impl Drop for ResponsesOfTask {
+    fn drop(&mut self) {
+        if !self.is_over {
+            drop(self.responses.send_replace(Err(Error::RuntimeEnded {
+                operation: operation(self.id),
+                what: "the client",
+            })));
         }
     }
 }

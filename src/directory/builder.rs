@@ -9,6 +9,7 @@ use crate::client::Client;
 use crate::error::Result;
 use crate::format::{EtcdNaming, Layout};
 use crate::instance::validate_service;
+use crate::runtime;
 
 impl Directory {
     /// Watches `service` under the default prefix (`services`) in the default format,
@@ -138,6 +139,7 @@ impl DirectoryBuilder {
     ///
     /// Later failures make the snapshot [`Stale`](crate::Freshness::Stale) instead.
     pub async fn watch(self) -> Result<Directory> {
+        runtime::require(|| format!("watching {:?}", self.service))?;
         let Self {
             client,
             service,

@@ -14,7 +14,7 @@ use super::state::ListWatchState;
 use crate::client::RawWatch;
 
 /// Why a snapshot is stale after its task has ended early.
-const NOT_FOLLOWED: &str = "no task is watching etcd any more";
+const NOT_FOLLOWED: &str = "no task is watching etcd any more, because its Tokio runtime has ended";
 
 /// Follows one layout. Each runtime that uses the directory has a task for it; one task at a time
 /// follows etcd, and the others wait to take over when its runtime shuts down.

@@ -106,6 +106,27 @@ type RunningAction<'a> = BoxFuture<'a, (Action, Result<ActionOutcome>)>;
 
 /// Drives a group's reconciler until no handle is left or the client is closed.
 pub(super) async fn run(group: Arc<LeaseGroup>, client: Client, ttl: Duration) {
+    let mut ending = RuntimeEnd(Some(Arc::clone(&group)));
+    drive(&group, client, ttl).await;
+    ending.0 = None;
+}
+
+/// Tells a group, whose driver is dropped before it has ended, that its runtime has ended.
+struct RuntimeEnd(Option<Arc<LeaseGroup>>);
+
+impl Drop for RuntimeEnd {
+    fn drop(&mut self) {
+        if let Some(group) = &self.0 {
+            group.on_event(Event::ClientClosed(Error::RuntimeEnded {
+                operation: "keeping instances registered".to_owned(),
+                what: "the registrar",
+            }));
+            group.stepped.notify_waiters();
+        }
+    }
+}
+
+async fn drive(group: &LeaseGroup, client: Client, ttl: Duration) {
     let mut key_watches = KeyWatches::new(client.clone());
     let executor = Executor::new(client, ttl);
     let mut running: FuturesUnordered<RunningAction<'_>> = FuturesUnordered::new();
@@ -125,7 +146,7 @@ pub(super) async fn run(group: Arc<LeaseGroup>, client: Client, ttl: Duration) {
         key_watches.set_keys(&keys);
         tokio::select! {
             Some((action, result)) = running.next() => {
-                if let Err(error @ Error::Closed { .. }) = result {
+                if let Err(error @ (Error::Closed { .. } | Error::RuntimeEnded { .. })) = result {
                     group.on_event(Event::ClientClosed(error));
                     group.stepped.notify_waiters();
                     return;

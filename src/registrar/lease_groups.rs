@@ -12,6 +12,7 @@ use super::settings::RegistrarSettings;
 use super::state::{Desired, EntryHandle, Overlap, TargetRecords};
 use crate::client::Client;
 use crate::error::{Error, Result};
+use crate::runtime;
 
 /// The number of keys per lease. When a lease ends, etcd deletes its keys in one revision. etcd
 /// limits a client's transaction to 128 operations (`--max-txn-ops`); 100 keys stay below that.
@@ -50,7 +51,19 @@ impl LeaseGroups {
         target: TargetRecords,
         desired: Desired,
     ) -> Result<(Arc<LeaseGroup>, EntryHandle)> {
+        runtime::require(|| "register an instance".to_owned())?;
         let mut groups = self.groups.lock();
+        // The runtime of their drivers has ended, and their leases expire.
+        groups.retain(|group| {
+            let reconciler = group.lock();
+            !matches!(
+                reconciler.close_error(),
+                Some(Error::RuntimeEnded {
+                    what: "the registrar",
+                    ..
+                })
+            )
+        });
         let (mut deregistering, mut roomy) = (None, None);
         for group in groups.iter() {
             let reconciler = group.lock();

@@ -16,6 +16,7 @@ mod invalid_arguments;
 mod migration;
 mod named_clients;
 mod registrar;
+mod runtimes;
 mod structure;
 mod support;
 mod testing;

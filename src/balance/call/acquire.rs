@@ -10,6 +10,7 @@ use super::progress::{Progress, WaitingFor};
 use super::{AttemptedEndpoints, Dispatcher};
 use crate::balance::connection::ReservedStream;
 use crate::balance::pool::{Endpoint, ReadyEndpoint, WaitingCall};
+use crate::runtime;
 
 impl Dispatcher {
     pub(super) async fn acquire_permit(
@@ -19,6 +20,7 @@ impl Dispatcher {
         let Some(semaphore) = &self.concurrency else {
             return Ok(None);
         };
+        runtime::require_for_call("a limit of concurrent calls")?;
         progress.set_waiting_for(WaitingFor::Permit);
         let acquiring = Arc::clone(semaphore).acquire_owned();
         let permit = timeout_at(progress.permit_deadline(), acquiring)
@@ -59,6 +61,7 @@ impl Dispatcher {
         progress: &Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
     ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
+        runtime::require_for_call("waiting for an endpoint")?;
         if !self.wait_for_ready && self.view.is_failing() {
             return Err(self.unavailable(progress, ""));
         }
@@ -73,6 +76,7 @@ impl Dispatcher {
         let served = self.view.wait_for_stream(call);
         match timeout_at(progress.ready_deadline(), served).await {
             Ok(Some(reserved)) => Ok(reserved),
+            // All endpoints fail, or the channel's runtime has ended.
             Ok(None) => Err(self.unavailable(progress, "")),
             Err(_) => {
                 let waited = format!(" (waited {:?})", self.ready_timeout);

@@ -33,6 +33,7 @@ use tonic::body::Body;
 use super::connection::Incoming;
 use super::pool::View;
 use super::replay::Replay;
+use crate::runtime;
 use attempt::{Attempt, Outcome};
 pub(crate) use attempted::AttemptedEndpoints;
 use grpc_timeout::Deadline;
@@ -81,6 +82,7 @@ impl Dispatcher {
                 .send_with_retries(head, body, attempted, &mut progress)
                 .await;
         };
+        runtime::require_for_call("a call with a deadline")?;
         let sending = self.send_with_retries(head, body, attempted, &mut progress);
         let result = timeout_at(deadline.at, sending).await;
         result.unwrap_or_else(|_| Err(self.deadline_status(&deadline, progress.waiting_for())))
@@ -105,6 +107,10 @@ impl Dispatcher {
     ) -> Result<Response<Body>, Status> {
         let permit = self.acquire_permit(progress).await?;
         let replay = poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
+        if replay.is_streamed() {
+            // Sent by a task.
+            runtime::require_for_call("a call with a stream of requests")?;
+        }
         let mut body = replay.first_attempt();
         loop {
             let (endpoint, stream) = self.acquire_stream(progress, attempted).await?;
@@ -164,6 +170,7 @@ impl Dispatcher {
                 "retrying a call"
             );
             if !pause.is_zero() {
+                runtime::require_for_call("the pause before a retry")?;
                 sleep(pause).await;
             }
             progress.exclude(endpoint);

@@ -20,6 +20,9 @@ use crate::error::chain;
 /// no network round trip has to fit in.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Why a connection closes whose task is dropped.
+const RUNTIME_ENDED: &str = "the Tokio runtime of the channel has ended";
+
 /// Spawns the task that drives a connection. The receiver gets the reason when the task ends: the
 /// peer closed the connection, a ping timed out, or no sender and no call is left.
 pub(crate) fn spawn(
@@ -42,6 +45,8 @@ async fn drive(
     settings: KeepAliveSettings,
     write_failed: oneshot::Receiver<String>,
 ) -> String {
+    // Dropped before the connection, so that no call sees the connection end without a reason.
+    let mut closing = CloseOnDrop(Some(state));
     let mut keep_alive = KeepAlive::new(connection.ping_pong(), state, settings);
     let result = tokio::select! {
         biased;
@@ -61,7 +66,21 @@ async fn drive(
         state.close_reason.set(|| chain(&error));
     }
     state.stop_accepting();
+    closing.0 = None;
     state.describe_close()
+}
+
+/// Closes the state of a connection whose task is dropped, which happens only when its runtime
+/// ends.
+struct CloseOnDrop<'a>(Option<&'a ConnectionState>);
+
+impl Drop for CloseOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = self.0 {
+            state.close_reason.set(|| RUNTIME_ENDED.to_owned());
+            state.stop_accepting();
+        }
+    }
 }
 
 /// Polls the connection and updates the count of its streams.

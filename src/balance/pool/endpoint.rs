@@ -35,6 +35,9 @@ pub enum EndpointState {
     Backoff,
     /// The instance is draining or has weight 0. The endpoint gets no new calls.
     Draining,
+    /// The Tokio runtime on which the channel was built has ended, so the endpoint will never be
+    /// connected again.
+    Shutdown,
 }
 
 impl fmt::Display for EndpointState {
@@ -44,6 +47,7 @@ impl fmt::Display for EndpointState {
             EndpointState::Ready => "ready",
             EndpointState::Backoff => "backing off",
             EndpointState::Draining => "draining",
+            EndpointState::Shutdown => "shut down",
         })
     }
 }

@@ -366,6 +366,7 @@ impl<C: Connect> Pool<C> {
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
             source_error: self.source_error.clone(),
+            ended: false,
         };
         let picker = Picker::new(self.policy, candidates, &self.cursor);
         self.view.publish(picker, status);
@@ -383,6 +384,7 @@ impl<C: Connect> Pool<C> {
 
 impl<C> Drop for Pool<C> {
     fn drop(&mut self) {
+        self.view.end();
         if self.reported_retained > 0 {
             let service = &self.view.status().range;
             telemetry::report_retained_endpoints(service, self.reported_retained, 0);

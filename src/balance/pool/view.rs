@@ -1,6 +1,7 @@
 //! The part of a pool that calls read.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -18,6 +19,10 @@ use crate::snapshot::Freshness;
 /// How many endpoints an error message names. A set may have thousands.
 const MAX_NAMED: usize = 10;
 
+/// Why the channel makes no more calls after its pool was dropped.
+const RUNTIME_ENDED: &str = "the Tokio runtime on which the channel was built has ended; build the \
+                             channel on a runtime that lives as long as the channel is used";
+
 /// The picker and status that the pool publishes. Calls read the picker without a lock.
 #[derive(Debug)]
 pub(crate) struct View {
@@ -27,6 +32,8 @@ pub(crate) struct View {
     /// The calls that wait for an endpoint.
     pub(crate) demand: Arc<Demand>,
     status: watch::Sender<Arc<PoolStatus>>,
+    /// Whether the pool or the channel was dropped.
+    ended: AtomicBool,
 }
 
 /// The endpoints of a pool, for status reports and error messages.
@@ -45,6 +52,8 @@ pub(crate) struct PoolStatus {
     pub(crate) freshness: Option<Freshness>,
     /// Why the set does not change any more.
     pub(crate) source_error: Option<String>,
+    /// Whether the pool was dropped.
+    pub(crate) ended: bool,
 }
 
 impl View {
@@ -58,6 +67,7 @@ impl View {
             unusable: vec![],
             freshness: None,
             source_error: None,
+            ended: false,
         };
         let capacity = Arc::<Capacity>::default();
         Self {
@@ -66,6 +76,7 @@ impl View {
             capacity,
             demand: Arc::default(),
             status: watch::Sender::new(Arc::new(status)),
+            ended: AtomicBool::new(false),
         }
     }
 
@@ -103,7 +114,7 @@ impl View {
     }
 
     /// Waits until a stream is reserved for the call. Returns `None` if all endpoints fail and the
-    /// call does not wait for them.
+    /// call does not wait for them, and after [`end`](Self::end).
     pub(crate) async fn wait_for_stream(
         &self,
         call: WaitingCall,
@@ -133,6 +144,39 @@ impl View {
                 consume_budget().await;
             }
         }
+    }
+
+    /// Records that the channel is dropped, so that the end of its pool is nothing to report.
+    pub(crate) fn close(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Ends every wait, because no pool keeps the view current any more. A channel that is still in
+    /// use has lost its pool with its runtime.
+    pub(crate) fn end(&self) {
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let picker = Picker::new(BalancePolicy::default(), vec![], &Cursor::default());
+        self.picker.store(Arc::new(picker));
+        let last = self.status();
+        self.status.send_replace(Arc::new(PoolStatus {
+            range: Arc::clone(&last.range),
+            endpoints: last.endpoints.clone(),
+            ready: 0,
+            unusable: last.unusable.clone(),
+            freshness: last.freshness.clone(),
+            source_error: last.source_error.clone(),
+            is_failing: true,
+            ended: true,
+        }));
+        // After the status, which says why the calls end.
+        self.waiting.close();
+    }
+
+    /// Whether the pool was dropped.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// The current status.
@@ -173,6 +217,12 @@ impl PoolStatus {
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
         let statuses = self.endpoints.iter().map(|endpoint| endpoint.status());
         let with_source_error = statuses.map(|mut status| {
+            if self.ended {
+                status.state = EndpointState::Shutdown;
+                status.connections = 0;
+                status.last_error = Some(RUNTIME_ENDED.to_owned());
+                return status;
+            }
             if let Some(error) = &self.source_error {
                 let own = status.last_error.take().map(|own| format!("{own}; "));
                 status.last_error = Some(format!("{}{error}", own.unwrap_or_default()));
@@ -183,6 +233,9 @@ impl PoolStatus {
     }
 
     fn describe_unavailable(&self, has_open_endpoint: bool) -> String {
+        if self.ended {
+            return RUNTIME_ENDED.to_owned();
+        }
         let lacking = if has_open_endpoint {
             "has room for another call"
         } else {

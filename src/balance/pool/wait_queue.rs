@@ -27,6 +27,8 @@ struct Line<C, T> {
     waiters: BTreeMap<Ticket, Waiter<C, T>>,
     /// How many tickets were given out.
     tickets: u64,
+    /// Whether calls are no longer served.
+    is_closed: bool,
 }
 
 /// A place in the queue. A call that waits again, because its attempt reached no server or is
@@ -48,6 +50,7 @@ impl<C, T> WaitQueue<C, T> {
         let line = Line {
             waiters: BTreeMap::new(),
             tickets: 0,
+            is_closed: false,
         };
         Self {
             line: Mutex::new(line),
@@ -55,7 +58,7 @@ impl<C, T> WaitQueue<C, T> {
         }
     }
 
-    /// Waits until the call is served. Returns `None` if it was refused.
+    /// Waits until the call is served. Returns `None` if it was refused or the queue is closed.
     ///
     /// Dropping the future leaves the queue. An item that the call was given by then is dropped.
     pub(crate) async fn wait(&self, call_started: Instant, call: C) -> Option<T> {
@@ -73,8 +76,10 @@ impl<C, T> WaitQueue<C, T> {
             number: line.tickets,
         };
         line.tickets += 1;
-        line.waiters.insert(ticket, waiter);
-        self.capacity.set_waiting(line.waiters.len());
+        if !line.is_closed {
+            line.waiters.insert(ticket, waiter);
+            self.capacity.set_waiting(line.waiters.len());
+        }
         Place {
             queue: self,
             ticket,
@@ -105,6 +110,12 @@ impl<C, T> WaitQueue<C, T> {
         // Fails if the call is about to leave. Dropping the item then makes it free again.
         let _ = waiter.sender.send(item);
         true
+    }
+
+    /// Ends the wait of every call, now and later.
+    pub(crate) fn close(&self) {
+        self.line.lock().is_closed = true;
+        self.refuse(|_| true);
     }
 
     /// Ends the wait of each call that `is_refused` matches.

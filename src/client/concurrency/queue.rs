@@ -131,7 +131,8 @@ impl QueueEntry {
     }
 
     pub(super) fn is_held(&self) -> bool {
-        self.lost.borrow().is_none()
+        // The tasks that would report a loss end with their runtime.
+        self.lost.borrow().is_none() && self.lost.has_changed().is_ok()
     }
 
     /// Resolves when the entry is lost, or may be.
@@ -139,7 +140,10 @@ impl QueueEntry {
         let mut lost = self.lost.clone();
         let lost = lost.wait_for(Option::is_some).await;
         let error = lost.ok().and_then(|error| error.clone());
-        error.unwrap_or_else(|| self.key.client.closed_error())
+        error.unwrap_or_else(|| {
+            let key = String::from_utf8_lossy(&self.key.bytes);
+            self.key.client.runtime_error(format!("hold {key:?}"))
+        })
     }
 
     /// The result of `work`, or the error of [`lost`](Self::lost) as soon as the entry is lost.

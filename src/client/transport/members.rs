@@ -100,6 +100,8 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
 }
 
 /// Why no endpoint of the channel is connected; `None` if one is connected.
+///
+/// After the end of the channel's runtime that end is the reason.
 pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
     let members = channel.endpoints();
     if members.iter().any(|m| m.state == EndpointState::Ready) {

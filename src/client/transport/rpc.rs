@@ -134,6 +134,12 @@ impl RpcService {
         message.map(Arc::unwrap_or_clone)
     }
 
+    /// Whether the runtime has ended on which the client was built.
+    pub(in crate::client) fn has_runtime_ended(&self) -> bool {
+        let channel = self.state.channel.load();
+        channel.as_ref().is_some_and(|channel| channel.has_ended())
+    }
+
     /// Why no member is connected. `None` while one is.
     pub(in crate::client) fn disconnected_reason(&self) -> Option<String> {
         let channel = self.state.channel.load_full()?;

@@ -149,8 +149,11 @@ impl UnaryCall<'_> {
     }
 
     /// Whether the call was repeated for its whole timeout, or for half of it while no member is
-    /// connected.
+    /// connected, or no member can be connected any more.
     fn out_of_budget(&self) -> bool {
+        if self.channel.has_ended() {
+            return true;
+        }
         let (elapsed, timeout) = (self.started.elapsed(), self.budget.timeout);
         elapsed >= timeout
             || (elapsed >= timeout / 2 && disconnected_reason(self.channel).is_some())

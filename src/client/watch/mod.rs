@@ -222,6 +222,8 @@ fn ends_watch(error: &Error) -> bool {
         Error::Compacted { .. }
         | Error::RevisionWentBack { .. }
         | Error::Closed { .. }
+        | Error::RuntimeEnded { .. }
+        | Error::NoRuntime { .. }
         | Error::Invalid { .. } => true,
         Error::Rpc { status, .. } => matches!(
             status.code(),

@@ -301,6 +301,8 @@ impl RawWatch {
                 // `close` also ends the stream, which may be noticed before the cancellation.
                 if self.client.is_closed() {
                     self.client.closed_error()
+                } else if self.client.has_runtime_ended() {
+                    self.client.runtime_error(operation(&self.key))
                 } else {
                     Error::from_etcd(operation(&self.key), error)
                 }
