@@ -12,7 +12,7 @@ use tonic::{Code, Status};
 use crate::support::balanced::{static_channel, wait_until_ready};
 use crate::support::echo_process::EchoProcess;
 use crate::support::frames::{
-    DATA, FrameConnection, FrameServer, INITIAL_WINDOW_SIZE, WINDOW_UPDATE,
+    ACK, DATA, FrameConnection, FrameServer, INITIAL_WINDOW_SIZE, PING, SETTINGS, WINDOW_UPDATE,
 };
 
 const MIB: usize = 1024 * 1024;
@@ -66,17 +66,27 @@ async fn open_windows(connection: &mut FrameConnection) -> std::io::Result<()> {
         .await
 }
 
-/// 4 MiB at 160 KiB/s took 26 s, and the ping waited behind what the system had buffered.
+/// Answers requests and pings, and sends nothing while it reads a request that fits in the windows.
+async fn answer_requests(mut connection: FrameConnection) -> std::io::Result<()> {
+    open_windows(&mut connection).await?;
+    loop {
+        let frame = connection.read_frame().await?;
+        match frame.kind {
+            SETTINGS if frame.flags & ACK == 0 => {
+                connection.write_frame(SETTINGS, ACK, 0, &[]).await?;
+            }
+            PING => connection.write_frame(PING, ACK, 0, &frame.payload).await?,
+            DATA if frame.is_end_stream() => connection.respond_ok(frame.stream).await?,
+            _ => {}
+        }
+    }
+}
+
+/// 4 MiB at 160 KiB/s failed after 13 s, because the ping waited behind what the system had
+/// buffered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_upload_ends() {
-    let server = FrameServer::start(|mut connection| async move {
-        open_windows(&mut connection).await?;
-        loop {
-            let stream = connection.next_request().await?;
-            connection.respond_ok(stream).await?;
-        }
-    })
-    .await;
+    let server = FrameServer::start(answer_requests).await;
     let proxy = Proxy::start(server.address()).await.unwrap();
     let endpoint = proxy.endpoint();
     let channel = channel(endpoint.trim_start_matches("http://"));
