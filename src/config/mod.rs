@@ -115,7 +115,9 @@ pub struct Config {
     pub request_timeout: Duration,
 
     /// The time without traffic after which a connection is tested with an HTTP/2 ping.
-    /// Default: 10 s. Minimum: 5 s, because etcd refuses more frequent pings.
+    /// Default: 10 s. Minimum: 5 s, because etcd refuses more frequent pings. A connection without
+    /// operations is tested twice, and again before the next operation, because etcd closes
+    /// connections that ping while idle.
     #[serde(with = "humantime_serde")]
     pub keep_alive_interval: Duration,
 
