@@ -32,7 +32,7 @@
 //! - **Waiting.** If no endpoint is ready, or all ready endpoints have as many streams as their
 //!   servers allow, the call waits until its deadline or for
 //!   [`ready_timeout`](BalancedChannelBuilder::ready_timeout). Then it fails with the state of each
-//!   endpoint.
+//!   endpoint. Waiting calls are served in the order in which they started.
 //! - **Picking.** A [`BalancePolicy`] picks the endpoint. Every policy honours weights. An instance
 //!   that is draining or has weight 0 gets no new calls.
 //! - **Retrying.** A call that provably reached no server application, because its connection was

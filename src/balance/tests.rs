@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 use super::call::Dispatcher;
 use super::connection::{FakeConnector, STREAM_LIMIT, Script};
 use super::pick::BalancePolicy;
-use super::pool::{ConnectPlan, DEFAULT_WINDOW, MassDeletionGuard, Pool, View};
+use super::pool::{ConnectPlan, DEFAULT_WINDOW, EndpointState, MassDeletionGuard, Pool, View};
 use super::source::Source;
 use crate::instance::Instance;
 
@@ -191,6 +191,21 @@ mod fail_fast {
             let status = call.await.unwrap().unwrap_err();
             assert_eq!(status.code(), Code::Unavailable);
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn call_gets_an_attempt_where_connections_ended_unused() {
+        let channel = Channel::new(Script::Accept, false).await;
+        for _ in 0..3 {
+            channel.connector.disconnect("a:1", "idle");
+            sleep(Duration::from_millis(1)).await;
+        }
+        let state = channel.dispatcher.view.endpoints()[0].state;
+        assert_eq!(state, EndpointState::Backoff);
+        let call = channel.call(None);
+        sleep(Duration::from_millis(1)).await;
+        assert_eq!(channel.in_flight(), 1);
+        assert!(!call.is_finished());
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,7 +2,8 @@
 //!
 //! One task owns the [`Pool`]. The task applies the source's snapshots, and publishes a new picker
 //! through the [`View`] whenever an endpoint becomes ready or is lost. Calls do not wait for this
-//! task, because they read the picker that was published last.
+//! task, because they read the picker that was published last. Calls that find no stream stand in a
+//! queue, which a second task serves.
 //!
 //! - A [`Member`] is an instance with its endpoint. When the instance's address changes, the new
 //!   endpoint connects while the old one still serves.

@@ -256,11 +256,11 @@ async fn limit_may_change_under_load() {
 }
 
 #[tokio::test]
-async fn ten_thousand_calls_get_the_first_endpoint() {
+async fn thousands_of_calls_get_the_first_endpoint() {
     let server = EchoServer::start();
     let (sets, channel) = dynamic_channel([], |builder| builder.ready_timeout(PATIENCE));
     let mut calls = JoinSet::new();
-    for _ in 0..10_000 {
+    for _ in 0..3_000 {
         let channel = channel.clone();
         calls.spawn(async move { call(&channel).await });
     }
@@ -270,7 +270,7 @@ async fn ten_thousand_calls_get_the_first_endpoint() {
     for result in timeout(PATIENCE, calls.join_all()).await.unwrap() {
         result.unwrap();
     }
-    assert_eq!(server.counts().calls(), 10_000);
+    assert_eq!(server.counts().calls(), 3_000);
 }
 
 #[tokio::test]
