@@ -10,10 +10,15 @@ use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use tonic::Code;
 
-use crate::support::balanced::{call, hello, static_channel, wait_until_ready};
+use crate::support::PATIENCE;
+use crate::support::balanced::{call, hello, in_flight, static_channel, wait_until_ready};
 use crate::support::frames::{
     DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM,
 };
+use crate::support::wait_until;
+
+/// The payload of a call on which a server breaks.
+const POISON: &[u8] = b"poison";
 
 const GRPC_HEAD: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
 
@@ -71,29 +76,46 @@ async fn time_at_refusing_servers_counts_for_ready_timeout() {
     assert_eq!(streams.load(Ordering::SeqCst), 2);
 }
 
-/// A server that breaks on a call: it ends the connection with an error, before the call's stream.
+/// A server that breaks on a poison call: it ends the connection with an error, before the call's
+/// stream, and responds to all other calls then. Counts the connections that it ends.
+async fn breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
+    let broken = Arc::clone(broken);
+    FrameServer::start(move |mut connection| {
+        let broken = Arc::clone(&broken);
+        async move {
+            connection.handshake(&[]).await?;
+            let mut others = Vec::new();
+            loop {
+                let frame = connection.next().await?;
+                if frame.kind != DATA || frame.payload.is_empty() {
+                    continue;
+                }
+                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
+                    others.push(frame.stream);
+                    continue;
+                }
+                broken.fetch_add(1, Ordering::SeqCst);
+                connection
+                    .send_go_away(frame.stream - 2, PROTOCOL_ERROR, "bad header")
+                    .await?;
+                for stream in others {
+                    connection.respond_ok(stream).await?;
+                }
+                return connection.close().await;
+            }
+        }
+    })
+    .await
+}
+
 #[tokio::test]
-async fn poison_call_breaks_two_connections_at_most() {
+async fn poison_call_fails_alone_and_breaks_two_connections() {
     const SERVERS: usize = 4;
+    const OTHERS: usize = 60;
     for retry in [None, Some(RetryPolicy::new(5))] {
         let broken = Arc::<AtomicUsize>::default();
-        let mut servers = Vec::new();
-        for _ in 0..SERVERS {
-            let counter = Arc::clone(&broken);
-            let server = FrameServer::start(move |mut connection| {
-                let broken = Arc::clone(&counter);
-                async move {
-                    connection.handshake(&[]).await?;
-                    connection.next_request().await?;
-                    broken.fetch_add(1, Ordering::SeqCst);
-                    connection
-                        .send_go_away(0, PROTOCOL_ERROR, "bad header")
-                        .await?;
-                    connection.close().await
-                }
-            });
-            servers.push(server.await);
-        }
+        let servers =
+            futures::future::join_all((0..SERVERS).map(|_| breaking_server(&broken))).await;
         let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
             let channel = channel.policy(BalancePolicy::RoundRobin);
             match &retry {
@@ -102,11 +124,57 @@ async fn poison_call_breaks_two_connections_at_most() {
             }
         });
         wait_until_ready(&channel, SERVERS).await;
-        let status = call(&channel).await.unwrap_err();
+        let others: Vec<_> = (0..OTHERS)
+            .map(|_| {
+                let channel = channel.clone();
+                tokio::spawn(async move { call(&channel).await })
+            })
+            .collect();
+        wait_until("the others are in flight", async || {
+            in_flight(&channel) == OTHERS
+        })
+        .await;
+        let poison = EchoRequest {
+            payload: POISON.to_vec(),
+            ..EchoRequest::default()
+        };
+        let mut client = EchoClient::new(channel.clone());
+        let status = client.unary(poison.clone()).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status}");
+        let go_away = "GOAWAY PROTOCOL_ERROR: bad header";
+        assert!(status.message().contains(go_away), "{status}");
         assert_eq!(broken.load(Ordering::SeqCst), 2, "{retry:?}");
-        assert!(servers.iter().all(|server| server.accepted() <= 2));
+        // The servers that are not broken have not responded to the others.
+        while others.iter().any(|other| !other.is_finished()) {
+            client.unary(poison.clone()).await.unwrap_err();
+        }
+        for other in others {
+            other.await.unwrap().unwrap();
+        }
     }
+}
+
+/// A server that recycles its connections refuses the streams of all callers but one each time.
+#[tokio::test]
+async fn graceful_goaway_may_exclude_a_call_many_times() {
+    const CALLERS: usize = 32;
+    let server = FrameServer::start(|mut connection| async move {
+        connection.handshake(&[]).await?;
+        let stream = connection.next_request().await?;
+        connection.respond_ok(stream).await?;
+        connection.send_go_away(stream, NO_ERROR, "").await?;
+        connection.close().await
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| {
+        channel.ready_timeout(PATIENCE)
+    });
+    wait_until_ready(&channel, 1).await;
+    let calls = (0..CALLERS).map(|_| call(&channel));
+    for result in futures::future::join_all(calls).await {
+        result.unwrap();
+    }
+    assert!(server.accepted() >= CALLERS);
 }
 
 /// What a server of hand-written frames responds with.
