@@ -14,6 +14,7 @@ mod mass_deletion;
 mod picking;
 mod pings;
 mod ready;
+mod recycling;
 mod requests;
 mod served_by;
 mod streams;
