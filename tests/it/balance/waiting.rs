@@ -374,10 +374,11 @@ async fn late_refusal_moves_to_another_endpoint() {
 
 #[tokio::test]
 async fn two_late_refusals_move_to_a_third_endpoint() {
-    let ready_timeout = Duration::from_millis(300);
+    // Both refusals together take less than the default `ready_timeout`, which their time counts
+    // against.
     let start_refusing = || {
-        RawServer::start(move |_, mut respond| async move {
-            tokio::time::sleep(3 * ready_timeout).await;
+        RawServer::start(|_, mut respond| async move {
+            tokio::time::sleep(Duration::from_millis(300)).await;
             respond.send_reset(h2::Reason::REFUSED_STREAM);
         })
     };
@@ -389,9 +390,7 @@ async fn two_late_refusals_move_to_a_third_endpoint() {
         healthy.address(),
     ];
     let channel = static_channel(addresses, |builder| {
-        builder
-            .ready_timeout(ready_timeout)
-            .policy(BalancePolicy::RoundRobin)
+        builder.policy(BalancePolicy::RoundRobin)
     });
     wait_until_ready(&channel, 3).await;
     // Round robin starts each call at another server.
