@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use crate::support::frames::{
 };
 use crate::support::log::Log;
 use crate::support::process::isolate;
+use crate::support::wait_until;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
@@ -58,6 +59,8 @@ struct Server {
     seen: Mutex<Vec<Seen>>,
     /// Connections with a lower index answer nothing any more, not even pings.
     frozen: AtomicUsize,
+    /// Whether new connections wait.
+    is_full: AtomicBool,
 }
 
 impl Server {
@@ -66,6 +69,7 @@ impl Server {
             answer: Mutex::new(answer),
             seen: Mutex::default(),
             frozen: AtomicUsize::new(0),
+            is_full: AtomicBool::new(false),
         })
     }
 
@@ -246,9 +250,15 @@ async fn channel(
         .collect();
     let addresses: Vec<String> = named.keys().cloned().collect();
     let connector = tower::service_fn(move |uri: Uri| {
-        let (client, io) = tokio::io::duplex(64 * 1024);
-        named[uri.authority().unwrap().as_str()].accept(io);
-        std::future::ready(Ok::<_, io::Error>(TokioIo::new(client)))
+        let server = Arc::clone(&named[uri.authority().unwrap().as_str()]);
+        async move {
+            while server.is_full.load(Ordering::SeqCst) {
+                sleep(Duration::from_millis(1)).await;
+            }
+            let (client, io) = tokio::io::duplex(64 * 1024);
+            server.accept(io);
+            Ok::<_, io::Error>(TokioIo::new(client))
+        }
     });
     let addresses = addresses.iter().map(String::as_str);
     let channel = static_channel(addresses, |builder| settings(builder.connector(connector)));
@@ -509,25 +519,19 @@ mod too_many_pings {
         // The second endpoint takes the calls while the first one is not connected.
         let other = Server::new(Answer::Ok);
         let channel = channel(&[&server, &other], |builder| builder).await;
+        server.is_full.store(true, Ordering::SeqCst);
         while server.calls() == 0 {
             call(&channel).await.unwrap();
         }
         let last_error = || status_of(&channel, &address(0)).unwrap().last_error;
-        let error = wait_until_some(last_error).await;
+        wait_until("the connection is lost", async || last_error().is_some()).await;
+        let error = last_error().unwrap();
         server.answer(Answer::Ok);
+        server.is_full.store(false, Ordering::SeqCst);
         sleep(HOUR).await;
         assert_eq!(server.accepted(), 2);
         assert_eq!(other.ping_pauses(0).last(), Some(&10));
         (server.ping_pauses(1), error)
-    }
-
-    async fn wait_until_some<T>(mut get: impl FnMut() -> Option<T>) -> T {
-        loop {
-            if let Some(value) = get() {
-                return value;
-            }
-            tokio::task::yield_now().await;
-        }
     }
 
     #[tokio::test(start_paused = true)]
