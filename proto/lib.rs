@@ -9,3 +9,8 @@ pub mod greeter {
 pub mod echo {
     tonic::include_proto!("echo");
 }
+
+/// `interop.proto`: the service of gRPC's interoperability test cases.
+pub mod interop {
+    tonic::include_proto!("grpc.testing");
+}

@@ -21,6 +21,32 @@ use super::pool::{EndpointStatus, PoolStatus, View};
 ///
 /// Clones are cheap and share the connections. Dropping the last clone closes each connection once
 /// the calls in flight on it have ended.
+///
+/// # Runtimes
+///
+/// The endpoints are kept connected by tasks on the Tokio runtime on which the channel was built.
+/// Calls may be made on any runtime. When the channel's own runtime ends, all calls fail at once
+/// with `UNAVAILABLE` and a message that says so, those that wait or are in flight included. A
+/// channel in a `static` that one `#[tokio::test]` builds is therefore of no use to the next one,
+/// because each such test has a runtime of its own: build a channel in each test.
+///
+/// Outside of a runtime a call fails with `FAILED_PRECONDITION` if it needs a timer or a task: it
+/// has a deadline or a stream of requests, or it has to wait.
+///
+/// # Paused time
+///
+/// Real sockets do not work with `#[tokio::test(start_paused = true)]` or `tokio::time::pause`. The
+/// paused clock jumps to the next timer whenever all tasks wait, and it does not know that a packet
+/// is on its way. Handshakes, keep-alive and
+/// [`ready_timeout`](super::BalancedChannelBuilder::ready_timeout) time out at once, and no call
+/// succeeds. Instead, do one of these:
+///
+/// - Leave the clock running, and set short timeouts.
+/// - Connect in memory: a [`connector`](super::BalancedChannelBuilder::connector) that returns one
+///   end of a `tokio::io::duplex`, whose other end a server of the same test gets through tonic's
+///   `serve_with_incoming`. All waits are then waits for tasks, which the paused clock knows.
+/// - Test the code around the client with a `tower::service_fn` in the channel's place. Generated
+///   clients take any service.
 #[derive(Clone)]
 #[must_use = "dropping the last clone of a channel closes its connections"]
 pub struct BalancedChannel {

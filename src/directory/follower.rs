@@ -48,14 +48,32 @@ impl Follower {
     }
 
     /// Waits until no other task follows etcd, then follows it until the client is closed.
-    pub(super) async fn run(self: Arc<Self>) {
-        let mut guard = StaleOnDrop(self.state.lock().await);
-        if let Some(FollowState { state, input }) = &mut *guard.0 {
-            let mut publisher = Publisher::new(input, self.cache.clone().map(CacheWriter::spawn));
-            publisher.write_cache(&state.snapshot());
-            let mut driver = Driver::new(self.range.clone());
-            driver.follow(state, &mut publisher).await;
-            *guard.0 = None;
+    pub(super) fn run(self: Arc<Self>) -> impl Future<Output = ()> + Send {
+        // Part of the future from the beginning, because a runtime that ends early drops its tasks
+        // before their first poll.
+        let unstarted = StaleUnlessFollowed(Arc::clone(&self));
+        async move {
+            let mut guard = StaleOnDrop(self.state.lock().await);
+            drop(unstarted);
+            if let Some(FollowState { state, input }) = &mut *guard.0 {
+                let cache_writer = self.cache.clone().map(CacheWriter::spawn);
+                let mut publisher = Publisher::new(input, cache_writer);
+                publisher.write_cache(&state.snapshot());
+                let mut driver = Driver::new(self.range.clone());
+                driver.follow(state, &mut publisher).await;
+                *guard.0 = None;
+            }
+        }
+    }
+}
+
+/// Marks the layout stale if no task follows etcd.
+struct StaleUnlessFollowed(Arc<Follower>);
+
+impl Drop for StaleUnlessFollowed {
+    fn drop(&mut self) {
+        if let Ok(state) = self.0.state.try_lock() {
+            drop(StaleOnDrop(state));
         }
     }
 }

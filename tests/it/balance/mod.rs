@@ -8,6 +8,7 @@ mod frames;
 mod header_limits;
 mod http_pages;
 mod input;
+mod interop;
 mod isolation;
 mod limits;
 mod mass_deletion;

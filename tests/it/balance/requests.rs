@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::channel::mpsc;
 use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use goo_etcd::balance::Source;
@@ -19,8 +20,10 @@ use http::{HeaderMap, Response, Uri};
 use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::body::Body;
 use tonic::{Code, Request};
 use tower::Service;
@@ -28,7 +31,7 @@ use tower::Service;
 use crate::support::balanced::{
     call, call_with_timeout, hello, static_channel, status_of, wait_until_ready,
 };
-use crate::support::echo::EchoServer;
+use crate::support::echo::{EchoServer, EchoService};
 use crate::support::raw::{RawServer, respond_ok};
 use crate::support::{find_etcd, wait_for, wait_until};
 
@@ -307,7 +310,7 @@ mod panics {
                 builder
                     .connector(connector.clone())
                     .max_connect_backoff(Duration::from_millis(50))
-                    .ready_timeout(Duration::from_millis(500))
+                    .ready_timeout(Duration::from_secs(3))
             });
             let status = call(&channel).await.unwrap_err();
             assert_eq!(status.code(), Code::Unavailable);
@@ -318,7 +321,11 @@ mod panics {
                 status.state == EndpointState::Backoff && error.contains("panicked: no route")
             })
             .await;
-            assert!(connector.attempts.load(Ordering::SeqCst) > 1);
+            // A panic hook that prints a backtrace takes longer than the backoff.
+            wait_until("it is tried again", async || {
+                connector.attempts.load(Ordering::SeqCst) > 1
+            })
+            .await;
         }
     }
 
@@ -377,6 +384,38 @@ mod many_failing_endpoints {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn end_with_their_channel_on_two_threads() {
         assert_eq!(attempts_after_drop().await, 0);
+    }
+}
+
+mod paused_time {
+    use super::*;
+
+    /// The channel's page recommends this for tests in paused time.
+    #[tokio::test(start_paused = true)]
+    async fn works_with_a_connector_in_memory() {
+        let (to_server, connections) = mpsc::unbounded::<std::io::Result<DuplexStream>>();
+        let server = tonic::transport::Server::builder()
+            .add_service(EchoService::new("in memory").service())
+            .serve_with_incoming(connections);
+        let _server = AbortOnDropHandle::new(tokio::spawn(server));
+        let connector = tower::service_fn(move |_: Uri| {
+            let (client, server) = tokio::io::duplex(64 * 1024);
+            let connected = to_server.unbounded_send(Ok(server));
+            std::future::ready(connected.map(|()| TokioIo::new(client)))
+        });
+        let channel = static_channel(["in-memory:1"], |builder| builder.connector(connector));
+        let started = Instant::now();
+        let mut request = Request::new(hello());
+        request.get_mut().delay_ms = 3_600_000;
+        EchoClient::new(channel.clone())
+            .unary(request)
+            .await
+            .unwrap();
+        let waited = started.elapsed();
+        assert!(waited >= Duration::from_secs(3_600), "{waited:?}");
+        // The connection has been idle for an hour.
+        tokio::time::sleep(Duration::from_secs(3_600)).await;
+        assert_eq!(call(&channel).await.unwrap(), "in memory");
     }
 }
 

@@ -6,6 +6,7 @@ pub mod echo_process;
 pub mod frames;
 pub mod greeter;
 pub mod history;
+pub mod interop;
 pub mod log;
 pub mod process;
 pub mod raw;
