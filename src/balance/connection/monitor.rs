@@ -94,12 +94,10 @@ impl<T> MonitoredIo<T> {
                 state.record_data();
             }
             Frame::Data => state.record_data(),
-            Frame::StreamEnd(stream) => {
-                // A server that does not wait for the end of a request sends RST_STREAM after its
-                // response.
-                if std::mem::replace(last_ended, stream) != stream {
-                    state.record_stream_end();
-                }
+            // A server that does not wait for the end of a request sends RST_STREAM after its
+            // response.
+            Frame::StreamEnd(stream) if std::mem::replace(last_ended, stream) != stream => {
+                state.record_stream_end();
             }
             Frame::LargeHeaders { stream } => state.header_limits.record_large(stream),
             Frame::Settings(sent) => {
