@@ -3,28 +3,30 @@
 //! The system's resolver blocks a thread, for ten seconds and more if no name server responds, and
 //! cannot be cancelled. On tokio's blocking threads, a thousand such names would occupy all threads
 //! and keep every file operation of the program waiting. So look-ups have threads of their own, at
-//! most [`MAX_LOOKUPS`], and callers that want the same name share one look-up.
+//! most [`MAX_THREADS`], which end when no name is left. Callers that want the same name share one
+//! look-up.
 //!
-//! A caller that gives up leaves the queue. A look-up that has started goes on without its callers,
-//! keeps its place among the [`MAX_LOOKUPS`], and is joined by the next caller for its name.
-//! Names that failed last time use at most [`MAX_FAILING`] of the places, so that names which do
-//! not resolve cannot keep those waiting which do.
+//! A name whose callers have all given up is skipped when its turn comes. A look-up that has
+//! started goes on, and is joined by the next caller for its name. Names that failed last time use
+//! at most [`MAX_FAILING`] of the threads, so that names which do not resolve cannot keep those
+//! waiting which do.
+//!
+//! The queue belongs to the threads and not to the callers' tasks, because a runtime that is not
+//! running at the moment must not hold up the look-ups of the others.
 
-use std::collections::{HashMap, HashSet};
-use std::future::Future;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, LazyLock};
 
-use futures::FutureExt as _;
-use futures::future::{BoxFuture, Shared, WeakShared};
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::watch;
 
 use crate::instance::uncallable_ip_reason;
 
 /// The most look-ups that run at a time.
-const MAX_LOOKUPS: usize = 16;
+const MAX_THREADS: usize = 16;
 
 /// The most of them that are for names whose last look-up failed.
 const MAX_FAILING: usize = 12;
@@ -38,22 +40,32 @@ type Found = Result<Arc<[SocketAddr]>, Arc<str>>;
 
 type Resolve = dyn Fn(&str) -> io::Result<Vec<SocketAddr>> + Send + Sync;
 
-/// Looks up names. Clones share the limit and the look-ups.
+/// Looks up names. Clones share the threads and the look-ups.
 #[derive(Clone)]
 pub(super) struct Lookups(Arc<Inner>);
 
 struct Inner {
     resolve: Box<Resolve>,
-    places: Arc<Semaphore>,
-    failing_places: Arc<Semaphore>,
-    failing: Mutex<HashSet<Arc<str>>>,
-    pending: Mutex<HashMap<Arc<str>, Pending>>,
+    state: Mutex<State>,
 }
 
-/// A look-up that has not ended.
-struct Pending {
-    id: u64,
-    lookup: WeakShared<BoxFuture<'static, Found>>,
+#[derive(Default)]
+struct State {
+    /// Names that wait for a thread, in order.
+    waiting: VecDeque<Arc<str>>,
+    /// The names in `waiting` and those that are being looked up. The receivers are their callers.
+    pending: HashMap<Arc<str>, watch::Sender<Option<Found>>>,
+    threads: usize,
+    /// How many of `threads` look up a name in `failing`.
+    failing_threads: usize,
+    /// Names whose last look-up failed.
+    failing: HashSet<Arc<str>>,
+}
+
+/// A name that a thread looks up.
+struct Job {
+    host: Arc<str>,
+    was_failing: bool,
 }
 
 impl Lookups {
@@ -70,16 +82,18 @@ impl Lookups {
     ) -> Self {
         Self(Arc::new(Inner {
             resolve: Box::new(resolve),
-            places: Arc::new(Semaphore::new(MAX_LOOKUPS)),
-            failing_places: Arc::new(Semaphore::new(MAX_FAILING)),
-            failing: Mutex::default(),
-            pending: Mutex::default(),
+            state: Mutex::default(),
         }))
     }
 
     /// The addresses of a host, with this port.
     pub(super) async fn look_up(&self, host: &str, port: u16) -> Result<Vec<SocketAddr>, String> {
-        let found = self.join(host).await.map_err(|error| error.to_string())?;
+        let mut result = self.join(host)?;
+        // A sender is dropped without a result only if its name has no receiver.
+        let found = result.wait_for(Option::is_some).await;
+        let found = found.ok().and_then(|found| found.clone());
+        let found = found.ok_or("the look-up was cancelled")?;
+        let found = found.map_err(|error| error.to_string())?;
         let with_port = found.iter().map(|address| {
             let mut address = *address;
             address.set_port(port);
@@ -88,99 +102,92 @@ impl Lookups {
         Ok(with_port.collect())
     }
 
-    /// The pending look-up of a host, or a new one.
-    fn join(&self, host: &str) -> Shared<BoxFuture<'static, Found>> {
-        let mut pending = self.0.pending.lock();
-        if let Some(lookup) = pending.get(host).and_then(|found| found.lookup.upgrade()) {
-            return lookup;
+    /// Joins the pending look-up of a host, or queues a new one.
+    fn join(&self, host: &str) -> Result<watch::Receiver<Option<Found>>, String> {
+        let mut state = self.0.state.lock();
+        if let Some(pending) = state.pending.get(host) {
+            return Ok(pending.subscribe());
         }
         let host: Arc<str> = host.into();
-        let id = fastrand::u64(..);
-        let lookup = run(Arc::clone(&self.0), Arc::clone(&host), id)
-            .boxed()
-            .shared();
-        if let Some(weak) = lookup.downgrade() {
-            pending.insert(host, Pending { id, lookup: weak });
+        let (result_tx, result) = watch::channel(None);
+        state.pending.insert(Arc::clone(&host), result_tx);
+        state.waiting.push_back(Arc::clone(&host));
+        if state.threads == MAX_THREADS {
+            return Ok(result);
         }
-        lookup
-    }
-}
-
-/// Removes a pending look-up when it ends or when its last caller gives up.
-struct Removal {
-    inner: Arc<Inner>,
-    host: Arc<str>,
-    id: u64,
-}
-
-impl Drop for Removal {
-    fn drop(&mut self) {
-        let mut pending = self.inner.pending.lock();
-        // After the last caller has gone, another may have started a new look-up.
-        if pending.get(&self.host).is_some_and(|now| now.id == self.id) {
-            pending.remove(&self.host);
+        let inner = Arc::clone(&self.0);
+        let thread = std::thread::Builder::new().name("goo-etcd-lookup".to_owned());
+        match thread.spawn(move || inner.work()) {
+            Ok(_) => state.threads += 1,
+            Err(error) if state.threads == 0 => {
+                state.pending.remove(&host);
+                state.waiting.retain(|waiting| *waiting != host);
+                return Err(format!(
+                    "cannot start a thread to look up the name: {error}"
+                ));
+            }
+            // The other threads come to this name later.
+            Err(_) => {}
         }
+        Ok(result)
     }
-}
-
-/// Waits for a place, and looks up a host in a thread.
-fn run(inner: Arc<Inner>, host: Arc<str>, id: u64) -> impl Future<Output = Found> + Send {
-    let removal = Removal { inner, host, id };
-    async move {
-        let (inner, host) = (&removal.inner, &removal.host);
-        let is_failing = inner.failing.lock().contains(host);
-        let failing_place = match is_failing {
-            true => acquire(&inner.failing_places).await,
-            false => None,
-        };
-        let place = acquire(&inner.places).await;
-        // Held by the thread, so that callers who come after all others gave up can join.
-        let this = inner
-            .pending
-            .lock()
-            .get(host)
-            .and_then(|now| now.lookup.upgrade());
-        let (result_tx, result) = oneshot::channel();
-        let (thread_inner, thread_host) = (Arc::clone(inner), Arc::clone(host));
-        let thread = std::thread::Builder::new()
-            .name("goo-etcd-lookup".to_owned())
-            .spawn(move || {
-                let found = thread_inner.resolve(&thread_host);
-                let _ = result_tx.send(found);
-                drop((place, failing_place, this));
-            });
-        if let Err(error) = thread {
-            return Err(format!("cannot start a thread to look up the name: {error}").into());
-        }
-        // The sender is dropped without a result only if the resolver panics.
-        result
-            .await
-            .unwrap_or_else(|_| Err("looking up the name panicked".into()))
-    }
-}
-
-/// Waits in the queue for a place. `None` only if the semaphore is closed, which never happens.
-async fn acquire(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
-    Arc::clone(places).acquire_owned().await.ok()
 }
 
 impl Inner {
-    /// Looks up a host, and blocks the thread meanwhile.
-    fn resolve(&self, host: &Arc<str>) -> Found {
-        let found = match (self.resolve)(host) {
-            Ok(addresses) => callable(addresses),
-            Err(error) => Err(format!("cannot look up the name: {error}").into()),
-        };
-        let mut failing = self.failing.lock();
-        if found.is_ok() {
-            failing.remove(host);
-        } else {
-            if failing.len() >= REMEMBERED_FAILURES {
-                failing.clear();
-            }
-            failing.insert(Arc::clone(host));
+    /// Looks up names until none is left.
+    fn work(&self) {
+        while let Some(job) = self.take_job() {
+            // A panic is an error of this name and must not end the thread of the others.
+            let resolve = || (self.resolve)(&job.host);
+            let found = match std::panic::catch_unwind(AssertUnwindSafe(resolve)) {
+                Ok(Ok(addresses)) => callable(addresses),
+                Ok(Err(error)) => Err(format!("cannot look up the name: {error}").into()),
+                Err(_) => Err("looking up the name panicked".into()),
+            };
+            self.finish(&job, found);
         }
-        found
+    }
+
+    /// Takes the next name, or gives the thread up.
+    fn take_job(&self) -> Option<Job> {
+        let state = &mut *self.state.lock();
+        let may_take_failing = state.failing_threads < MAX_FAILING;
+        let mut index = 0;
+        while let Some(host) = state.waiting.get(index) {
+            let was_failing = state.failing.contains(host);
+            let is_wanted = (state.pending.get(host)).is_some_and(|job| job.receiver_count() > 0);
+            if is_wanted && was_failing && !may_take_failing {
+                index += 1;
+                continue;
+            }
+            let host = state.waiting.remove(index)?;
+            if is_wanted {
+                state.failing_threads += usize::from(was_failing);
+                return Some(Job { host, was_failing });
+            }
+            state.pending.remove(&host);
+        }
+        state.threads -= 1;
+        None
+    }
+
+    /// Records and publishes a result.
+    fn finish(&self, job: &Job, found: Found) {
+        let mut state = self.state.lock();
+        state.failing_threads -= usize::from(job.was_failing);
+        if found.is_ok() {
+            state.failing.remove(&job.host);
+        } else {
+            if state.failing.len() >= REMEMBERED_FAILURES {
+                state.failing.clear();
+            }
+            state.failing.insert(Arc::clone(&job.host));
+        }
+        let result = state.pending.remove(&job.host);
+        drop(state);
+        if let Some(result) = result {
+            result.send_replace(Some(found));
+        }
     }
 }
 
@@ -277,25 +284,26 @@ mod tests {
         let callers: Vec<_> = (0..1_000)
             .map(|n| spawn(&lookups, format!("name-{n}")))
             .collect();
-        gate.wait_until_started(MAX_LOOKUPS).await;
+        gate.wait_until_started(MAX_THREADS).await;
         gate.set_open(true);
         for caller in callers {
             let found = caller.await.unwrap().unwrap();
             assert_eq!(found, [SocketAddr::from(([10, 0, 0, 1], 80))]);
         }
-        assert_eq!(gate.state.lock().unwrap().most, MAX_LOOKUPS);
+        assert_eq!(gate.state.lock().unwrap().most, MAX_THREADS);
         assert_eq!(gate.started().len(), 1_000);
-        assert!(lookups.0.pending.lock().is_empty());
+        assert!(lookups.0.state.lock().pending.is_empty());
     }
 
     #[tokio::test]
     async fn callers_share_the_look_up_of_a_name() {
         let (gate, lookups) = Gate::new();
         // All join before the look-up can end.
-        let callers: Vec<_> = (0..100).map(|_| lookups.join("name")).collect();
+        let callers: Vec<_> = (0..100).map(|_| lookups.join("name").unwrap()).collect();
         gate.set_open(true);
-        for found in futures::future::join_all(callers).await {
-            found.unwrap();
+        for mut caller in callers {
+            let found = caller.wait_for(Option::is_some).await.unwrap();
+            assert!(matches!(&*found, Some(Ok(_))));
         }
         assert_eq!(gate.started(), ["name"]);
         // A result is not kept.
@@ -306,10 +314,10 @@ mod tests {
     #[tokio::test]
     async fn cancelled_caller_leaves_the_queue() {
         let (gate, lookups) = Gate::new();
-        let running: Vec<_> = (0..MAX_LOOKUPS)
+        let running: Vec<_> = (0..MAX_THREADS)
             .map(|n| spawn(&lookups, format!("name-{n}")))
             .collect();
-        gate.wait_until_started(MAX_LOOKUPS).await;
+        gate.wait_until_started(MAX_THREADS).await;
         let waiting = lookups.look_up("cancelled", 80);
         let waited = tokio::time::timeout(Duration::from_millis(1), waiting).await;
         assert!(waited.is_err());
@@ -320,7 +328,7 @@ mod tests {
             running.await.unwrap().unwrap();
         }
         assert!(!gate.started().contains(&"cancelled".to_owned()));
-        assert!(lookups.0.pending.lock().is_empty());
+        assert!(lookups.0.state.lock().pending.is_empty());
     }
 
     #[tokio::test]
@@ -330,11 +338,27 @@ mod tests {
         gate.wait_until_started(1).await;
         abandoned.abort();
         assert!(abandoned.await.unwrap_err().is_cancelled());
-        let joined = spawn(&lookups, "name");
-        tokio::task::yield_now().await;
+        let mut joined = lookups.join("name").unwrap();
         gate.set_open(true);
-        joined.await.unwrap().unwrap();
+        joined.wait_for(Option::is_some).await.unwrap();
         assert_eq!(gate.started(), ["name"]);
+    }
+
+    /// As callers on a runtime that is not running at the moment.
+    #[tokio::test]
+    async fn unpolled_callers_hold_up_no_other() {
+        let (gate, lookups) = Gate::new();
+        let hosts: Vec<String> = (0..40).map(|n| format!("name-{n}")).collect();
+        let mut unpolled: Vec<_> = hosts
+            .iter()
+            .map(|host| Box::pin(lookups.look_up(host, 80)))
+            .collect();
+        for lookup in &mut unpolled {
+            assert!(futures::poll!(lookup).is_pending());
+        }
+        gate.set_open(true);
+        lookups.look_up("other", 80).await.unwrap();
+        assert_eq!(gate.started().len(), 41);
     }
 
     #[tokio::test]
@@ -380,9 +404,9 @@ mod tests {
         let lookups = Lookups::new(|_: &str| panic!("a bug"));
         let error = lookups.look_up("name", 80).await.unwrap_err();
         assert_eq!(error, "looking up the name panicked");
-        assert!(lookups.0.pending.lock().is_empty());
-        // The place is given back.
-        let all = u32::try_from(MAX_LOOKUPS).unwrap();
-        let _all = lookups.0.places.acquire_many(all).await.unwrap();
+        assert!(lookups.0.state.lock().pending.is_empty());
+        // The thread goes on.
+        let error = lookups.look_up("other", 80).await.unwrap_err();
+        assert_eq!(error, "looking up the name panicked");
     }
 }
