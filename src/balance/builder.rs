@@ -217,6 +217,9 @@ impl BalancedChannelBuilder {
     ///
     /// For the address `unix:/path` the connector gets `http://localhost/`. Default: TCP, and Unix
     /// sockets for `unix:` addresses.
+    ///
+    /// The connector sets the options of its sockets. A small `TCP_NOTSENT_LOWAT`, which the channel
+    /// sets on its own, keeps pings from waiting behind a long upload over a slow network.
     pub fn connector<C>(mut self, connector: C) -> Self
     where
         C: Service<Uri> + Clone + Send + Sync + 'static,

@@ -96,7 +96,9 @@ fn poll_connection(
         // The poll above has reset them.
         state.release_streams(cancelled);
     }
-    state.set_stream_limit(connection.max_concurrent_send_streams());
+    if !state.liveness.is_suspect() {
+        state.set_stream_limit(connection.max_concurrent_send_streams());
+    }
     polled
 }
 

@@ -25,6 +25,11 @@ use super::state::ConnectionState;
 /// A time that no connection lives to see.
 const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// The part of the timeout after which the response to a ping before a call is late. The call, and
+/// those after it, then use other connections, or wait for the first that is free. So several
+/// servers that hang do not cost a call the timeout one after the other.
+const LATE: u32 = 8;
+
 /// HTTP/2 keep-alive: ping after `interval` without traffic, give up `timeout` later.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeepAliveSettings {
@@ -58,8 +63,9 @@ enum Phase {
     Watching,
     /// A ping is due, and the timer fires when the budget allows one for this purpose.
     Throttled { purpose: Purpose, heard: Instant },
-    /// A ping was sent, and the timer fires at the timeout.
-    Waiting { heard: Instant },
+    /// A ping was sent, and the timer fires at the deadline, or before a call already when the
+    /// response is late.
+    Waiting { heard: Instant, deadline: Instant },
 }
 
 impl<'a> KeepAlive<'a> {
@@ -87,7 +93,7 @@ impl<'a> KeepAlive<'a> {
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.awaits_pong {
             match self.pings.poll_pong(cx) {
-                Poll::Ready(Ok(_)) => self.on_pong(),
+                Poll::Ready(Ok(_)) => self.on_pong(cx),
                 // The connection has ended; polling it returns the reason.
                 Poll::Ready(Err(_)) => return Poll::Pending,
                 Poll::Pending => {}
@@ -106,7 +112,7 @@ impl<'a> KeepAlive<'a> {
                 }
                 Phase::Throttled { purpose, heard } => {
                     if self.state.last_activity() != heard {
-                        self.state.liveness.decide();
+                        self.decide(cx);
                         self.watch();
                     } else if purpose == Purpose::Stream && self.purpose() == Purpose::Idle {
                         self.watch();
@@ -117,14 +123,18 @@ impl<'a> KeepAlive<'a> {
                         self.on_due();
                     }
                 }
-                Phase::Waiting { heard } => {
+                Phase::Waiting { heard, deadline } => {
                     ready!(self.timer.as_mut().poll(cx));
-                    // Any sign of life counts. The response may wait behind other data.
-                    if self.state.last_activity() == heard {
+                    if self.state.last_activity() != heard {
+                        // Any sign of life counts. The response may wait behind other data.
+                        self.decide(cx);
+                        self.watch();
+                    } else if Instant::now() < deadline {
+                        self.state.suspend_calls();
+                        self.timer.as_mut().reset(deadline);
+                    } else {
                         return Poll::Ready(());
                     }
-                    self.state.liveness.decide();
-                    self.watch();
                 }
             }
         }
@@ -204,20 +214,33 @@ impl<'a> KeepAlive<'a> {
             self.budget.on_ping(purpose, now);
         }
         self.awaits_pong = true;
+        let deadline = now + self.settings.timeout;
         self.phase = Phase::Waiting {
             heard: self.state.last_activity(),
+            deadline,
         };
-        self.timer.as_mut().reset(now + self.settings.timeout);
+        self.timer.as_mut().reset(match purpose {
+            Purpose::BeforeCall => now + self.settings.timeout / LATE,
+            Purpose::Stream | Purpose::Idle => deadline,
+        });
     }
 
-    fn on_pong(&mut self) {
+    fn on_pong(&mut self, cx: &Context<'_>) {
         if self.state.take_data_arrived() {
             self.budget.on_data(true);
         }
         self.awaits_pong = false;
         self.budget.on_pong(Instant::now());
-        self.state.liveness.decide();
+        self.decide(cx);
         self.watch();
+    }
+
+    /// The peer is alive: calls are sent again.
+    fn decide(&self, cx: &Context<'_>) {
+        if self.state.liveness.decide() {
+            // The driver sets the limit on streams again.
+            cx.waker().wake_by_ref();
+        }
     }
 }
 

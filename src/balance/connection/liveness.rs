@@ -15,6 +15,8 @@ pub(super) struct Liveness {
     /// Whether a call must wait for a ping. Relaxed, because a call that misses a change behaves
     /// as a call that was sent a moment earlier.
     unproven: AtomicBool,
+    /// Whether the response to the ping is late. Calls no longer wait for it.
+    suspect: AtomicBool,
     /// Whether a call waits.
     requested: AtomicBool,
     decided: Notify,
@@ -29,12 +31,24 @@ impl Liveness {
         self.unproven.store(true, Ordering::Relaxed);
     }
 
+    pub(super) fn is_suspect(&self) -> bool {
+        self.suspect.load(Ordering::SeqCst)
+    }
+
+    /// Records that the response to the ping is late, and wakes the calls that wait.
+    pub(super) fn set_suspect(&self) {
+        self.suspect.store(true, Ordering::SeqCst);
+        self.decided.notify_waiters();
+    }
+
     /// Records that the peer is alive, or that the connection has ended, and wakes the calls that
-    /// wait.
-    pub(super) fn decide(&self) {
+    /// wait. Returns whether the connection was suspect.
+    pub(super) fn decide(&self) -> bool {
         self.requested.store(false, Ordering::Relaxed);
         self.unproven.store(false, Ordering::SeqCst);
+        let was_suspect = self.suspect.swap(false, Ordering::SeqCst);
         self.decided.notify_waiters();
+        was_suspect
     }
 
     /// Whether a call waits for a ping. Only the keep-alive calls this.
@@ -42,14 +56,14 @@ impl Liveness {
         self.requested.load(Ordering::Relaxed)
     }
 
-    /// Waits until the connection works or has ended. `wake` wakes the keep-alive.
+    /// Waits until the connection works, is suspect or has ended. `wake` wakes the keep-alive.
     pub(super) async fn wait(&self, wake: impl Fn()) {
         loop {
             let decided = self.decided.notified();
             tokio::pin!(decided);
             // Registered before the look at the flag, so that no notification is lost in between.
             decided.as_mut().enable();
-            if !self.unproven.load(Ordering::SeqCst) {
+            if !self.unproven.load(Ordering::SeqCst) || self.is_suspect() {
                 return;
             }
             self.requested.store(true, Ordering::Relaxed);

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use h2::Reason;
+use parking_lot::Mutex;
 
 use super::go_away::GoAway;
 use crate::time::MAX_DURATION;
@@ -18,7 +19,23 @@ const TOO_MANY_PINGS: &[u8] = b"too_many_pings";
 /// How often the interval of an endpoint was doubled. Shared by the endpoint's connections, present
 /// and future.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Doublings(Arc<AtomicU32>);
+pub(super) struct Doublings(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    count: AtomicU32,
+    /// What the user should know after a doubling.
+    advice: Mutex<Option<String>>,
+}
+
+impl Doublings {
+    /// Why the interval was doubled, and what to set. `None` if it was not.
+    pub(super) fn advice(&self) -> Option<String> {
+        // Without a lock while nothing was doubled, which is usual.
+        let is_doubled = self.0.count.load(Ordering::Acquire) > 0;
+        is_doubled.then(|| self.0.advice.lock().clone())?
+    }
+}
 
 /// All are equal, because the doublings are no property of a target.
 impl PartialEq for Doublings {
@@ -49,7 +66,7 @@ impl PingInterval {
             address: Arc::clone(address),
             configured,
             endpoint: endpoint.clone(),
-            doublings: endpoint.0.load(Ordering::Relaxed),
+            doublings: endpoint.0.count.load(Ordering::Relaxed),
         }
     }
 
@@ -66,11 +83,16 @@ impl PingInterval {
         let configured = self.configured.filter(|_| is_too_many)?;
         let next = self.doublings.saturating_add(1);
         let interval = doubled(configured, next);
+        let advice = format!(
+            "the keep-alive interval is {interval:?} now; set `http2_keep_alive_interval` to what \
+             the server permits"
+        );
+        let endpoint = &self.endpoint.0;
+        *endpoint.advice.lock() = Some(format!("{go_away}; {advice}"));
         // Fails if another connection, made at the same interval, has doubled it already.
-        let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
-        let exchanged = self
-            .endpoint
-            .0
+        let (set, fetch) = (Ordering::Release, Ordering::Relaxed);
+        let exchanged = endpoint
+            .count
             .compare_exchange(self.doublings, next, set, fetch);
         if exchanged.is_ok() {
             tracing::warn!(
@@ -80,10 +102,7 @@ impl PingInterval {
                  is doubled; set `http2_keep_alive_interval` to what the server permits"
             );
         }
-        Some(format!(
-            "the keep-alive interval is {interval:?} now; set `http2_keep_alive_interval` to what \
-             the server permits"
-        ))
+        Some(advice)
     }
 }
 
@@ -122,8 +141,10 @@ mod tests {
             assert_eq!(connect(&endpoint).on_go_away(&other), None);
         }
         assert_eq!(connect(&endpoint).get(), Some(10 * SECOND));
+        assert_eq!(endpoint.advice(), None);
         let advice = connect(&endpoint).on_go_away(&go_away(calm, TOO_MANY_PINGS));
         assert!(advice.unwrap().contains("interval is 20s now"));
+        assert!(endpoint.advice().unwrap().starts_with("GOAWAY"));
         assert_eq!(connect(&endpoint).get(), Some(20 * SECOND));
     }
 

@@ -98,6 +98,7 @@ impl Sender {
             permit: StreamPermit {
                 state: Arc::clone(&self.state),
                 closed: false,
+                ended_by_peer: false,
             },
         })
     }
@@ -213,6 +214,7 @@ async fn await_response(
         })),
         Err(error) => {
             permit.closed = true;
+            permit.ended_by_peer = error.is_remote() && error.is_reset();
             let kind = kind_of(&permit.state, stream, &error);
             Err(send_error(&permit.state, kind, error))
         }
@@ -261,12 +263,18 @@ fn send_error(state: &ConnectionState, kind: SendErrorKind, error: h2::Error) ->
 struct StreamPermit {
     state: Arc<ConnectionState>,
     closed: bool,
+    /// Whether the peer ended the stream, so that it counts as ended until it is given back.
+    ended_by_peer: bool,
 }
 
 impl Drop for StreamPermit {
     fn drop(&mut self) {
+        if self.ended_by_peer {
+            // First, so that nothing is left when the last stream is given back.
+            self.state.forget_stream_end();
+        }
         if self.closed {
-            self.state.close_stream();
+            self.state.release_streams(1);
         } else {
             self.state.cancel_stream();
         }
@@ -297,6 +305,7 @@ impl Incoming {
         self.stream = None;
         if let Some(mut permit) = self.permit.take() {
             permit.closed = received && sent;
+            permit.ended_by_peer = received;
         }
     }
 

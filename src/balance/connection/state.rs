@@ -29,8 +29,8 @@ pub(crate) struct ConnectionState {
     pub(super) header_limits: HeaderLimits,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
-    /// Streams in use that the peer has ended. Not exact: the end of a stream that this side has
-    /// cancelled meanwhile counts until no stream is in use.
+    /// Streams in use that the peer has ended. Not exact: the end of a stream whose response was not
+    /// read to the end counts until no stream is in use.
     ended: AtomicIsize,
     /// The server's limit on concurrent streams.
     stream_limit: AtomicUsize,
@@ -127,7 +127,13 @@ impl ConnectionState {
     /// long that it may be broken. Returns whether calls can be sent.
     pub(super) async fn prove(&self) -> bool {
         self.liveness.wait(|| self.driver.wake()).await;
-        self.is_accepting()
+        self.is_accepting() && !self.liveness.is_suspect()
+    }
+
+    /// Hands out no streams until the peer responds. Calls wait as if all streams were in use.
+    pub(super) fn suspend_calls(&self) {
+        self.set_stream_limit(0);
+        self.liveness.set_suspect();
     }
 
     /// Records a sign that the peer lives: bytes arrived, or the system got rid of bytes of ours.
@@ -172,6 +178,11 @@ impl ConnectionState {
         self.ended.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Records that a stream that the peer has ended is about to be given back.
+    pub(super) fn forget_stream_end(&self) {
+        self.ended.fetch_sub(1, Ordering::Relaxed);
+    }
+
     /// Whether as many streams are in use as the server allows.
     pub(crate) fn is_full(&self) -> bool {
         self.streams.load(Ordering::SeqCst) >= self.stream_limit()
@@ -204,13 +215,6 @@ impl ConnectionState {
         if streams >= self.stream_limit() {
             self.notify_capacity();
         }
-    }
-
-    /// Gives back a stream that the peer has ended.
-    pub(super) fn close_stream(&self) {
-        // First, so that nothing is left when the last stream is given back.
-        self.ended.fetch_sub(1, Ordering::Relaxed);
-        self.release_streams(1);
     }
 
     /// Gives a stream back once the driver has reset it, and wakes the driver.
@@ -343,7 +347,8 @@ mod tests {
         assert!(state.has_open_stream());
         state.record_stream_end();
         assert!(state.has_open_stream());
-        state.close_stream();
+        state.forget_stream_end();
+        state.release_streams(1);
         assert!(state.has_open_stream());
         state.record_stream_end();
         assert!(!state.has_open_stream());

@@ -53,6 +53,11 @@ impl Target {
         })
     }
 
+    /// That the server asked for fewer pings, and what to set; `None` if it did not.
+    pub(crate) fn ping_advice(&self) -> Option<String> {
+        self.doublings.advice()
+    }
+
     pub(crate) fn uri(&self) -> Result<Uri, http::Error> {
         Uri::builder()
             .scheme(self.scheme.clone())

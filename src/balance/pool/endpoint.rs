@@ -69,7 +69,9 @@ pub struct EndpointStatus {
     /// The share of calls, relative to the other endpoints' weights.
     pub weight: u32,
     /// Why the last connection failed or was lost; `None` while all connections are well. After a
-    /// panic of the channel's [`Source`](crate::balance::Source), also that panic.
+    /// panic of the channel's [`Source`](crate::balance::Source), also that panic. After the server
+    /// has closed a connection because of too many pings, what to set, for as long as the endpoint
+    /// is in the channel.
     pub last_error: Option<String>,
     /// Whether the instance has disappeared in a mass deletion and the endpoint is kept while it is
     /// connected, for the time of
@@ -245,7 +247,10 @@ impl Endpoint {
             in_flight: self.load.in_flight() as usize,
             latency: self.load.latency(Instant::now()),
             weight,
-            last_error: slots.iter().find_map(Slot::error),
+            last_error: slots
+                .iter()
+                .find_map(Slot::error)
+                .or_else(|| self.target.ping_advice()),
             retained: self.is_retained(),
         }
     }

@@ -61,6 +61,8 @@ struct Server {
     frozen: AtomicUsize,
     /// Whether new connections wait.
     is_full: AtomicBool,
+    /// Whether the response to a ping takes 2 s.
+    slow: AtomicBool,
 }
 
 impl Server {
@@ -70,6 +72,7 @@ impl Server {
             seen: Mutex::default(),
             frozen: AtomicUsize::new(0),
             is_full: AtomicBool::new(false),
+            slow: AtomicBool::new(false),
         })
     }
 
@@ -143,6 +146,9 @@ impl Server {
                 }
                 PING if frame.flags & ACK == 0 => {
                     record(Event::Ping);
+                    if self.slow.load(Ordering::SeqCst) {
+                        sleep(2 * SECOND).await;
+                    }
                     let pong = connection.write_frame(PING, ACK, 0, &frame.payload);
                     pong.await?;
                     if !policy.accepts_ping(Instant::now()) {
@@ -239,7 +245,7 @@ impl Policy {
     }
 }
 
-/// A channel to servers behind pipes, of which the first has the address `0:1`.
+/// A channel to servers behind pipes, of which the first has the address `s0:1`.
 async fn channel(
     servers: &[&Arc<Server>],
     settings: impl FnOnce(BalancedChannelBuilder) -> BalancedChannelBuilder,
@@ -443,6 +449,41 @@ mod idle {
         assert!(live.calls() > 0);
     }
 
+    /// Not one keep-alive timeout after the other: `ready_timeout` would end the call.
+    #[tokio::test(start_paused = true)]
+    async fn many_servers_that_hung_meanwhile_cost_no_call() {
+        let servers: Vec<_> = (0..8).map(|_| Server::new(Answer::Ok)).collect();
+        let channel = channel(&servers.iter().collect::<Vec<_>>(), |builder| builder).await;
+        let (live, hung) = servers.split_first().unwrap();
+        for _ in 0..20 {
+            sleep(HOUR).await;
+            hung.iter().for_each(|server| server.freeze());
+            let started = Instant::now();
+            for _ in 0..100 {
+                call(&channel).await.unwrap();
+            }
+            assert!(started.elapsed() < 5 * SECOND, "{:?}", started.elapsed());
+            wait_until_ready(&channel, servers.len()).await;
+        }
+        assert!(live.calls() > 0);
+    }
+
+    /// The response to the ping takes longer than usual, but not too long.
+    #[tokio::test(start_paused = true)]
+    async fn slow_response_to_the_ping_costs_no_call() {
+        let server = Server::new(Answer::Ok);
+        let channel = channel(&[&server], |builder| builder).await;
+        sleep(HOUR).await;
+        server.slow.store(true, Ordering::SeqCst);
+        let started = Instant::now();
+        let calls = (0..50).map(|_| call(&channel));
+        futures::future::try_join_all(calls).await.unwrap();
+        assert!((2 * SECOND..3 * SECOND).contains(&started.elapsed()));
+        assert_eq!(server.accepted(), 1);
+        let expected = [Event::Ping, Event::Ping, Event::Ping, Event::Call];
+        assert_eq!(server.events(0)[..4], expected);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn only_server_that_hung_meanwhile_gets_the_call_again() {
         let server = Server::new(Answer::Ok);
@@ -470,9 +511,10 @@ mod idle {
     /// The third ping was sent before a call to which the server sent nothing back.
     #[tokio::test(start_paused = true)]
     async fn call_without_a_ping_left_gets_a_new_connection() {
-        for answer in [Answer::Nothing, Answer::Reset] {
+        for (answer, waits) in [(Answer::Nothing, true), (Answer::Reset, false)] {
             let server = Server::new(answer);
-            let channel = channel(&[&server], |builder| builder).await;
+            let settings = |builder: BalancedChannelBuilder| builder.wait_for_ready(waits);
+            let channel = channel(&[&server], settings).await;
             sleep(MINUTE).await;
             call_with_timeout(&channel, SECOND).await.unwrap_err();
             server.answer(Answer::Ok);
@@ -531,6 +573,10 @@ mod too_many_pings {
         sleep(HOUR).await;
         assert_eq!(server.accepted(), 2);
         assert_eq!(other.ping_pauses(0).last(), Some(&10));
+        // The advice stays, although the endpoint is ready again.
+        assert!(is_ready(&channel, &address(0)));
+        let stays = last_error().is_some_and(|stays| stays == error);
+        assert_eq!(stays, error.contains("keep_alive_interval"), "{error}");
         (server.ping_pauses(1), error)
     }
 
