@@ -254,7 +254,8 @@ pub enum Error {
     },
 
     /// The Tokio runtime that ran the background tasks of a client, channel or registrar has ended.
-    /// Every test function of Tokio, for example, has a runtime of its own.
+    /// Every test function of Tokio, for example, has a runtime of its own. A write that was in
+    /// progress may have been executed.
     #[error(
         "{operation} failed: the Tokio runtime that ran the background tasks has ended; build {what} on a runtime that lives as long as it is used"
     )]
@@ -266,14 +267,14 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// An operation that needs a Tokio runtime was tried outside of one.
-    #[error(
-        "{operation} needs a Tokio runtime; call it in an async function that Tokio runs, or after `Handle::enter`"
-    )]
+    /// An operation that needs a Tokio runtime was tried outside of one, or on one without timers.
+    #[error("{operation} needs a Tokio runtime{remedy}")]
     #[non_exhaustive]
     NoRuntime {
         /// The operation, with its key or id.
         operation: String,
+        /// What to do.
+        remedy: &'static str,
     },
 
     /// The registrar was closed, and accepts no registration any more.
@@ -584,6 +585,7 @@ mod tests {
             },
             Error::NoRuntime {
                 operation: operation(),
+                remedy: "",
             },
             Error::RegistrarClosed,
         ] {

@@ -1,5 +1,7 @@
 //! The Tokio runtime that timers and background tasks need.
 
+use std::time::Duration;
+
 use tokio::runtime::Handle;
 
 use tonic::Status;
@@ -20,6 +22,18 @@ pub(crate) fn require(operation: impl FnOnce() -> String) -> Result<()> {
     }
     Err(Error::NoRuntime {
         operation: operation(),
+        remedy: "; call it in an async function that Tokio runs, or after `Handle::enter`",
+    })
+}
+
+/// [`require`], and fails on a runtime without timers, where tasks would panic.
+pub(crate) fn require_with_timers(operation: impl Fn() -> String) -> Result<()> {
+    require(&operation)?;
+    // Tokio offers no other way to ask.
+    let timer = std::panic::catch_unwind(|| drop(tokio::time::sleep(Duration::ZERO)));
+    timer.map_err(|_| Error::NoRuntime {
+        operation: operation(),
+        remedy: " with timers; call `enable_all` on the runtime's builder",
     })
 }
 
@@ -51,5 +65,22 @@ mod tests {
         });
         let _entered = runtime.enter();
         assert!(require(String::new).is_ok());
+    }
+
+    #[test]
+    fn runtime_without_timers_is_refused() {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        let runtime = builder.build().unwrap();
+        let entered = runtime.enter();
+        let error = require_with_timers(|| "building".to_owned()).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("building needs a Tokio runtime with timers"),
+            "{message}"
+        );
+        drop(entered);
+        let runtime = builder.enable_time().build().unwrap();
+        let _entered = runtime.enter();
+        assert!(require_with_timers(String::new).is_ok());
     }
 }

@@ -363,7 +363,7 @@ impl BalancedChannelBuilder {
     ///   read.
     /// - [`Error::NoRuntime`] outside of a Tokio runtime.
     pub fn build(self) -> Result<BalancedChannel> {
-        runtime::require(|| "building a channel".to_owned())?;
+        runtime::require_with_timers(|| "building a channel".to_owned())?;
         self.validate_calls()?;
         let user_agent = user_agent(self.user_agent.as_deref())?;
         let tls = self.tls.as_ref().map(load_tls).transpose()?;

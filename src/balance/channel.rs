@@ -136,7 +136,7 @@ impl BalancedChannel {
         let mut statuses = self.view().watch_status();
         // Cannot fail, because the channel owns the sender.
         let _ = statuses
-            .wait_for(|status| status.ready >= count || status.ended)
+            .wait_for(|status| status.ready >= count || status.ended.is_some())
             .await;
     }
 
@@ -175,7 +175,7 @@ impl Stream for EndpointStatuses {
             return Poll::Ready(None);
         };
         let status = ready!(Pin::new(statuses).poll_next(cx));
-        if status.as_ref().is_none_or(|status| status.ended) {
+        if status.as_ref().is_none_or(|status| status.ended.is_some()) {
             self.statuses = None;
         }
         Poll::Ready(status.map(|status| status.endpoints()))

@@ -6,6 +6,7 @@
 //! until the response begins. A call with a longer body, or whose response has begun, cannot be
 //! sent again.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, ready};
@@ -15,6 +16,8 @@ use http_body::{Body as _, Frame, SizeHint};
 use parking_lot::Mutex;
 use tonic::Status;
 use tonic::body::Body;
+
+use crate::panics;
 
 /// The most bytes of a streamed body that are recorded for another attempt. A unary body has no
 /// limit, because it is in memory anyway.
@@ -247,7 +250,15 @@ impl Streamed {
         if self.ended {
             return Poll::Ready(None);
         }
-        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(cx)) else {
+        let body = Pin::new(&mut self.body);
+        // Polled by a task of the channel, so that a panic would end without a trace.
+        let polled = catch_unwind(AssertUnwindSafe(|| body.poll_frame(cx)));
+        let polled = polled.unwrap_or_else(|payload| {
+            let text = panics::text(&*payload);
+            let status = Status::internal(format!("the stream of requests panicked: {text}"));
+            Poll::Ready(Some(Err(status)))
+        });
+        let Some(frame) = ready!(polled) else {
             self.ended = true;
             return Poll::Ready(None);
         };

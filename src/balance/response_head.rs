@@ -87,6 +87,12 @@ fn not_grpc(address: &str, http: StatusCode, content_type: Option<&HeaderValue>)
     status
 }
 
+/// Whether an HTTP status says that the request is at fault (RFC 9110, section 15.5), which is no
+/// failure of the endpoint: malformed, too large, or of a type that the server does not take.
+pub(super) fn blames_request(http: StatusCode) -> bool {
+    matches!(http.as_u16(), 400 | 411 | 413..=415 | 417 | 431)
+}
+
 /// gRPC's "HTTP to gRPC Status Code Mapping".
 fn code_of(http: StatusCode) -> Code {
     match http.as_u16() {

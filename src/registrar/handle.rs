@@ -110,7 +110,8 @@ impl Registrar {
     /// `ready` yields `false`. Returns at once; until the first item the registration is
     /// [`Unready`](crate::RegistrationState::Unready).
     ///
-    /// When `ready` ends, its last item stays in effect. The stream is dropped when the
+    /// When `ready` ends, its last item stays in effect. When `ready` panics, or the runtime ends
+    /// on which this method was called, the instance is held back. The stream is dropped when the
     /// registration is deregistered, even while etcd cannot be reached, and when the client is
     /// closed.
     ///

@@ -17,6 +17,7 @@ pub(super) async fn forward(
     mut status: watch::Receiver<Status>,
     set_ready: impl Fn(bool) -> bool,
 ) {
+    let mut ending = HoldBackOnDrop(Some(&set_ready));
     let mut ready = pin!(ready);
     let terminated = async {
         // An error means that the sender is gone, and the registration with it.
@@ -26,11 +27,29 @@ pub(super) async fn forward(
     loop {
         tokio::select! {
             biased;
-            () = &mut terminated => return,
+            () = &mut terminated => break,
             item = ready.next() => match item {
                 Some(is_ready) if set_ready(is_ready) => {}
-                _ => return,
+                _ => break,
             },
+        }
+    }
+    ending.0 = None;
+}
+
+/// Holds an instance back whose readiness nobody follows any more, because the runtime of the task
+/// has ended or the stream has panicked.
+struct HoldBackOnDrop<'a, F: Fn(bool) -> bool>(Option<&'a F>);
+
+impl<F: Fn(bool) -> bool> Drop for HoldBackOnDrop<'_, F> {
+    fn drop(&mut self) {
+        if let Some(set_ready) = self.0
+            && set_ready(false)
+        {
+            tracing::warn!(
+                "a server's readiness is not followed any more, because a runtime has ended or the \
+                 stream `ready` has panicked; the instance is held back"
+            );
         }
     }
 }

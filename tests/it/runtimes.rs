@@ -9,6 +9,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::Duration;
 
+use futures::stream::BoxStream;
 use futures::{FutureExt, StreamExt, stream};
 use goo_etcd::balance::Source;
 use goo_etcd::testing::Etcd;
@@ -207,6 +208,26 @@ mod etcd_client {
         });
     }
 
+    /// A runtime on one thread ends here before it has polled the directory's task.
+    #[test]
+    fn directory_is_stale_if_its_task_never_ran() {
+        let tests = runtime();
+        let etcd = tests.block_on(Etcd::start()).unwrap();
+        let client = tests.block_on(client_of(&etcd));
+        let own = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let directory = own.block_on(Directory::watch(&client, "greeter")).unwrap();
+        assert!(matches!(directory.snapshot().freshness(), Freshness::Live));
+        drop(own);
+        let freshness = directory.snapshot().freshness().clone();
+        let Freshness::Stale { reason, .. } = &freshness else {
+            panic!("{freshness:?}");
+        };
+        assert!(reason.contains("its Tokio runtime has ended"), "{reason}");
+    }
+
     #[test]
     fn named_client_says_that_its_runtime_has_ended() {
         let tests = runtime();
@@ -252,6 +273,63 @@ mod registrar {
             let _registration = registrar.register(instance).await.unwrap();
         };
         tests.block_on(wait_for("every call ends", work));
+    }
+}
+
+mod readiness {
+    use super::*;
+
+    async fn registered(client: &Client) -> bool {
+        !client
+            .get("services/greeter/one", None)
+            .await
+            .unwrap()
+            .kvs()
+            .is_empty()
+    }
+
+    /// The instance is held back when nobody can say any more whether its server is ready.
+    #[test]
+    fn is_lost_with_its_runtime_or_a_panic() {
+        let tests = runtime();
+        let etcd = tests.block_on(Etcd::start()).unwrap();
+        let (client, registrar) = tests.block_on(async {
+            let client = crate::support::connect(etcd.endpoint()).await;
+            let registrar = Registrar::new(&client);
+            // Starts the registrar's own task on this runtime.
+            let other = Instance::new("greeter", "10.0.0.1:2").id("two");
+            let other = registrar.register(other).await.unwrap();
+            (client, (registrar, other))
+        });
+        let follow = |ready: BoxStream<'static, bool>| {
+            let instance = Instance::new("greeter", "10.0.0.1:1").id("one");
+            registrar.0.register_while_ready(instance, ready).unwrap()
+        };
+        let is_registered = async || registered(&client).await;
+        let is_held_back = async || !registered(&client).await;
+
+        let own = runtime();
+        let registration = {
+            let _entered = own.enter();
+            follow(stream::iter([true]).chain(stream::pending()).boxed())
+        };
+        tests.block_on(wait_until("it is registered", is_registered));
+        drop(own);
+        tests.block_on(wait_until("it is held back", is_held_back));
+        tests.block_on(registration.deregister()).unwrap();
+
+        let (go, panic) = futures::channel::oneshot::channel::<()>();
+        let ready = stream::iter([true]).chain(stream::once(async {
+            panic.await.ok();
+            panic!("bad health")
+        }));
+        let _registration = {
+            let _entered = tests.enter();
+            follow(ready.boxed())
+        };
+        tests.block_on(wait_until("it is registered", is_registered));
+        go.send(()).unwrap();
+        tests.block_on(wait_until("it is held back", is_held_back));
     }
 }
 

@@ -14,7 +14,7 @@ use crate::balance::connection::{
 use crate::balance::grpc_status::{self, is_failure};
 use crate::balance::pool::Endpoint;
 use crate::balance::replay::{AttemptBody, RequestBodyError};
-use crate::balance::response_head::ResponseHead;
+use crate::balance::response_head::{ResponseHead, blames_request};
 
 /// How an attempt ended.
 #[derive(Debug)]
@@ -128,7 +128,8 @@ impl<'a> Attempt<'a> {
             ResponseHead::Open => None,
             ResponseHead::Status(status) | ResponseHead::NotGrpc(status) => Some(status),
         };
-        let failed = status.is_some_and(|status| is_failure(status.code()));
+        let failed = status.is_some_and(|status| is_failure(status.code()))
+            && !blames_request(response.status());
         self.in_flight.observe(failed);
         match head {
             ResponseHead::Status(status) | ResponseHead::NotGrpc(status)

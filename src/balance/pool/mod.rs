@@ -367,7 +367,7 @@ impl<C: Connect> Pool<C> {
             unusable: self.unusable.values().cloned().collect(),
             freshness: self.snapshot.as_ref().map(|s| s.freshness.clone()),
             source_error: self.source_error.clone(),
-            ended: false,
+            ended: None,
         };
         let picker = Picker::new(self.policy, candidates, &self.cursor);
         self.view.publish(picker, status);

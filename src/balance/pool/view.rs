@@ -23,6 +23,10 @@ const MAX_NAMED: usize = 10;
 const RUNTIME_ENDED: &str = "the Tokio runtime on which the channel was built has ended; build the \
                              channel on a runtime that lives as long as the channel is used";
 
+/// The same after a panic of the pool, which is a fault of this crate.
+const POOL_PANICKED: &str = "a task of the channel has panicked, as the log says; build another \
+                             channel";
+
 /// The picker and status that the pool publishes. Calls read the picker without a lock.
 #[derive(Debug)]
 pub(crate) struct View {
@@ -52,8 +56,8 @@ pub(crate) struct PoolStatus {
     pub(crate) freshness: Option<Freshness>,
     /// Why the set does not change any more.
     pub(crate) source_error: Option<String>,
-    /// Whether the pool was dropped.
-    pub(crate) ended: bool,
+    /// Why the channel makes no more calls, after the pool was dropped.
+    pub(crate) ended: Option<&'static str>,
 }
 
 impl View {
@@ -67,7 +71,7 @@ impl View {
             unusable: vec![],
             freshness: None,
             source_error: None,
-            ended: false,
+            ended: None,
         };
         let capacity = Arc::<Capacity>::default();
         Self {
@@ -157,6 +161,11 @@ impl View {
         if self.ended.swap(true, Ordering::AcqRel) {
             return;
         }
+        let reason = if std::thread::panicking() {
+            POOL_PANICKED
+        } else {
+            RUNTIME_ENDED
+        };
         let picker = Picker::new(BalancePolicy::default(), vec![], &Cursor::default());
         self.picker.store(Arc::new(picker));
         let last = self.status();
@@ -168,7 +177,7 @@ impl View {
             freshness: last.freshness.clone(),
             source_error: last.source_error.clone(),
             is_failing: true,
-            ended: true,
+            ended: Some(reason),
         }));
         // After the status, which says why the calls end.
         self.waiting.close();
@@ -217,10 +226,10 @@ impl PoolStatus {
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
         let statuses = self.endpoints.iter().map(|endpoint| endpoint.status());
         let with_source_error = statuses.map(|mut status| {
-            if self.ended {
+            if let Some(reason) = self.ended {
                 status.state = EndpointState::Shutdown;
                 status.connections = 0;
-                status.last_error = Some(RUNTIME_ENDED.to_owned());
+                status.last_error = Some(reason.to_owned());
                 return status;
             }
             if let Some(error) = &self.source_error {
@@ -233,8 +242,8 @@ impl PoolStatus {
     }
 
     fn describe_unavailable(&self, has_open_endpoint: bool) -> String {
-        if self.ended {
-            return RUNTIME_ENDED.to_owned();
+        if let Some(reason) = self.ended {
+            return reason.to_owned();
         }
         let lacking = if has_open_endpoint {
             "has room for another call"

@@ -205,6 +205,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn closed_queue_ends_waits_now_and_later() {
+        let (queue, now) = (queue::<u32>(), Instant::now());
+        let mut before = start(&queue, now, false).await;
+        queue.close();
+        assert_eq!(poll!(&mut before), Poll::Ready(None));
+        assert_eq!(queue.wait(now, false).await, None);
+        assert!(!queue.capacity.is_awaited());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn call_that_is_not_polled_holds_up_no_other() {
         let (queue, now) = (queue(), Instant::now());
         let unpolled = start(&queue, now, false).await;

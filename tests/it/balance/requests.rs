@@ -186,6 +186,18 @@ mod headers_of_http1 {
         let latency = status_of(&channel, server.address()).unwrap().latency;
         // A failure counts as one second.
         assert!(latency < Some(Duration::from_millis(900)), "{latency:?}");
+
+        // A proxy that refuses a request with a page of HTTP.
+        let server = RawServer::start(async |_, mut respond: SendResponse<Bytes>| {
+            let bad_request = Response::builder().status(400).body(()).unwrap();
+            respond.send_response(bad_request, true).unwrap();
+        })
+        .await;
+        let channel = static_channel([server.address()], |builder| builder);
+        let status = call(&channel).await.unwrap_err();
+        assert_eq!(status.code(), Code::Internal, "{status}");
+        let latency = status_of(&channel, server.address()).unwrap().latency;
+        assert!(latency < Some(Duration::from_millis(900)), "{latency:?}");
     }
 }
 
@@ -344,6 +356,37 @@ mod panics {
         })
         .await;
         assert_eq!(call(&channel).await.unwrap(), server.address());
+    }
+}
+
+mod request_stream {
+    use super::*;
+
+    #[tokio::test]
+    async fn that_panics_fails_its_call_only() {
+        let server = EchoServer::start();
+        let channel = static_channel([server.address()], |builder| builder);
+        wait_until_ready(&channel, 1).await;
+        let (go, panic) = futures::channel::oneshot::channel::<()>();
+        let requests = stream::iter([EchoRequest::default()]).chain(stream::once(async {
+            panic.await.ok();
+            panic!("bad file")
+        }));
+        let mut client = EchoClient::new(channel.clone());
+        let call = tokio::spawn(async move { client.client_stream(requests).await });
+        wait_until("the call is at the server", async || {
+            server.counts().active() == 1
+        })
+        .await;
+        go.send(()).unwrap();
+        let status = wait_for("the call ends", call).await.unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::Internal, "{status}");
+        assert!(status.message().contains("panicked: bad file"), "{status}");
+        // No failure of the server.
+        let latency = status_of(&channel, server.address()).unwrap().latency;
+        assert_eq!(latency, None);
+        assert_eq!(super::call(&channel).await.unwrap(), server.address());
+        assert_eq!(server.counts().accepted(), 1);
     }
 }
 
