@@ -1,8 +1,8 @@
 //! gRPC's interoperability test cases through a channel, against a tonic server
 //! (grpc/grpc, doc/interop-test-descriptions.md).
 //!
-//! Each test has the name of its case. The cases about compression, credentials and load reports
-//! are left out, because the channel has no part in them.
+//! Each test has the name of its case, and runs in plaintext and over TLS. The cases about
+//! compression, credentials and load reports are left out, because the channel has no part in them.
 
 use std::time::Duration;
 
@@ -19,6 +19,8 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::transport::Server;
 use tonic::{Code, Request, Status, Streaming};
 
+#[cfg(feature = "_tls")]
+use crate::support::authority::{Authority, choose_backend};
 use crate::support::balanced::{in_flight, static_channel};
 use crate::support::interop::{ECHO_INITIAL, ECHO_TRAILING, InteropServer, payload};
 use crate::support::{wait_for, wait_until};
@@ -33,15 +35,76 @@ struct Case {
 }
 
 impl Case {
-    async fn new() -> Self {
-        let server = InteropServer::start(Server::builder()).await;
-        let channel = static_channel([server.address()], |builder| builder);
+    fn new(server: InteropServer, channel: BalancedChannel) -> Self {
         Self {
             client: TestServiceClient::new(channel.clone()),
             server,
             channel,
         }
     }
+
+    async fn plain() -> Self {
+        let server = InteropServer::start(Server::builder()).await;
+        let channel = static_channel([server.address()], |builder| builder);
+        Self::new(server, channel)
+    }
+
+    #[cfg(feature = "_tls")]
+    async fn over_tls() -> Self {
+        choose_backend();
+        let authority = Authority::new();
+        let tls = authority.server(&["127.0.0.1"]);
+        let server = Server::builder().tls_config(tls).unwrap();
+        let server = InteropServer::start(server).await;
+        let channel = static_channel([server.address()], |builder| {
+            builder.tls(authority.client_tls())
+        });
+        Self::new(server, channel)
+    }
+}
+
+/// The cases as tests.
+macro_rules! tests {
+    ($start:ident: $($case:ident)*) => {
+        $(
+            #[tokio::test]
+            async fn $case() {
+                super::$case(super::Case::$start().await).await;
+            }
+        )*
+    };
+}
+
+/// Calls a macro with all cases.
+macro_rules! for_all_cases {
+    ($start:ident) => {
+        tests! {
+            $start:
+            empty_unary
+            large_unary
+            client_streaming
+            server_streaming
+            ping_pong
+            empty_stream
+            timeout_on_sleeping_server
+            cancel_after_begin
+            cancel_after_first_response
+            custom_metadata
+            status_code_and_message
+            special_status_message
+            unimplemented_method
+            unimplemented_service
+        }
+    };
+}
+
+mod plain {
+    for_all_cases!(plain);
+}
+
+#[cfg(feature = "_tls")]
+mod over_tls {
+    for_all_cases!(over_tls);
 }
 
 /// The body's size in a response of a stream; `None` at the end.
@@ -62,16 +125,12 @@ fn output_request(response_size: i32, size: usize) -> StreamingOutputCallRequest
     }
 }
 
-#[tokio::test]
-async fn empty_unary() {
-    let mut case = Case::new().await;
+async fn empty_unary(mut case: Case) {
     let response = case.client.empty_call(Empty {}).await.unwrap();
     assert_eq!(response.into_inner(), Empty {});
 }
 
-#[tokio::test]
-async fn large_unary() {
-    let mut case = Case::new().await;
+async fn large_unary(mut case: Case) {
     let request = SimpleRequest {
         response_size: 314_159,
         payload: Some(payload(271_828)),
@@ -81,9 +140,7 @@ async fn large_unary() {
     assert_eq!(response.into_inner().payload, Some(payload(314_159)));
 }
 
-#[tokio::test]
-async fn client_streaming() {
-    let mut case = Case::new().await;
+async fn client_streaming(mut case: Case) {
     let requests = [27_182, 8, 1_828, 45_904].map(|size| StreamingInputCallRequest {
         payload: Some(payload(size)),
     });
@@ -92,9 +149,7 @@ async fn client_streaming() {
     assert_eq!(response.into_inner().aggregated_payload_size, 74_922);
 }
 
-#[tokio::test]
-async fn server_streaming() {
-    let mut case = Case::new().await;
+async fn server_streaming(mut case: Case) {
     let sizes = [31_415, 9, 2_653, 58_979];
     let request = StreamingOutputCallRequest {
         response_parameters: sizes
@@ -114,9 +169,7 @@ async fn server_streaming() {
     assert_eq!(next_size(&mut responses).await, None);
 }
 
-#[tokio::test]
-async fn ping_pong() {
-    let mut case = Case::new().await;
+async fn ping_pong(mut case: Case) {
     let (sender, requests) = mpsc::unbounded();
     let call = case.client.full_duplex_call(requests);
     let mut responses = wait_for("headers", call).await.unwrap().into_inner();
@@ -130,17 +183,13 @@ async fn ping_pong() {
     assert_eq!(next_size(&mut responses).await, None);
 }
 
-#[tokio::test]
-async fn empty_stream() {
-    let mut case = Case::new().await;
+async fn empty_stream(mut case: Case) {
     let call = case.client.full_duplex_call(stream::empty());
     let mut responses = wait_for("headers", call).await.unwrap().into_inner();
     assert_eq!(next_size(&mut responses).await, None);
 }
 
-#[tokio::test]
-async fn timeout_on_sleeping_server() {
-    let mut case = Case::new().await;
+async fn timeout_on_sleeping_server(mut case: Case) {
     let (sender, requests) = mpsc::unbounded();
     let mut request = Request::new(requests);
     request.set_timeout(Duration::from_millis(1));
@@ -157,13 +206,12 @@ async fn timeout_on_sleeping_server() {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
 }
 
-#[tokio::test]
-async fn cancel_after_begin() {
+async fn cancel_after_begin(case: Case) {
     let Case {
         server,
         channel,
         mut client,
-    } = Case::new().await;
+    } = case;
     let (sender, requests) = mpsc::unbounded::<StreamingInputCallRequest>();
     let call = tokio::spawn(async move { client.streaming_input_call(requests).await });
     wait_until("the call has begun", async || server.active() == 1).await;
@@ -173,9 +221,7 @@ async fn cancel_after_begin() {
     drop(sender);
 }
 
-#[tokio::test]
-async fn cancel_after_first_response() {
-    let mut case = Case::new().await;
+async fn cancel_after_first_response(mut case: Case) {
     let (sender, requests) = mpsc::unbounded();
     sender
         .unbounded_send(output_request(31_415, 27_182))
@@ -208,9 +254,7 @@ fn assert_trailing(metadata: &MetadataMap) {
     assert_eq!(trailing.to_bytes().unwrap(), TRAILING);
 }
 
-#[tokio::test]
-async fn custom_metadata() {
-    let mut case = Case::new().await;
+async fn custom_metadata(mut case: Case) {
     let request = SimpleRequest {
         response_size: 314_159,
         payload: Some(payload(271_828)),
@@ -237,8 +281,7 @@ async fn custom_metadata() {
 }
 
 /// The statuses of a unary call and of a stream that ask for `asked`.
-async fn statuses(asked: EchoStatus) -> [Status; 2] {
-    let mut case = Case::new().await;
+async fn statuses(mut case: Case, asked: EchoStatus) -> [Status; 2] {
     let request = SimpleRequest {
         response_status: Some(asked.clone()),
         ..SimpleRequest::default()
@@ -259,40 +302,34 @@ async fn statuses(asked: EchoStatus) -> [Status; 2] {
     [unary, streamed]
 }
 
-#[tokio::test]
-async fn status_code_and_message() {
+async fn status_code_and_message(case: Case) {
     let message = "test status message";
     let asked = EchoStatus {
         code: 2,
         message: message.to_owned(),
     };
-    for status in statuses(asked).await {
+    for status in statuses(case, asked).await {
         assert_eq!((status.code(), status.message()), (Code::Unknown, message));
     }
 }
 
-#[tokio::test]
-async fn special_status_message() {
+async fn special_status_message(case: Case) {
     let message = "\t\ntest with whitespace\r\nand Unicode BMP \u{263a} and non-BMP \u{1f608}\t\n";
     let asked = EchoStatus {
         code: 2,
         message: message.to_owned(),
     };
-    for status in statuses(asked).await {
+    for status in statuses(case, asked).await {
         assert_eq!((status.code(), status.message()), (Code::Unknown, message));
     }
 }
 
-#[tokio::test]
-async fn unimplemented_method() {
-    let mut case = Case::new().await;
+async fn unimplemented_method(mut case: Case) {
     let status = case.client.unimplemented_call(Empty {}).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented, "{status}");
 }
 
-#[tokio::test]
-async fn unimplemented_service() {
-    let case = Case::new().await;
+async fn unimplemented_service(case: Case) {
     let mut client = UnimplementedServiceClient::new(case.channel);
     let status = client.unimplemented_call(Empty {}).await.unwrap_err();
     assert_eq!(status.code(), Code::Unimplemented, "{status}");

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use crate::support::authority::{Authority, choose_backend};
 use crate::support::balanced::{call, instance, static_channel};
 use crate::support::echo::{EchoServer, Options};
 use goo_etcd::balance::Source;
@@ -11,55 +12,12 @@ use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use http::Uri;
 use hyper_util::rt::TokioIo;
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair,
-};
+use rcgen::ExtendedKeyUsagePurpose;
 use tonic::Code;
-use tonic::transport::{Certificate, Identity, ServerTlsConfig};
-
-struct Authority(CertifiedIssuer<'static, KeyPair>);
-
-impl Authority {
-    fn new() -> Self {
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Different names tell the authorities apart.
-        let name = format!("authority {}", fastrand::u64(..));
-        params.distinguished_name.push(DnType::CommonName, name);
-        let key = KeyPair::generate().unwrap();
-        Self(CertifiedIssuer::self_signed(params, key).unwrap())
-    }
-
-    /// A certificate for these names, and its key.
-    fn sign(&self, names: &[&str], usage: ExtendedKeyUsagePurpose) -> (String, String) {
-        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
-        let mut params = CertificateParams::new(names).unwrap();
-        params.extended_key_usages = vec![usage];
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.0).unwrap();
-        (certificate.pem(), key.serialize_pem())
-    }
-
-    fn server(&self, names: &[&str]) -> ServerTlsConfig {
-        let (cert, key) = self.sign(names, ExtendedKeyUsagePurpose::ServerAuth);
-        ServerTlsConfig::new().identity(Identity::from_pem(cert, key))
-    }
-
-    /// The settings of a client that trusts this authority.
-    fn client_tls(&self) -> TlsConfig {
-        let mut tls = TlsConfig::new();
-        tls.ca_pem = Some(self.0.pem());
-        tls
-    }
-}
+use tonic::transport::{Certificate, ServerTlsConfig};
 
 fn serve(tls: ServerTlsConfig) -> EchoServer {
-    // tonic's server cannot choose a backend when both are compiled in.
-    #[cfg(all(feature = "tls-ring", feature = "tls-aws-lc"))]
-    tokio_rustls::rustls::crypto::ring::default_provider()
-        .install_default()
-        .ok();
+    choose_backend();
     EchoServer::start_with(Options {
         tls: Some(tls),
         ..Options::default()
@@ -131,7 +89,7 @@ async fn mutual_tls_requires_a_client_certificate() {
     let authority = Authority::new();
     let mutual = authority
         .server(&["127.0.0.1"])
-        .client_ca_root(Certificate::from_pem(authority.0.pem()));
+        .client_ca_root(Certificate::from_pem(authority.pem()));
     let server = serve(mutual);
     let without = channel(server.address(), authority.client_tls());
     assert_refused(&server, &without, &["CertificateRequired"]).await;
@@ -208,7 +166,7 @@ async fn invalid_certificates_are_named() {
         "{error}"
     );
     let mut wrong_key = authority.client_tls();
-    wrong_key.cert_pem = Some(authority.0.pem());
+    wrong_key.cert_pem = Some(authority.pem());
     wrong_key.key_pem = Some(key.clone());
     let error = build(wrong_key);
     assert!(error.contains("invalid tls_config.cert_pem"), "{error}");

@@ -1,5 +1,7 @@
 //! Servers, processes, waiting and reading of state, shared by all tests.
 
+#[cfg(feature = "_tls")]
+pub mod authority;
 pub mod balanced;
 pub mod echo;
 pub mod echo_process;
