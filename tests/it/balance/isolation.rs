@@ -187,6 +187,8 @@ enum Odd {
     StatusIsNoNumber,
     UnknownStatus,
     StatusTwice,
+    InformationalEnd,
+    ForbiddenHeader,
 }
 
 async fn odd_server(odd: Odd) -> FrameServer {
@@ -212,6 +214,17 @@ async fn odd_server(odd: Odd) -> FrameServer {
                 Odd::StatusIsNoNumber => &[("grpc-status", b"ok")],
                 Odd::UnknownStatus => &[("grpc-status", b"99")],
                 Odd::StatusTwice => &[("grpc-status", b"5"), ("grpc-status", b"0")],
+                Odd::InformationalEnd => {
+                    connection
+                        .send_headers(stream, &[(":status", b"103")], true)
+                        .await?;
+                    continue;
+                }
+                Odd::ForbiddenHeader => {
+                    let head = [&GRPC_HEAD[..], &[("connection", b"close")]].concat();
+                    connection.send_headers(stream, &head, true).await?;
+                    continue;
+                }
             };
             connection.send_headers(stream, &GRPC_HEAD, false).await?;
             let is_end = if trailers.is_empty() { END_STREAM } else { 0 };
@@ -240,6 +253,9 @@ async fn odd_response_has_its_code_and_keeps_the_connection() {
         (Odd::StatusIsNoNumber, Code::Unknown),
         (Odd::UnknownStatus, Code::Unknown),
         (Odd::StatusTwice, Code::NotFound),
+        // RFC 9113 calls these malformed (sections 8.1 and 8.2.2).
+        (Odd::InformationalEnd, Code::Internal),
+        (Odd::ForbiddenHeader, Code::Internal),
     ] {
         let server = odd_server(odd).await;
         let channel = static_channel([server.address()], |channel| channel);
