@@ -124,7 +124,6 @@ impl BalancedChannelBuilder {
     /// If the name has several addresses, the time is for all of them. Each address is tried to the
     /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an attempt
     /// fails. The first that completes is used, and is tried first next time.
-    ///
     /// At most 16 names are looked up at a time in a process; others wait.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
@@ -134,19 +133,19 @@ impl BalancedChannelBuilder {
     /// Sets the longest backoff between two attempts to connect to an endpoint. Default 30 s.
     ///
     /// The backoff is gRPC's: 1 s at first, growing by a factor of 1.6, with a jitter of 20 %. A
-    /// connection that lasts for at least 1 s resets the backoff.
+    /// connection that has carried a response or was ready for 1 s resets the backoff and is
+    /// replaced at once; others that became ready are replaced at once twice in a row.
     pub fn max_connect_backoff(mut self, max: Duration) -> Self {
         self.plan.max_backoff = max;
         self
     }
 
     /// Sets how long a call waits for a ready endpoint with a free stream, because servers limit
-    /// the streams of a connection. The call's own deadline may be earlier. Default 5 s.
-    ///
-    /// Calls are served in the order in which they started.
+    /// the streams of a connection. Calls are served in the order in which they started. The call's
+    /// own deadline may be earlier. Default 5 s.
     ///
     /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints.
-    /// Waiting calls do not speed up the attempts to connect, which are at most
+    /// Waiting calls do not speed up the attempts that follow a failed one, which are at most
     /// [`max_connect_backoff`](Self::max_connect_backoff) apart. For a call to survive the restart
     /// of the only server, set this to the time of a restart plus one connect backoff.
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {

@@ -28,12 +28,13 @@ const REFUSAL_JITTER: Range<f64> = 0.8..1.2;
 /// would break the connection of each further endpoint (gRFC A6).
 const MAX_ERRORS: u32 = 1;
 
-/// Transparent retries without a pause after GOAWAY(NO_ERROR), or if nothing was sent. Several
-/// connections that close at once are usual, for example while a fleet restarts.
-const IMMEDIATE_RETRIES: u32 = 3;
+/// Transparent retries without a pause after GOAWAY(NO_ERROR), or if nothing was sent. A server
+/// that ends its connections after few requests refuses the streams of all other callers each time,
+/// and a call that pauses while the next connection becomes ready loses its place to later ones.
+const IMMEDIATE_RETRIES: u32 = 100;
 
-/// The pause before each further one. Their number is not bounded, because a server that ends its
-/// connections after few requests refuses the other callers' streams many times.
+/// The pause before each further one, which bounds the connections that a single call can end at a
+/// server that refuses it over and over again. The number of retries is not bounded.
 const GOING_AWAY_PAUSE: Duration = Duration::from_millis(10);
 
 /// The present wait of a call, which the message of an exceeded deadline names.
@@ -267,10 +268,10 @@ mod tests {
         #[test]
         fn any_number_after_a_graceful_goaway_but_in_no_tight_loop() {
             for why in [Unprocessed::GoingAway, Unprocessed::NotSent] {
-                let decisions = decisions(why, 100);
-                assert_eq!(decisions[..3], [Decision::Retry; 3]);
+                let decisions = decisions(why, 200);
+                assert_eq!(decisions[..100], [Decision::Retry; 100]);
                 let paused = Decision::RetryAfter(GOING_AWAY_PAUSE);
-                assert!(decisions[3..].iter().all(|decision| *decision == paused));
+                assert!(decisions[100..].iter().all(|decision| *decision == paused));
             }
         }
 

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 
+use super::carried::Carried;
 use super::sender::Sender;
-use super::state::Carried;
 use super::target::Target;
 
 /// Opens connections for the endpoints of a pool.

@@ -15,6 +15,7 @@ use tower::{Service, ServiceExt};
 
 use super::addresses::{describe, race};
 use super::advertised_limit::AdvertisedLimit;
+use super::carried::Carried;
 use super::connect::{Connect, Connection, Ended};
 use super::custom_io::CustomIo;
 use super::driver;
@@ -25,7 +26,7 @@ use super::monitor::MonitoredIo;
 use super::ping_interval::PingInterval;
 use super::sender::Sender;
 use super::settings::ConnectionSettings;
-use super::state::{Carried, ConnectionState};
+use super::state::ConnectionState;
 use super::target::Target;
 use super::tcp;
 use super::tls::Tls;

@@ -12,9 +12,10 @@ use tokio::io::DuplexStream;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::carried::Carried;
 use super::connect::{Connect, Connection, Ended};
 use super::sender::Sender;
-use super::state::{Carried, ConnectionState};
+use super::state::ConnectionState;
 use super::target::Target;
 
 /// What connecting to an address leads to.
@@ -97,7 +98,7 @@ impl FakeConnector {
         self.with(address, |endpoint| {
             let states = endpoint.connections.iter().map(|c| &c.state);
             for state in states.filter_map(Weak::upgrade) {
-                state.record_response();
+                state.record_served();
             }
         });
     }

@@ -10,7 +10,7 @@ use super::header_limits::LARGE_BLOCK;
 pub(super) const HEADER: usize = 9;
 
 const DATA: u8 = 0x0;
-const HEADERS: u8 = 0x1;
+pub(super) const HEADERS: u8 = 0x1;
 const RST_STREAM: u8 = 0x3;
 pub(super) const SETTINGS: u8 = 0x4;
 const PING: u8 = 0x6;

@@ -17,6 +17,7 @@
 mod addresses;
 mod advertised_limit;
 mod capacity;
+mod carried;
 mod close_reason;
 mod connect;
 mod connector;
@@ -47,8 +48,10 @@ mod tests;
 mod tls;
 mod unprocessed;
 mod upload;
+mod written;
 
 pub(super) use capacity::Capacity;
+pub(super) use carried::Carried;
 pub(super) use connect::{Connect, Connection, Ended};
 pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]
@@ -58,7 +61,6 @@ pub(super) use io::BoxError;
 pub(crate) use ping_budget::PingPolicy;
 pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};
 pub(super) use settings::ConnectionSettings;
-pub(super) use state::Carried;
 pub(super) use target::Target;
 pub(super) use tls::Tls;
 pub(super) use unprocessed::Unprocessed;

@@ -1,8 +1,8 @@
 //! Watching a connection's bytes for the two frames that h2 does not report in time.
 //!
 //! A server's first frame is SETTINGS. Until it has arrived, nothing shows that a server is there,
-//! even if the socket is connected. GOAWAY announces that the server accepts no new calls. h2 reports it
-//! with the next call, which is too late on an idle connection.
+//! even if the socket is connected. GOAWAY announces that the server accepts no new calls. h2
+//! reports it with the next call, which is too late on an idle connection.
 //!
 //! The monitor also keeps a broken connection readable. h2 writes before it reads and gives up a
 //! connection on the first write error, while the peer's last responses and its GOAWAY may be
@@ -20,6 +20,7 @@ use super::frames::{Frame, Scanner};
 use super::held_read::HeldRead;
 use super::ping_interval::PingInterval;
 use super::state::ConnectionState;
+use super::written::WrittenStreams;
 
 /// An I/O that reports the peer's first SETTINGS, its GOAWAY, and the first write error.
 #[derive(Debug)]
@@ -32,6 +33,7 @@ pub(crate) struct MonitoredIo<T> {
     /// Whether a GOAWAY was read.
     has_go_away: bool,
     held: Option<HeldRead>,
+    written: WrittenStreams,
     /// Whether the last write found no room.
     is_write_blocked: bool,
     /// The stream that the peer ended last.
@@ -68,6 +70,7 @@ impl<T> MonitoredIo<T> {
             write_failed: Some(write_failed_tx),
             has_go_away: false,
             held: None,
+            written: WrittenStreams::new(),
             is_write_blocked: false,
             last_ended: 0,
             ping_interval,
@@ -90,7 +93,7 @@ impl<T> MonitoredIo<T> {
         let state = &self.state;
         self.scanner.scan(bytes, |frame| match frame {
             Frame::Headers => {
-                state.record_response();
+                state.record_served();
                 state.record_data();
             }
             Frame::Data => state.record_data(),
@@ -108,6 +111,9 @@ impl<T> MonitoredIo<T> {
             }
             Frame::GoAway(go_away) => {
                 *has_go_away = true;
+                if go_away.last_stream > 0 && state.is_written(go_away.last_stream) {
+                    state.record_served();
+                }
                 let text = match ping_interval.on_go_away(&go_away) {
                     Some(advice) => format!("{go_away}; {advice}"),
                     None => go_away.to_string(),
@@ -126,8 +132,15 @@ impl<T> MonitoredIo<T> {
         self.has_go_away && !had_go_away
     }
 
-    /// Runs a write. After the first write error no more are run, and `complete`, the result of a
-    /// successful write, is returned instead.
+    fn on_written(&mut self, bytes: &[u8]) {
+        if let Some(stream) = self.written.scan(bytes) {
+            self.state.record_written(stream);
+        }
+    }
+
+    /// Runs a write. After the first write error, and after the end of the peer's bytes, no more are
+    /// run, and `complete`, the result of a successful write, is returned instead. Calls that were
+    /// not written before are then known to be unsent.
     ///
     /// A write that succeeds after one that found no room is a sign of life: the peer has taken
     /// bytes. Other writes are none, because the bytes may only have gone to a buffer.
@@ -136,11 +149,12 @@ impl<T> MonitoredIo<T> {
         write: impl FnOnce(&mut Self) -> Poll<io::Result<V>>,
         complete: V,
     ) -> Poll<io::Result<V>> {
-        if self.write_failed.is_none() {
+        if self.state.has_stopped_writing() || self.write_failed.is_none() {
             return Poll::Ready(Ok(complete));
         }
         match write(self) {
             Poll::Ready(Err(error)) => {
+                self.state.stop_writing();
                 self.state.stop_accepting();
                 notify(&mut self.going_away, || format!("connection lost: {error}"));
                 notify(&mut self.write_failed, || error.to_string());
@@ -192,6 +206,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
                 self.state
                     .close_reason
                     .set(|| "closed by the peer".to_owned());
+                self.state.stop_writing();
             }
             if self.on_read(read) {
                 self.held = Some(HeldRead::take(buf, before, &self.state));
@@ -201,6 +216,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
         }
         if let Poll::Ready(Err(error)) = &result {
             self.state.close_reason.set(|| error.to_string());
+            self.state.stop_writing();
         }
         result
     }
@@ -212,7 +228,14 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.on_write(|this| Pin::new(&mut this.io).poll_write(cx, buf), buf.len())
+        let write = |this: &mut Self| {
+            let written = Pin::new(&mut this.io).poll_write(cx, buf);
+            if let Poll::Ready(Ok(count)) = written {
+                this.on_written(&buf[..count]);
+            }
+            written
+        };
+        self.on_write(write, buf.len())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -233,9 +256,18 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let length = bufs.iter().map(|buf| buf.len()).sum();
-        self.on_write(
-            |this| Pin::new(&mut this.io).poll_write_vectored(cx, bufs),
-            length,
-        )
+        let write = |this: &mut Self| {
+            let written = Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
+            if let Poll::Ready(Ok(count)) = written {
+                let mut left = count;
+                for buf in bufs {
+                    let taken = left.min(buf.len());
+                    this.on_written(&buf[..taken]);
+                    left -= taken;
+                }
+            }
+            written
+        };
+        self.on_write(write, length)
     }
 }

@@ -226,6 +226,9 @@ fn kind_of(state: &ConnectionState, stream: u32, error: &h2::Error) -> SendError
     if let Some(unprocessed) = Unprocessed::of(error) {
         return SendErrorKind::Unprocessed(unprocessed);
     }
+    if !error.is_reset() && state.is_never_written(stream) {
+        return SendErrorKind::Unprocessed(Unprocessed::NotSent);
+    }
     if !error.is_library() {
         return SendErrorKind::Unknown;
     }

@@ -1,6 +1,6 @@
 //! The state that a connection's driver task, its I/O and its calls share.
 
-use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::Waker;
 use std::time::Duration;
@@ -41,9 +41,14 @@ pub(crate) struct ConnectionState {
     /// Notified when the connection has a free stream again.
     capacity: OnceLock<Arc<Capacity>>,
     exhausted: Notify,
-    /// Whether the head of a response has arrived.
-    has_response: AtomicBool,
-    response: Notify,
+    /// The last stream whose HEADERS were handed to the system.
+    last_written: AtomicU32,
+    /// Whether nothing is written any more.
+    stopped_writing: AtomicBool,
+    /// Whether the server has served a call: the head of a response has arrived, or a GOAWAY says
+    /// that the server has acted on a stream.
+    has_served: AtomicBool,
+    served: Notify,
     pub(crate) close_reason: CloseReason,
 }
 
@@ -69,8 +74,10 @@ impl ConnectionState {
             driver: AtomicWaker::new(),
             capacity: OnceLock::new(),
             exhausted: Notify::new(),
-            has_response: AtomicBool::new(false),
-            response: Notify::new(),
+            last_written: AtomicU32::new(0),
+            stopped_writing: AtomicBool::new(false),
+            has_served: AtomicBool::new(false),
+            served: Notify::new(),
             close_reason: CloseReason::default(),
         })
     }
@@ -146,12 +153,52 @@ impl ConnectionState {
         self.opened_at + Duration::from_nanos(self.last_activity.load(Ordering::Relaxed))
     }
 
-    /// Records that the head of a response has arrived.
-    pub(crate) fn record_response(&self) {
+    /// Records the last stream whose HEADERS were handed to the system.
+    pub(super) fn record_written(&self, stream: u32) {
+        self.last_written.store(stream, Ordering::Release);
+    }
+
+    /// Whether the HEADERS of a stream were handed to the system.
+    pub(super) fn is_written(&self, stream: u32) -> bool {
+        stream <= self.last_written.load(Ordering::Acquire)
+    }
+
+    /// Records that nothing is written any more.
+    pub(super) fn stop_writing(&self) {
+        self.stopped_writing.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn has_stopped_writing(&self) -> bool {
+        self.stopped_writing.load(Ordering::SeqCst)
+    }
+
+    /// Whether no byte of a stream was or will be handed to the system.
+    pub(super) fn is_never_written(&self, stream: u32) -> bool {
+        // In this order, because streams may be written until then.
+        self.has_stopped_writing() && !self.is_written(stream)
+    }
+
+    /// Records that the server has served a call.
+    pub(crate) fn record_served(&self) {
         // Only the first is stored, because this runs for every response.
-        if !self.has_response.load(Ordering::Relaxed) {
-            self.has_response.store(true, Ordering::SeqCst);
-            self.response.notify_waiters();
+        if !self.has_served.load(Ordering::Relaxed) {
+            self.has_served.store(true, Ordering::SeqCst);
+            self.served.notify_waiters();
+        }
+    }
+
+    pub(super) fn has_served(&self) -> bool {
+        self.has_served.load(Ordering::SeqCst)
+    }
+
+    /// Resolves when the server has served a call.
+    pub(super) async fn wait_until_served(&self) {
+        let served = self.served.notified();
+        tokio::pin!(served);
+        // Registered before the look at the flag, so that no response is missed in between.
+        served.as_mut().enable();
+        if !self.has_served() {
+            served.await;
         }
     }
 
@@ -250,38 +297,6 @@ pub(super) struct OpeningStream<'a>(&'a ConnectionState);
 impl Drop for OpeningStream<'_> {
     fn drop(&mut self) {
         self.0.opening.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// What a connection carried. Holds the connection's state and not the connection itself.
-#[derive(Debug, Clone)]
-pub(crate) struct Carried(Arc<ConnectionState>);
-
-impl Carried {
-    pub(crate) fn of(state: &Arc<ConnectionState>) -> Self {
-        Self(Arc::clone(state))
-    }
-
-    /// Whether the head of a response has arrived.
-    pub(crate) fn has_response(&self) -> bool {
-        self.0.has_response.load(Ordering::SeqCst)
-    }
-
-    /// Resolves when the head of a response has arrived. A connection whose peer announced its end
-    /// may still carry responses.
-    pub(crate) async fn wait_for_response(&self) {
-        let arrived = self.0.response.notified();
-        tokio::pin!(arrived);
-        // Registered before the look at the flag, so that no response is missed in between.
-        arrived.as_mut().enable();
-        if !self.has_response() {
-            arrived.await;
-        }
-    }
-
-    /// Whether a response may still arrive: the connection, or a call on it, is alive.
-    pub(crate) fn may_change(&self) -> bool {
-        Arc::strong_count(&self.0) > 1
     }
 }
 

@@ -285,3 +285,28 @@ mod streams {
         assert!(sender.reserve().is_some());
     }
 }
+
+mod unsent {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn call_on_a_connection_that_the_server_has_closed() {
+        let (connection, server) = connect(KEEP_ALIVE).await;
+        // The task that drives the connection has not run since.
+        drop(server);
+        let error = call(&connection.sender).await.unwrap_err();
+        let unsent = SendErrorKind::Unprocessed(Unprocessed::NotSent);
+        assert_eq!(error.kind, unsent, "{error:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn call_that_was_written_before_the_end_may_have_been_processed() {
+        let (connection, server) = connect(KEEP_ALIVE).await;
+        server.send(Command::Freeze);
+        let (result, ()) = tokio::join!(call(&connection.sender), async {
+            tokio::time::sleep(SECOND).await;
+            drop(server);
+        });
+        assert_eq!(result.unwrap_err().kind, SendErrorKind::Unknown);
+    }
+}

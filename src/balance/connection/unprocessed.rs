@@ -5,7 +5,7 @@ use h2::Reason;
 /// Why no server application has seen a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unprocessed {
-    /// The connection accepted no more streams, so nothing was sent.
+    /// The connection accepted no more streams or ended, so nothing was sent.
     NotSent,
     /// The server refused the stream with RST_STREAM(REFUSED_STREAM).
     Refused,

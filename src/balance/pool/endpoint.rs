@@ -1,10 +1,12 @@
 //! An endpoint: its address, load and connections.
 //!
 //! ```text
-//!   Connecting --> Ready --> (lost, or GOAWAY) --> Connecting ...
-//!       ^  |
-//!       |  +-- failed --> Backoff --+
-//!       +---------------------------+
+//!   Connecting --> Ready --(ended, or GOAWAY)--> Replacing --> Ready ...
+//!    ^      |        |                               |
+//!    |      |        |                             failed
+//!    |    failed   ended early, repeatedly           |
+//!    |      v        v                               |
+//!    +---- Backoff <---------------------------------+
 //! ```
 //!
 //! Each connection of an endpoint has a [`SlotState`] and a task that moves it through this cycle

@@ -142,7 +142,7 @@ impl<C: Connect> ConnectionTask<C> {
     /// unanswered, has carried a response.
     fn is_answered(&mut self, carried: Carried) -> bool {
         self.unanswered.push(carried);
-        let answered = self.unanswered.iter().any(Carried::has_response);
+        let answered = self.unanswered.iter().any(Carried::has_served);
         // A connection without a call can carry nothing any more.
         self.unanswered.retain(Carried::may_change);
         answered
@@ -163,7 +163,7 @@ impl<C: Connect> ConnectionTask<C> {
         });
         tokio::select! {
             biased;
-            () = wait_for_response(&self.unanswered) => {
+            () = wait_until_served(&self.unanswered) => {
                 self.unanswered.clear();
                 reconnect.on_answered();
             }
@@ -181,8 +181,8 @@ impl<C: Connect> ConnectionTask<C> {
 }
 
 /// Resolves when one of the connections carries a response. Never resolves without connections.
-async fn wait_for_response(connections: &[Carried]) {
-    let responses = connections.iter().map(Carried::wait_for_response);
+async fn wait_until_served(connections: &[Carried]) {
+    let responses = connections.iter().map(Carried::wait_until_served);
     let mut responses: FuturesUnordered<_> = responses.collect();
     if responses.next().await.is_none() {
         std::future::pending().await

@@ -1,0 +1,34 @@
+//! What a connection carried.
+
+use std::sync::Arc;
+
+use super::state::ConnectionState;
+
+/// Whether the server of a connection has served a call on it. Holds the connection's state and not
+/// the connection itself.
+///
+/// Recorded where frames are read and not by the call, because a connection may end before the
+/// call's task runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Carried(Arc<ConnectionState>);
+
+impl Carried {
+    pub(crate) fn of(state: &Arc<ConnectionState>) -> Self {
+        Self(Arc::clone(state))
+    }
+
+    pub(crate) fn has_served(&self) -> bool {
+        self.0.has_served()
+    }
+
+    /// Resolves when the server has served a call. A connection whose peer announced its end may
+    /// still carry responses.
+    pub(crate) async fn wait_until_served(&self) {
+        self.0.wait_until_served().await;
+    }
+
+    /// Whether a call may still be served: the connection, or a call on it, is alive.
+    pub(crate) fn may_change(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
