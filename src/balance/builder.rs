@@ -184,8 +184,7 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets the longest timeout of a call. A call's own timeout counts if it is shorter. Default:
-    /// none.
+    /// Sets the longest timeout of a call, whose own may be shorter. Default: none.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -244,8 +243,7 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets after which time without received data a connection is pinged; `None`: never. Default
-    /// 10 s.
+    /// Sets after how long without received data to ping; `None`: never. Default 10 s.
     ///
     /// Servers treat pings without traffic as abuse and close the connection (gRFC A8), so the
     /// channel limits them to the number that gRPC servers accept by default: after each HEADERS or
