@@ -17,16 +17,21 @@ use crate::balance::pool::Endpoint;
 /// that refuse streams while they restart, one after the other.
 const MAX_REFUSALS: u32 = 5;
 
-/// The pause before the second transparent retry after REFUSED_STREAM, which doubles before each
-/// further one. All pauses together take about 300 ms.
-const REFUSAL_PAUSE: Duration = Duration::from_millis(20);
+/// Transparent retries of a call that GOAWAY with an error excludes after another call, which is
+/// the likely reason. That call's own retry may go to the same server first and break its next
+/// connection, too.
+const MAX_EXCLUSIONS: u32 = 5;
+
+/// Transparent retries of the first call that GOAWAY with an error excludes, because that call may
+/// be the reason and would break the connection of each further endpoint (gRFC A6).
+const MAX_SUSPICIONS: u32 = 1;
+
+/// The pause before the second transparent retry after REFUSED_STREAM or after GOAWAY with an
+/// error, which doubles before each further one. Four pauses together take about 300 ms.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
 /// The jitter of that pause, gRPC's for retries (gRFC A6).
-const REFUSAL_JITTER: Range<f64> = 0.8..1.2;
-
-/// Transparent retries after GOAWAY with an error, because the call itself may be its reason and
-/// would break the connection of each further endpoint (gRFC A6).
-const MAX_ERRORS: u32 = 1;
+const PAUSE_JITTER: Range<f64> = 0.8..1.2;
 
 /// Transparent retries without a pause after GOAWAY(NO_ERROR), or if nothing was sent. A server
 /// that ends its connections after few requests refuses the streams of all other callers each time,
@@ -180,8 +185,10 @@ impl<'a> Progress<'a> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct UnprocessedAttempts {
     refused: u32,
-    /// Excluded by a GOAWAY with an error.
-    errors: u32,
+    /// Excluded by a GOAWAY with an error, as the first call.
+    suspected: u32,
+    /// Excluded by a GOAWAY with an error, after another call.
+    excluded: u32,
     /// Excluded by GOAWAY(NO_ERROR), or never sent.
     going_away: u32,
 }
@@ -192,19 +199,15 @@ impl UnprocessedAttempts {
         match why {
             Unprocessed::Refused => {
                 self.refused += 1;
-                match self.refused {
-                    1 => Some(Duration::ZERO),
-                    2..=MAX_REFUSALS => {
-                        let Range { start, end } = REFUSAL_JITTER;
-                        let jitter = start + (end - start) * fastrand::f64();
-                        Some((REFUSAL_PAUSE * (1 << (self.refused - 2))).mul_f64(jitter))
-                    }
-                    _ => None,
-                }
+                growing_pause(self.refused, MAX_REFUSALS)
             }
-            Unprocessed::GoAwayError => {
-                self.errors += 1;
-                (self.errors <= MAX_ERRORS).then_some(Duration::ZERO)
+            Unprocessed::GoAwayError { is_suspect: true } => {
+                self.suspected += 1;
+                growing_pause(self.suspected, MAX_SUSPICIONS)
+            }
+            Unprocessed::GoAwayError { is_suspect: false } => {
+                self.excluded += 1;
+                growing_pause(self.excluded, MAX_EXCLUSIONS)
             }
             Unprocessed::GoingAway | Unprocessed::NotSent => {
                 self.going_away = self.going_away.saturating_add(1);
@@ -219,12 +222,28 @@ impl UnprocessedAttempts {
     }
 }
 
+/// The pause before a retry, counted from 1: none before the first, then [`FIRST_PAUSE`], twice
+/// that, and so on. `None` after `max` retries.
+fn growing_pause(retry: u32, max: u32) -> Option<Duration> {
+    if retry > max {
+        return None;
+    }
+    let Some(doublings) = retry.checked_sub(2) else {
+        return Some(Duration::ZERO);
+    };
+    let Range { start, end } = PAUSE_JITTER;
+    let jitter = start + (end - start) * fastrand::f64();
+    Some((FIRST_PAUSE * (1 << doublings)).mul_f64(jitter))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const READY_TIMEOUT: Duration = Duration::from_secs(5);
     const MS: Duration = Duration::from_millis(1);
+    const SUSPECT: Unprocessed = Unprocessed::GoAwayError { is_suspect: true };
+    const EXCLUDED: Unprocessed = Unprocessed::GoAwayError { is_suspect: false };
 
     fn progress(retry: Option<&RetryPolicy>) -> (Progress<'_>, Instant) {
         let now = Instant::now();
@@ -243,25 +262,24 @@ mod tests {
         }
 
         #[test]
-        fn five_after_refusals_with_growing_pauses() {
-            let decisions = decisions(Unprocessed::Refused, 7);
-            assert_eq!(decisions[0], Decision::Retry);
-            for (decision, range) in
-                decisions[1..5]
-                    .iter()
-                    .zip([16..=24, 32..=48, 64..=96, 128..=192])
-            {
-                let Decision::RetryAfter(pause) = decision else {
-                    panic!("{decisions:?}");
-                };
-                assert!(range.contains(&pause.as_millis()), "{decisions:?}");
+        fn five_with_growing_pauses_of_a_call_that_is_not_the_reason() {
+            for why in [Unprocessed::Refused, EXCLUDED] {
+                let decisions = decisions(why, 7);
+                assert_eq!(decisions[0], Decision::Retry);
+                let ranges = [16..=24, 32..=48, 64..=96, 128..=192];
+                for (decision, range) in decisions[1..5].iter().zip(ranges) {
+                    let Decision::RetryAfter(pause) = decision else {
+                        panic!("{decisions:?}");
+                    };
+                    assert!(range.contains(&pause.as_millis()), "{decisions:?}");
+                }
+                assert_eq!(decisions[5..], [Decision::GiveUp; 2]);
             }
-            assert_eq!(decisions[5..], [Decision::GiveUp; 2]);
         }
 
         #[test]
-        fn one_after_a_goaway_with_an_error() {
-            let decisions = decisions(Unprocessed::GoAwayError, 2);
+        fn one_of_the_suspect_of_a_goaway_with_an_error() {
+            let decisions = decisions(SUSPECT, 2);
             assert_eq!(decisions, [Decision::Retry, Decision::GiveUp]);
         }
 
@@ -285,8 +303,9 @@ mod tests {
                 let decision = progress.on_unprocessed(Unprocessed::Refused, now);
                 assert_ne!(decision, Decision::GiveUp);
             }
-            let decision = progress.on_unprocessed(Unprocessed::GoAwayError, now);
-            assert_eq!(decision, Decision::Retry);
+            for why in [EXCLUDED, SUSPECT] {
+                assert_eq!(progress.on_unprocessed(why, now), Decision::Retry);
+            }
         }
 
         #[test]

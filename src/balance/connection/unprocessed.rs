@@ -12,14 +12,16 @@ pub(crate) enum Unprocessed {
     /// The server ended the connection with GOAWAY(NO_ERROR) before it processed the stream. The
     /// call has no part in the reason.
     GoingAway,
-    /// The server ended the connection with an error before it processed the stream. The call
-    /// itself may be the reason.
-    GoAwayError,
+    /// The server ended the connection with an error before it processed the stream. The first
+    /// such stream is the suspect: a server that breaks on a call names the stream before as its
+    /// last. The others only came later.
+    GoAwayError { is_suspect: bool },
 }
 
 impl Unprocessed {
     /// Classifies the error of a stream. `None` if a server application may have seen the call.
-    pub(super) fn of(error: &h2::Error) -> Option<Self> {
+    /// `is_suspect` says whether the stream is the first that the peer's GOAWAY excludes.
+    pub(super) fn of(error: &h2::Error, is_suspect: impl FnOnce() -> bool) -> Option<Self> {
         if !error.is_remote() {
             return None;
         }
@@ -28,7 +30,9 @@ impl Unprocessed {
         // error.
         match (error.is_go_away(), error.reason()) {
             (true, Some(Reason::NO_ERROR)) => Some(Self::GoingAway),
-            (true, _) => Some(Self::GoAwayError),
+            (true, _) => Some(Self::GoAwayError {
+                is_suspect: is_suspect(),
+            }),
             (false, Some(Reason::REFUSED_STREAM)) => Some(Self::Refused),
             (false, _) => None,
         }

@@ -11,7 +11,7 @@ use helloworld::echo::echo_client::EchoClient;
 use tonic::Code;
 
 use crate::support::PATIENCE;
-use crate::support::balanced::{call, hello, in_flight, static_channel, wait_until_ready};
+use crate::support::balanced::{Load, call, hello, in_flight, static_channel, wait_until_ready};
 use crate::support::frames::{
     DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM,
 };
@@ -152,6 +152,64 @@ async fn poison_call_fails_alone_and_breaks_two_connections() {
             other.await.unwrap().unwrap();
         }
     }
+}
+
+/// A server that responds at once, but breaks on a poison call after a time in which further calls
+/// arrive. Counts the connections that it ends.
+async fn slowly_breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
+    let broken = Arc::clone(broken);
+    FrameServer::start(move |mut connection| {
+        let broken = Arc::clone(&broken);
+        async move {
+            connection.handshake(&[]).await?;
+            loop {
+                let frame = connection.next().await?;
+                if frame.kind != DATA || frame.payload.is_empty() {
+                    continue;
+                }
+                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
+                    connection.respond_ok(frame.stream).await?;
+                    continue;
+                }
+                broken.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                connection
+                    .send_go_away(frame.stream - 2, PROTOCOL_ERROR, "bad header")
+                    .await?;
+                return connection.close().await;
+            }
+        }
+    })
+    .await
+}
+
+/// The poison call's retry and the calls behind it may go to the same server.
+#[tokio::test]
+async fn calls_behind_poison_calls_succeed() {
+    const SERVERS: usize = 3;
+    const POISON_CALLS: usize = 10;
+    let broken = Arc::<AtomicUsize>::default();
+    let servers =
+        futures::future::join_all((0..SERVERS).map(|_| slowly_breaking_server(&broken))).await;
+    let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
+        channel.policy(BalancePolicy::RoundRobin)
+    });
+    wait_until_ready(&channel, SERVERS).await;
+    let load = Load::start(&channel, 60);
+    let mut client = EchoClient::new(channel.clone());
+    for _ in 0..POISON_CALLS {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let poison = EchoRequest {
+            payload: POISON.to_vec(),
+            ..EchoRequest::default()
+        };
+        client.unary(poison).await.unwrap_err();
+    }
+    let report = load.finish().await;
+    let failed = report.failures.len();
+    let first = report.failures.first().map(|failure| &failure.status);
+    assert_eq!(failed, 0, "of {} calls: {first:?}", report.calls());
+    assert_eq!(broken.load(Ordering::SeqCst), 2 * POISON_CALLS);
 }
 
 /// A server that recycles its connections refuses the streams of all callers but one each time.
