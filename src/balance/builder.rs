@@ -247,9 +247,9 @@ impl BalancedChannelBuilder {
     ///
     /// Servers treat pings without traffic as abuse and close the connection (gRFC A8), so the
     /// channel limits them to the number that gRPC servers accept by default: after each HEADERS or
-    /// DATA frame of the server three pings at the interval, then one every 5 minutes, or every 2
-    /// hours while there is no call. Two of the three are sent while the connection is idle. After
-    /// that, the next call is preceded by the third, and is sent when the server has responded. If
+    /// DATA frame of the server two pings at the interval, then one every 5 minutes, or every 2
+    /// hours while there is no call. One of the two is sent while the connection is idle. After
+    /// that, the next call is preceded by the second, and is sent when the server has responded. If
     /// the server does not respond within the [`keep_alive_timeout`](Self::keep_alive_timeout), the
     /// call goes to another connection.
     ///

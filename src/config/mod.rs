@@ -116,7 +116,7 @@ pub struct Config {
 
     /// The time without traffic after which a connection is tested with an HTTP/2 ping.
     /// Default: 10 s. Minimum: 5 s, because etcd refuses more frequent pings. A connection without
-    /// operations is tested twice, and again before the next operation, because etcd closes
+    /// operations is tested once, and again before the next operation, because etcd closes
     /// connections that ping while idle.
     #[serde(with = "humantime_serde")]
     pub keep_alive_interval: Duration,

@@ -4,8 +4,9 @@
 //! gRPC Core (`ping_abuse_policy.cc`, for C++, Python and Ruby) and grpc-java
 //! (`KeepAliveEnforcer`) count a *strike* for each ping that follows the one before too soon, and
 //! end the connection with GOAWAY "too_many_pings" at the third. Whenever the server sends HEADERS
-//! or DATA, it forgets the strikes, and the next ping is no strike whenever it comes. The budget
-//! does the same count on the client's side and stops before the third strike.
+//! or DATA, it forgets the strikes. The next ping is then no strike in grpc-go and gRPC Core;
+//! grpc-java compares it with the start of the connection. The budget does Java's count, which is
+//! the strictest, on the client's side and stops before the third strike.
 
 use std::time::Duration;
 
@@ -74,54 +75,56 @@ pub(super) enum Purpose {
 #[derive(Debug)]
 pub(super) struct PingBudget {
     policy: PingPolicy,
-    /// The latest ping since the server sent HEADERS or DATA. Without one, a ping is no strike.
-    last_ping: Option<Instant>,
+    /// When the connection was made.
+    begun: Instant,
+    /// The latest ping since the server sent HEADERS or DATA; without one, `begun`.
+    last_ping: Instant,
     strikes: u32,
 }
 
 impl PingBudget {
+    /// The budget of a connection that begins now.
     pub(super) fn new(policy: PingPolicy) -> Self {
+        let begun = Instant::now();
         Self {
             policy,
-            last_ping: None,
+            begun,
+            last_ping: begun,
             strikes: 0,
         }
     }
 
     /// From when a ping is allowed; `None` means at any time.
     pub(super) fn allowed_from(&self, purpose: Purpose) -> Option<Instant> {
-        let last_ping = self.last_ping?;
         let max_strikes = match purpose {
             Purpose::Stream => self.policy.strikes,
             Purpose::Idle => MAX_IDLE_STRIKES,
             Purpose::BeforeCall => MAX_STRIKES,
         };
-        (self.strikes >= max_strikes).then(|| last_ping + self.pause(purpose))
+        (self.strikes >= max_strikes).then(|| self.last_ping + self.pause(purpose))
     }
 
     /// Records a ping that is sent now.
     pub(super) fn on_ping(&mut self, purpose: Purpose, now: Instant) {
         let pause = self.pause(purpose);
-        if self.last_ping.is_some_and(|last| now < last + pause) {
+        if now < self.last_ping + pause {
             self.strikes += 1;
         }
-        self.last_ping = Some(now);
+        self.last_ping = now;
     }
 
     /// Records the response to the latest ping. The server received the ping at most now.
     pub(super) fn on_pong(&mut self, now: Instant) {
-        if let Some(last_ping) = &mut self.last_ping {
-            *last_ping = now;
-        }
+        self.last_ping = now;
     }
 
     /// Records that HEADERS or DATA of the peer arrived. `awaits_pong` says whether the response to
     /// a ping is outstanding. The server may have received that ping after it sent the frame, and
-    /// then the ping was the one that is no strike.
+    /// then the ping counts.
     pub(super) fn on_data(&mut self, awaits_pong: bool) {
-        self.strikes = 0;
+        self.strikes = u32::from(awaits_pong);
         if !awaits_pong {
-            self.last_ping = None;
+            self.last_ping = self.begun;
         }
     }
 
@@ -161,20 +164,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn open_stream_gets_three_pings_at_the_interval() {
+    async fn open_stream_gets_two_pings_at_the_interval() {
         let mut budget = PingBudget::new(PingPolicy::DEFAULT);
         let seen = pauses(&mut budget, Purpose::Stream, 5).await;
-        assert_eq!(seen, [10, 10, 10, 310, 310]);
+        assert_eq!(seen, [10, 10, 310, 310, 310]);
+        // The connection is old enough that the first ping is no strike in any server.
         budget.on_data(false);
         let seen = pauses(&mut budget, Purpose::Stream, 4).await;
         assert_eq!(seen, [10, 10, 10, 310]);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn idle_connection_gets_two_and_one_before_a_call() {
+    async fn idle_connection_gets_one_and_one_before_a_call() {
         let mut budget = PingBudget::new(PingPolicy::DEFAULT);
         let seen = pauses(&mut budget, Purpose::Idle, 4).await;
-        assert_eq!(seen, [10, 10, 7260, 7260]);
+        assert_eq!(seen, [10, 7260, 7260, 7260]);
         let idle_from = budget.allowed_from(Purpose::Idle).unwrap();
         assert_eq!(budget.allowed_from(Purpose::BeforeCall), None);
         budget.on_ping(Purpose::BeforeCall, Instant::now());
@@ -184,7 +188,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pings_with_a_stream_count_while_idle() {
         let mut budget = PingBudget::new(PingPolicy::DEFAULT);
-        pauses(&mut budget, Purpose::Stream, 2).await;
+        pauses(&mut budget, Purpose::Stream, 1).await;
         let idle = budget.allowed_from(Purpose::Idle).unwrap();
         assert_eq!(idle - Instant::now(), 7260 * SECOND);
         assert_eq!(budget.allowed_from(Purpose::BeforeCall), None);
@@ -210,7 +214,7 @@ mod tests {
         pauses(&mut budget, Purpose::Stream, 3).await;
         budget.on_data(true);
         let seen = pauses(&mut budget, Purpose::Stream, 3).await;
-        assert_eq!(seen, [10, 10, 310]);
+        assert_eq!(seen, [10, 310, 310]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -223,26 +227,29 @@ mod tests {
         assert_eq!(next - Instant::now(), 310 * SECOND);
     }
 
+    /// The pause that a server demands.
+    fn pause(min_time: Duration, has_stream: bool) -> Duration {
+        match has_stream {
+            true => min_time,
+            false => Duration::from_secs(2 * 60 * 60),
+        }
+    }
+
     /// The count of grpc-go's `handlePing`.
-    struct Server {
-        min_time: Duration,
+    #[derive(Default)]
+    struct GoServer {
         is_reset: bool,
         last_ping: Option<Instant>,
         strikes: u32,
     }
 
-    impl Server {
-        fn on_ping(&mut self, has_stream: bool, now: Instant) {
+    impl GoServer {
+        fn on_ping(&mut self, pause: Duration, now: Instant) {
             let last_ping = self.last_ping.replace(now);
             if std::mem::take(&mut self.is_reset) {
                 self.strikes = 0;
                 return;
             }
-            let pause = if has_stream {
-                self.min_time
-            } else {
-                Duration::from_secs(2 * 60 * 60)
-            };
             if last_ping.is_some_and(|last| last + pause > now) {
                 self.strikes += 1;
             }
@@ -250,45 +257,97 @@ mod tests {
         }
     }
 
+    /// The count of grpc-java's `KeepAliveEnforcer`.
+    struct JavaServer {
+        begun: Instant,
+        last_valid: Instant,
+        strikes: u32,
+    }
+
+    impl JavaServer {
+        fn new(begun: Instant) -> Self {
+            Self {
+                begun,
+                last_valid: begun,
+                strikes: 0,
+            }
+        }
+
+        fn reset(&mut self) {
+            self.last_valid = self.begun;
+            self.strikes = 0;
+        }
+
+        fn on_ping(&mut self, pause: Duration, now: Instant) {
+            if self.last_valid + pause <= now {
+                self.last_valid = now;
+            } else {
+                self.strikes += 1;
+            }
+            assert!(self.strikes <= 2, "too_many_pings");
+        }
+    }
+
+    /// A connection with servers of both kinds.
+    struct Model {
+        min_time: Duration,
+        budget: PingBudget,
+        go: GoServer,
+        java: JavaServer,
+    }
+
+    impl Model {
+        fn new(policy: PingPolicy, min_time: Duration) -> Self {
+            Self {
+                min_time,
+                budget: PingBudget::new(policy),
+                go: GoServer::default(),
+                java: JavaServer::new(Instant::now()),
+            }
+        }
+
+        /// The servers send HEADERS or DATA.
+        fn reset(&mut self) {
+            self.go.is_reset = true;
+            self.java.reset();
+        }
+
+        /// Sends a ping if the budget allows it. `crossing` says whether data of the servers
+        /// crosses the ping.
+        fn ping(&mut self, purpose: Purpose, now: Instant, crossing: bool) {
+            let allowed_from = self.budget.allowed_from(purpose);
+            if allowed_from.is_some_and(|from| from > now) {
+                return;
+            }
+            self.budget.on_ping(purpose, now);
+            if crossing {
+                self.reset();
+            }
+            let pause = pause(self.min_time, purpose == Purpose::Stream);
+            self.go.on_ping(pause, now);
+            self.java.on_ping(pause, now);
+            if crossing {
+                self.budget.on_data(true);
+                self.budget.on_pong(now);
+            }
+        }
+    }
+
     /// Whatever happens on a connection, a ping that the budget allows is never the third strike.
     fn check(policy: PingPolicy, min_time: Duration, steps: &[(u8, u64)]) {
         let mut now = Instant::now();
-        let mut budget = PingBudget::new(policy);
-        let mut server = Server {
-            min_time,
-            is_reset: false,
-            last_ping: None,
-            strikes: 0,
-        };
+        let mut model = Model::new(policy, min_time);
         for (what, seconds) in steps {
             now += Duration::from_secs(*seconds);
-            let purpose = match what {
-                0 => Purpose::Stream,
-                1 => Purpose::Idle,
-                2 => Purpose::BeforeCall,
+            match what {
+                0 => model.ping(Purpose::Stream, now, false),
+                1 => model.ping(Purpose::Idle, now, false),
+                2 => model.ping(Purpose::BeforeCall, now, false),
                 3 => {
-                    server.is_reset = true;
-                    budget.on_data(false);
-                    continue;
+                    model.reset();
+                    model.budget.on_data(false);
                 }
-                _ => {
-                    // The ping and the data cross each other.
-                    if budget
-                        .allowed_from(Purpose::Idle)
-                        .is_none_or(|from| from <= now)
-                    {
-                        budget.on_ping(Purpose::Idle, now);
-                        server.is_reset = true;
-                        server.on_ping(false, now);
-                        budget.on_data(true);
-                        budget.on_pong(now);
-                    }
-                    continue;
-                }
-            };
-            if budget.allowed_from(purpose).is_none_or(|from| from <= now) {
-                budget.on_ping(purpose, now);
-                server.on_ping(purpose == Purpose::Stream, now);
+                _ => model.ping(Purpose::Idle, now, true),
             }
         }
     }
