@@ -16,6 +16,7 @@
 
 mod addresses;
 mod advertised_limit;
+mod cancelled_streams;
 mod capacity;
 mod carried;
 mod close_reason;

@@ -22,6 +22,9 @@ use super::ping_interval::PingInterval;
 use super::state::ConnectionState;
 use super::written::WrittenStreams;
 
+/// The id of a client's first stream (RFC 9113, section 5.1.1).
+const FIRST_STREAM: u32 = 1;
+
 /// An I/O that reports the peer's first SETTINGS, its GOAWAY, and the first write error.
 #[derive(Debug)]
 pub(crate) struct MonitoredIo<T> {
@@ -93,14 +96,19 @@ impl<T> MonitoredIo<T> {
         let state = &self.state;
         self.scanner.scan(bytes, |frame| match frame {
             Frame::Headers => {
-                state.record_served();
+                // Headers before any call of ours show no server that serves calls.
+                if state.is_written(FIRST_STREAM) {
+                    state.record_served();
+                }
                 state.record_data();
             }
             Frame::Data => state.record_data(),
             // A server that does not wait for the end of a request sends RST_STREAM after its
             // response.
             Frame::StreamEnd(stream) if std::mem::replace(last_ended, stream) != stream => {
-                state.record_stream_end();
+                if !state.cancelled_streams.remove(stream) {
+                    state.record_stream_end();
+                }
             }
             Frame::LargeHeaders { stream } => state.header_limits.record_large(stream),
             Frame::Settings(sent) => {

@@ -99,6 +99,7 @@ impl Sender {
                 state: Arc::clone(&self.state),
                 closed: false,
                 ended_by_peer: false,
+                stream: None,
             },
         })
     }
@@ -206,6 +207,7 @@ async fn await_response(
     response: ResponseFuture,
 ) -> Result<Response<Incoming>, SendError> {
     let stream = response.stream_id().as_u32();
+    permit.stream = Some(stream);
     match response.await {
         Ok(response) => Ok(response.map(|stream| Incoming {
             stream: Some(stream),
@@ -268,6 +270,8 @@ struct StreamPermit {
     closed: bool,
     /// Whether the peer ended the stream, so that it counts as ended until it is given back.
     ended_by_peer: bool,
+    /// The id, once the stream is open.
+    stream: Option<u32>,
 }
 
 impl Drop for StreamPermit {
@@ -279,6 +283,9 @@ impl Drop for StreamPermit {
         if self.closed {
             self.state.release_streams(1);
         } else {
+            if let Some(stream) = self.stream.filter(|_| !self.ended_by_peer) {
+                self.state.cancelled_streams.insert(stream);
+            }
             self.state.cancel_stream();
         }
     }
@@ -292,6 +299,13 @@ pub(crate) struct Incoming {
     upload: Option<Upload>,
     /// Declared last, as in [`ReservedStream`].
     permit: Option<StreamPermit>,
+}
+
+/// A caller may drop a response that it has not read to its end, for example one without messages.
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.finish();
+    }
 }
 
 impl Incoming {

@@ -9,6 +9,7 @@ use futures::task::AtomicWaker;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::cancelled_streams::CancelledStreams;
 use super::capacity::Capacity;
 use super::close_reason::CloseReason;
 use super::header_limits::HeaderLimits;
@@ -37,6 +38,7 @@ pub(crate) struct ConnectionState {
     /// Streams of cancelled calls that h2 may not have reset yet. They still count against the
     /// limit.
     cancelled: AtomicUsize,
+    pub(super) cancelled_streams: CancelledStreams,
     driver: AtomicWaker,
     /// Notified when the connection has a free stream again.
     capacity: OnceLock<Arc<Capacity>>,
@@ -73,6 +75,7 @@ impl ConnectionState {
             ended: AtomicIsize::new(0),
             stream_limit: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
+            cancelled_streams: CancelledStreams::default(),
             driver: AtomicWaker::new(),
             capacity: OnceLock::new(),
             exhausted: Notify::new(),
