@@ -7,12 +7,20 @@
 //! stream arrives. Therefore the bytes with the first GOAWAY are held back until h2 has written
 //! what it had queued. h2 writes when a read is pending.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use tokio::io::ReadBuf;
+use tokio::time::{Sleep, sleep};
 
 use super::state::ConnectionState;
+
+/// How long bytes are held back while the system takes none of ours. The peer's next frames, which
+/// may make room in its windows, wait behind them.
+const MAX_HELD: Duration = Duration::from_secs(1);
 
 /// The bytes of the read in which the first GOAWAY arrived.
 #[derive(Debug)]
@@ -20,6 +28,7 @@ pub(super) struct HeldRead {
     bytes: Bytes,
     /// Whether h2 has all requests, so that the pending read makes it write them.
     is_settled: bool,
+    too_long: Pin<Box<Sleep>>,
 }
 
 impl HeldRead {
@@ -31,21 +40,27 @@ impl HeldRead {
         Self {
             bytes,
             is_settled: !state.is_opening_stream(),
+            too_long: Box::pin(sleep(MAX_HELD)),
         }
     }
 
-    /// Hands on the bytes, or as many as fit. The caller polls again as long as there are some.
+    /// Hands on the bytes, or as many as fit. The caller polls again as long as there are some, and
+    /// when a write has found room again.
     pub(super) fn poll(
         &mut self,
-        cx: &Context<'_>,
+        cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
         state: &ConnectionState,
+        is_write_blocked: bool,
     ) -> Poll<()> {
         if !self.is_settled {
             // A call has begun to open its stream before the GOAWAY was read. Calls take no longer
             // for that than it takes to queue the HEADERS.
             self.is_settled = !state.is_opening_stream();
             cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        if is_write_blocked && self.too_long.as_mut().poll(cx).is_pending() {
             return Poll::Pending;
         }
         let fitting = self.bytes.len().min(buf.remaining());

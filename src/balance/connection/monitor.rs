@@ -155,13 +155,14 @@ impl<T> MonitoredIo<T> {
     /// bytes. Other writes are none, because the bytes may only have gone to a buffer.
     fn on_write<V>(
         &mut self,
-        write: impl FnOnce(&mut Self) -> Poll<io::Result<V>>,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(&mut Self, &mut Context<'_>) -> Poll<io::Result<V>>,
         complete: V,
     ) -> Poll<io::Result<V>> {
         if self.state.has_stopped_writing() || self.write_failed.is_none() {
             return Poll::Ready(Ok(complete));
         }
-        match write(self) {
+        match write(self, cx) {
             Poll::Ready(Err(error)) => {
                 self.state.stop_writing();
                 self.state.stop_accepting();
@@ -172,6 +173,10 @@ impl<T> MonitoredIo<T> {
             Poll::Ready(Ok(done)) => {
                 if std::mem::take(&mut self.is_write_blocked) {
                     self.state.record_activity();
+                    // What was held back may be read now.
+                    if self.held.is_some() {
+                        cx.waker().wake_by_ref();
+                    }
                 }
                 Poll::Ready(Ok(done))
             }
@@ -199,7 +204,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if let Some(held) = &mut this.held {
-            let polled = held.poll(cx, buf, &this.state);
+            let polled = held.poll(cx, buf, &this.state, this.is_write_blocked);
             if held.is_empty() {
                 this.held = None;
             }
@@ -237,18 +242,18 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let write = |this: &mut Self| {
+        let write = |this: &mut Self, cx: &mut Context<'_>| {
             let written = Pin::new(&mut this.io).poll_write(cx, buf);
             if let Poll::Ready(Ok(count)) = written {
                 this.on_written(&buf[..count]);
             }
             written
         };
-        self.on_write(write, buf.len())
+        self.on_write(cx, write, buf.len())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.on_write(|this| Pin::new(&mut this.io).poll_flush(cx), ())
+        self.on_write(cx, |this, cx| Pin::new(&mut this.io).poll_flush(cx), ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -265,7 +270,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let length = bufs.iter().map(|buf| buf.len()).sum();
-        let write = |this: &mut Self| {
+        let write = |this: &mut Self, cx: &mut Context<'_>| {
             let written = Pin::new(&mut this.io).poll_write_vectored(cx, bufs);
             if let Poll::Ready(Ok(count)) = written {
                 let mut left = count;
@@ -277,6 +282,6 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
             }
             written
         };
-        self.on_write(write, length)
+        self.on_write(cx, write, length)
     }
 }

@@ -14,12 +14,17 @@ pub(crate) struct Demand {
 
 impl Demand {
     /// Counts a waiting call until the guard is dropped.
-    pub(crate) fn register(&self) -> WaitingCall<'_> {
+    pub(crate) fn register(&self) -> DemandGuard<'_> {
         // Sequentially consistent, so that either this notification or the count is seen by a
         // connection task that begins to wait at the same time.
         self.waiting.fetch_add(1, Ordering::SeqCst);
         self.arrived.notify_waiters();
-        WaitingCall(self)
+        DemandGuard(self)
+    }
+
+    /// Whether a call waits.
+    pub(super) fn is_any(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
     }
 
     /// Resolves while a call waits.
@@ -29,7 +34,7 @@ impl Demand {
             tokio::pin!(arrived);
             // Registered before the look at the count, so that no call is missed in between.
             arrived.as_mut().enable();
-            if self.waiting.load(Ordering::SeqCst) > 0 {
+            if self.is_any() {
                 return;
             }
             arrived.await;
@@ -37,12 +42,12 @@ impl Demand {
     }
 }
 
-/// A call that waits for an endpoint.
+/// Counts a call that waits for an endpoint.
 #[derive(Debug)]
 #[must_use = "the call counts as waiting until the guard is dropped"]
-pub(crate) struct WaitingCall<'a>(&'a Demand);
+pub(crate) struct DemandGuard<'a>(&'a Demand);
 
-impl Drop for WaitingCall<'_> {
+impl Drop for DemandGuard<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }

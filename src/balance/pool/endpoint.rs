@@ -174,6 +174,11 @@ impl Endpoint {
         self.weight.store(0, Ordering::Relaxed);
     }
 
+    /// Whether the endpoint is in the pool and gets new calls.
+    pub(crate) fn accepts_calls(&self) -> bool {
+        self.weight.load(Ordering::Relaxed) > 0 && !self.slots.lock().is_empty()
+    }
+
     pub(crate) fn set_retained(&self, retained: bool) {
         self.retained.store(retained, Ordering::Relaxed);
     }

@@ -35,6 +35,8 @@ pub(crate) struct View {
     capacity: Arc<Capacity>,
     /// The calls that wait for an endpoint.
     pub(crate) demand: Arc<Demand>,
+    /// Those of them that fail when all endpoints do.
+    refusable: Demand,
     status: watch::Sender<Arc<PoolStatus>>,
     /// Whether the pool or the channel was dropped.
     ended: AtomicBool,
@@ -79,6 +81,7 @@ impl View {
             waiting: WaitQueue::new(Arc::clone(&capacity)),
             capacity,
             demand: Arc::default(),
+            refusable: Demand::default(),
             status: watch::Sender::new(Arc::new(status)),
             ended: AtomicBool::new(false),
         }
@@ -123,6 +126,8 @@ impl View {
         &self,
         call: WaitingCall,
     ) -> Option<(Arc<Endpoint>, ReservedStream)> {
+        // Before the call joins the queue, so that no refusal misses it.
+        let _refusable = (!call.waits_for_ready).then(|| self.refusable.register());
         loop {
             let assigned = self.waiting.wait(call.started, call.clone()).await?;
             if let Some(taken) = assigned.take() {
@@ -140,7 +145,8 @@ impl View {
         };
         loop {
             capacity.notified().await;
-            if self.is_failing() {
+            // Looking for such calls takes as long as the queue, so only if there are any.
+            if self.refusable.is_any() && self.is_failing() {
                 self.waiting.refuse(|call| !call.waits_for_ready);
             }
             while self.waiting.serve_first(reserve) {

@@ -44,9 +44,12 @@ impl AssignedStream {
         }
     }
 
-    /// The stream, unless its connection has stopped to accept calls meanwhile.
+    /// The stream, unless its connection or its endpoint has stopped to accept calls meanwhile.
     pub(super) fn take(mut self) -> Option<(Arc<Endpoint>, ReservedStream)> {
         let stream = self.stream.take().filter(ReservedStream::is_open)?;
+        if !self.endpoint.accepts_calls() {
+            return None;
+        }
         Some((Arc::clone(&self.endpoint), stream))
     }
 }

@@ -16,7 +16,7 @@ use crate::support::{PATIENCE, wait_until};
 use futures::future::join_all;
 use futures::{StreamExt, poll, stream};
 use goo_etcd::BalancedChannel;
-use goo_etcd::balance::BalancePolicy;
+use goo_etcd::balance::{BalancePolicy, EndpointState};
 use helloworld::echo::echo_client::EchoClient;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -151,6 +151,34 @@ async fn call_that_is_not_polled_holds_up_no_other() {
         timeout(PATIENCE, call(&channel)).await.unwrap().unwrap();
     }
     timeout(PATIENCE, unpolled).await.unwrap().unwrap();
+}
+
+/// A stream that a call was given is of no use once its endpoint has left the set.
+#[tokio::test]
+async fn call_that_is_not_polled_goes_to_no_removed_endpoint() {
+    let (removed, added) = (server(1), EchoServer::start());
+    let (sets, channel) = dynamic_channel([removed.address()], |builder| builder);
+    wait_until_ready(&channel, 1).await;
+    let mut client = EchoClient::new(channel.clone());
+    let open = client.bidi(stream::iter([hello()]).chain(stream::pending()));
+    let open = open.await.unwrap();
+    let mut unpolled = Box::pin(call(&channel));
+    assert!(poll!(&mut unpolled).is_pending());
+    drop(open);
+    wait_until("the stream is given away", async || {
+        in_flight(&channel) == 1
+    })
+    .await;
+    sets.send([instance(added.address())]);
+    let moved = || {
+        let endpoints = channel.endpoints();
+        let [endpoint] = &endpoints[..] else {
+            return false;
+        };
+        endpoint.address == added.address() && endpoint.state == EndpointState::Ready
+    };
+    wait_until("the set has changed", async || moved()).await;
+    assert_eq!(unpolled.await.unwrap(), added.address());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

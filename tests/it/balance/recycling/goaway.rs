@@ -1,21 +1,25 @@
 //! Servers that announce the end of a connection with GOAWAY.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use helloworld::echo::EchoRequest;
+use helloworld::echo::echo_client::EchoClient;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::{
     ANY_STREAM, READY_TIMEOUT, assert_calls_succeed, channel, recycling_server, serve_up_to,
 };
-use crate::support::balanced::{Load, call, is_ready, static_channel};
+use crate::support::balanced::{Load, call, is_ready, static_channel, wait_until_ready};
 use crate::support::frames::{
-    ACK, FrameConnection, FrameServer, GOAWAY, HEADERS, NO_ERROR, PING, frame, go_away_frame,
+    ACK, DATA, FrameConnection, FrameServer, GOAWAY, HEADERS, INITIAL_WINDOW_SIZE, NO_ERROR, PING,
+    WINDOW_UPDATE, frame, go_away_frame,
 };
-use crate::support::wait_until;
+use crate::support::{wait_for, wait_until};
 
 /// nginx `keepalive_requests`, AWS ALB, Envoy (grpc-java#8310, grpc-java#11728, grpc-go#2205).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -191,4 +195,64 @@ async fn drain_with_ping(
             connection.respond_ok(frame.stream).await?;
         }
     }
+}
+
+/// As above while a large request fills the socket: the requests that wait behind it are written
+/// first as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ping_is_answered_after_requests_that_wait_for_the_socket() {
+    const WINDOW: u32 = 64 << 20;
+    let order = Arc::<Mutex<String>>::default();
+    let seen = Arc::clone(&order);
+    let server = FrameServer::start(move |mut connection| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let settings = [(INITIAL_WINDOW_SIZE, WINDOW)];
+            connection.handshake(&settings).await?;
+            let window = frame(WINDOW_UPDATE, 0, 0, &WINDOW.to_be_bytes());
+            connection.write_bytes(&window).await?;
+            if connection.index > 0 {
+                return serve_up_to(&mut connection, u32::MAX).await;
+            }
+            while connection.next().await?.kind != DATA {}
+            // The socket fills, and the other requests queue.
+            sleep(Duration::from_millis(300)).await;
+            let mut announcement = go_away_frame(ANY_STREAM, NO_ERROR, "max_age");
+            announcement.extend(frame(PING, 0, 0, &[7; 8]));
+            connection.write_bytes(&announcement).await?;
+            sleep(Duration::from_millis(100)).await;
+            loop {
+                let frame = connection.read_frame().await?;
+                match frame.kind {
+                    HEADERS => seen.lock().unwrap().push('h'),
+                    PING if frame.flags & ACK != 0 => seen.lock().unwrap().push('p'),
+                    _ => {}
+                }
+                if frame.is_end_stream() {
+                    connection.respond_ok(frame.stream).await?;
+                }
+            }
+        }
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| channel);
+    wait_until_ready(&channel, 1).await;
+    let mut calls = JoinSet::new();
+    let mut client = EchoClient::new(channel.clone()).max_encoding_message_size(usize::MAX);
+    let large = EchoRequest {
+        payload: vec![7; 32 << 20],
+        ..EchoRequest::default()
+    };
+    calls.spawn(async move { client.unary(large).await.map(|_| ()) });
+    sleep(Duration::from_millis(100)).await;
+    for _ in 0..10 {
+        let channel = channel.clone();
+        calls.spawn(async move { call(&channel).await.map(|_| ()) });
+    }
+    while let Some(ended) = wait_for("the calls end", calls.join_next()).await {
+        ended.unwrap().unwrap();
+    }
+    let order = order.lock().unwrap().clone();
+    assert!(order.ends_with('p'), "{order}");
+    assert_eq!(order.matches('h').count(), 10, "{order}");
 }

@@ -60,6 +60,18 @@ async fn settings_and_announced_goaway_make_no_tight_loop() {
     .await;
 }
 
+/// Nobody opened the stream, so the headers are no response, and h2 ends the connection.
+#[tokio::test]
+async fn headers_without_a_request_make_no_tight_loop() {
+    assert_no_tight_loop(|mut connection| async move {
+        connection.handshake(&[]).await?;
+        let head: [(&str, &[u8]); 1] = [(":status", b"200")];
+        connection.send_headers(1, &head, false).await?;
+        connection.close().await
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn end_without_settings_makes_no_tight_loop() {
     assert_no_tight_loop(|mut connection| async move {
