@@ -106,9 +106,7 @@ impl<T> MonitoredIo<T> {
             // A server that does not wait for the end of a request sends RST_STREAM after its
             // response.
             Frame::StreamEnd(stream) if std::mem::replace(last_ended, stream) != stream => {
-                if !state.cancelled_streams.remove(stream) {
-                    state.record_stream_end();
-                }
+                state.record_stream_end(stream);
             }
             Frame::LargeHeaders { stream } => state.header_limits.record_large(stream),
             Frame::Settings(sent) => {

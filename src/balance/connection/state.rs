@@ -239,9 +239,11 @@ impl ConnectionState {
         usize::try_from(ended).map_or(streams > 0, |ended| streams > ended)
     }
 
-    /// Records that the peer has ended a stream.
-    pub(super) fn record_stream_end(&self) {
-        self.ended.fetch_add(1, Ordering::Relaxed);
+    /// Records that the peer has ended a stream. The end of a cancelled stream does not count.
+    pub(super) fn record_stream_end(&self, stream: u32) {
+        if !self.cancelled_streams.remove(stream) {
+            self.ended.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Records that a stream that the peer has ended is about to be given back.
@@ -379,12 +381,12 @@ mod tests {
         state.set_stream_limit(2);
         assert!(state.acquire_stream() && state.acquire_stream());
         assert!(state.has_open_stream());
-        state.record_stream_end();
+        state.record_stream_end(1);
         assert!(state.has_open_stream());
         state.forget_stream_end();
         state.release_streams(1);
         assert!(state.has_open_stream());
-        state.record_stream_end();
+        state.record_stream_end(1);
         assert!(!state.has_open_stream());
         // Cancelled while its end arrived.
         state.release_streams(1);
@@ -422,5 +424,20 @@ mod tests {
         drop(opening);
         assert!(state.begin_opening().is_none());
         assert!(!state.is_opening_stream());
+    }
+
+    #[test]
+    fn end_of_a_cancelled_stream_counts_for_no_other() {
+        let state = ConnectionState::new();
+        state.set_stream_limit(2);
+        assert!(state.acquire_stream() && state.acquire_stream());
+        state.cancelled_streams.insert(1);
+        state.cancel_stream();
+        let reset = state.take_cancelled();
+        state.release_streams(reset);
+        state.record_stream_end(1);
+        assert!(state.has_open_stream());
+        state.record_stream_end(3);
+        assert!(!state.has_open_stream());
     }
 }
