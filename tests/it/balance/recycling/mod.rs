@@ -1,5 +1,6 @@
 //! Servers and proxies that end connections after some requests, after a time, or while idle.
 
+mod aged;
 mod cancelled;
 mod closed;
 mod goaway;
