@@ -4,6 +4,7 @@ use h2::Reason;
 use http::HeaderMap;
 use tonic::{Code, Status};
 
+use super::status_headers::GRPC_STATUS;
 use crate::error::chain;
 
 /// Whether the server reset the stream because the request is malformed (RFC 9113, section 8.1.1),
@@ -56,6 +57,6 @@ pub(super) fn is_failure(code: Code) -> bool {
 
 /// The code in a response's trailers. `None` without a `grpc-status`.
 pub(super) fn code_of_trailers(trailers: &HeaderMap) -> Option<Code> {
-    let status = trailers.get("grpc-status")?;
+    let status = trailers.get(GRPC_STATUS)?;
     Some(Code::from_bytes(status.as_bytes()))
 }

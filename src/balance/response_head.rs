@@ -28,9 +28,9 @@ pub(super) enum ResponseHead {
 impl ResponseHead {
     /// Reads a head that came from `address`, and removes from its headers what tonic cannot parse.
     pub(super) fn read<B>(address: &str, response: &mut Response<B>) -> Self {
-        status_headers::sanitize(response.headers_mut());
+        let has_status = status_headers::sanitize(response.headers_mut());
         let headers = response.headers();
-        if let Some(status) = Status::from_header_map(headers) {
+        if has_status && let Some(status) = Status::from_header_map(headers) {
             // A status of the server counts whatever else the head says (gRPC's "HTTP to gRPC
             // Status Code Mapping").
             return Self::Status(status);

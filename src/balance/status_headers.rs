@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use tonic::metadata::MetadataMap;
 
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+pub(super) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
 const GRPC_STATUS_DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
@@ -16,11 +16,12 @@ const GRPC_STATUS_DETAILS: HeaderName = HeaderName::from_static("grpc-status-det
 /// Responses).
 const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
 
-/// Removes details that are not base64, and replaces what is not UTF-8 in the message.
-pub(super) fn sanitize(headers: &mut HeaderMap) {
+/// Removes details that are not base64, and replaces what is not UTF-8 in the message. Returns
+/// whether the headers have a status.
+pub(super) fn sanitize(headers: &mut HeaderMap) -> bool {
     if !headers.contains_key(GRPC_STATUS) {
         // tonic parses neither of the others.
-        return;
+        return false;
     }
     if let Some(details) = headers.get(GRPC_STATUS_DETAILS)
         && !is_base64(details)
@@ -32,6 +33,7 @@ pub(super) fn sanitize(headers: &mut HeaderMap) {
     {
         headers.insert(GRPC_MESSAGE, replaced);
     }
+    true
 }
 
 /// Whether tonic can decode the value. tonic decodes metadata with the same decoder as details.

@@ -74,6 +74,11 @@ impl HeaderLimits {
         self.large.store(stream, Ordering::Relaxed);
     }
 
+    /// Whether any stream had large headers.
+    pub(super) fn has_large(&self) -> bool {
+        self.large.load(Ordering::Relaxed) != 0
+    }
+
     /// Whether a stream had large headers. `None` if no stream had any.
     pub(super) fn is_large(&self, stream: u32) -> Option<bool> {
         let large = self.large.load(Ordering::Relaxed);

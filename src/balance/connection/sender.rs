@@ -14,6 +14,7 @@ use super::state::ConnectionState;
 use super::unprocessed::Unprocessed;
 use super::upload::{Upload, upload};
 use crate::balance::replay::AttemptBody;
+use crate::balance::status_headers::GRPC_STATUS;
 
 /// Sends calls on a connection. Cheap to clone. The connection closes when the last sender and the
 /// last call are dropped.
@@ -347,10 +348,11 @@ impl Incoming {
             return Ok(());
         };
         permit.state.header_limits.check_trailers(trailers)?;
-        if trailers.contains_key("grpc-status") {
-            return Ok(());
+        // The status is looked for last, because usually no headers were too large.
+        match self.headers_too_large() {
+            Some(too_large) if !trailers.contains_key(GRPC_STATUS) => Err(too_large),
+            _ => Ok(()),
         }
-        self.headers_too_large().map_or(Ok(()), Err)
     }
 
     /// The cause of an error of the stream, if headers that are too large to be read are it.
@@ -361,6 +363,9 @@ impl Incoming {
     /// The error of headers of this stream that h2 may not have read to their end.
     fn headers_too_large(&self) -> Option<HeadersTooLarge> {
         let limits = &self.permit.as_ref()?.state.header_limits;
+        if !limits.has_large() {
+            return None;
+        }
         let stream = self.stream.as_ref()?.stream_id().as_u32();
         (limits.is_large(stream) == Some(true)).then(|| limits.unreadable())
     }
