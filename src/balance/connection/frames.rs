@@ -20,6 +20,9 @@ const CONTINUATION: u8 = 0x9;
 /// The flag of HEADERS and DATA that are the last of their stream.
 const END_STREAM: u8 = 0x1;
 
+/// The flag of HEADERS and CONTINUATION that are the last of their headers.
+const END_HEADERS: u8 = 0x4;
+
 /// The flag of SETTINGS and PING that acknowledge a frame of ours.
 const ACK: u8 = 0x1;
 
@@ -81,11 +84,20 @@ pub(super) struct Scanner {
     payload_left: usize,
     /// How many bytes HEADERS and the CONTINUATION frames after it take.
     header_block: usize,
+    /// Whether the latest frame of them is the last.
+    ends_header_block: bool,
     /// The payload of a SETTINGS, PING or GOAWAY frame so far, up to [`MAX_KEPT`] bytes.
     kept: Vec<u8>,
 }
 
 impl Scanner {
+    /// Whether headers larger than [`LARGE_BLOCK`] have begun to arrive and have not ended.
+    pub(super) fn is_within_large_headers(&self) -> bool {
+        let is_in_payload =
+            self.payload_left > 0 && matches!(self.header[3], HEADERS | CONTINUATION);
+        self.header_block > LARGE_BLOCK && (is_in_payload || !self.ends_header_block)
+    }
+
     /// Calls `found` with each frame that `bytes` completes.
     pub(super) fn scan(&mut self, mut bytes: &[u8], mut found: impl FnMut(Frame)) {
         while !bytes.is_empty() {
@@ -111,11 +123,11 @@ impl Scanner {
                 HEADERS => {
                     self.header_block = 0;
                     found(Frame::Headers);
-                    self.add_to_header_block(stream, found);
+                    self.add_to_header_block(stream, flags, found);
                 }
                 CONTINUATION => {
                     found(Frame::Other);
-                    self.add_to_header_block(stream, found);
+                    self.add_to_header_block(stream, flags, found);
                 }
                 DATA => found(Frame::Data),
                 SETTINGS | PING | GOAWAY if self.payload_left == 0 => found(self.take_kept()),
@@ -131,7 +143,8 @@ impl Scanner {
     }
 
     /// Adds the frame whose header has arrived to the headers of its stream.
-    fn add_to_header_block(&mut self, stream: u32, found: &mut impl FnMut(Frame)) {
+    fn add_to_header_block(&mut self, stream: u32, flags: u8, found: &mut impl FnMut(Frame)) {
+        self.ends_header_block = flags & END_HEADERS != 0;
         let before = self.header_block;
         self.header_block += self.payload_left;
         if before <= LARGE_BLOCK && self.header_block > LARGE_BLOCK {
@@ -250,6 +263,24 @@ mod tests {
         // Each stream's headers count from zero.
         bytes.extend(piece(HEADERS, LARGE_BLOCK));
         assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
+    }
+
+    #[test]
+    fn large_headers_last_until_their_last_byte() {
+        let mut bytes = frame(HEADERS, 0, &vec![0; LARGE_BLOCK]);
+        let small = bytes.len();
+        bytes.extend(frame(CONTINUATION, 0, &[0; 10]));
+        bytes.extend(frame(CONTINUATION, END_HEADERS, &[0; 10]));
+        let whole = bytes.len();
+        bytes.extend(frame(DATA, 0, &[0; 10]));
+        bytes.extend(frame(HEADERS, 0, &[0; 10]));
+        let mut scanner = Scanner::default();
+        for (index, byte) in bytes.iter().enumerate() {
+            scanner.scan(&[*byte], |_| {});
+            let arrived = index + 1;
+            let expected = (small + HEADER..whole).contains(&arrived);
+            assert_eq!(scanner.is_within_large_headers(), expected, "{arrived}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! the user's limit (see [`AdvertisedLimit`](super::advertised_limit::AdvertisedLimit)), and each
 //! call checks its own response against that.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use http::{HeaderMap, Request};
 use tonic::Status;
@@ -36,6 +36,8 @@ pub(crate) struct HeaderLimits {
     peer: AtomicU32,
     /// The stream with the latest headers of more than [`LARGE_BLOCK`] bytes; 0 before the first.
     large: AtomicU32,
+    /// Whether h2 has not shown yet that it could read those.
+    is_reading_large: AtomicBool,
 }
 
 /// Headers that are larger than a limit.
@@ -63,6 +65,7 @@ impl HeaderLimits {
             own,
             peer: AtomicU32::new(u32::MAX),
             large: AtomicU32::new(0),
+            is_reading_large: AtomicBool::new(false),
         }
     }
 
@@ -72,6 +75,18 @@ impl HeaderLimits {
 
     pub(super) fn record_large(&self, stream: u32) {
         self.large.store(stream, Ordering::Relaxed);
+        self.is_reading_large.store(true, Ordering::Relaxed);
+    }
+
+    /// Records that h2 asks for more after the end of large headers, so that these have not ended
+    /// the connection.
+    pub(super) fn record_large_read(&self) {
+        self.is_reading_large.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether large headers are the latest that may have ended the connection.
+    pub(super) fn is_reading_large(&self) -> bool {
+        self.is_reading_large.load(Ordering::Relaxed)
     }
 
     /// Whether any stream had large headers.
@@ -79,10 +94,9 @@ impl HeaderLimits {
         self.large.load(Ordering::Relaxed) != 0
     }
 
-    /// Whether a stream had large headers. `None` if no stream had any.
-    pub(super) fn is_large(&self, stream: u32) -> Option<bool> {
-        let large = self.large.load(Ordering::Relaxed);
-        (large != 0).then_some(large == stream)
+    /// Whether a stream had large headers, the latest of the connection.
+    pub(super) fn is_large(&self, stream: u32) -> bool {
+        self.large.load(Ordering::Relaxed) == stream
     }
 
     /// Checks a request against the peer's limit.

@@ -89,6 +89,11 @@ impl<T> MonitoredIo<T> {
 
     /// Returns whether the first GOAWAY was found.
     fn on_read(&mut self, bytes: &[u8]) -> bool {
+        // h2 asks for more only after it has parsed all frames that it has got.
+        let limits = &self.state.header_limits;
+        if limits.is_reading_large() && !self.scanner.is_within_large_headers() {
+            limits.record_large_read();
+        }
         let had_go_away = self.has_go_away;
         let has_go_away = &mut self.has_go_away;
         let (settings, going_away) = (&mut self.settings, &mut self.going_away);

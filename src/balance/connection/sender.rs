@@ -235,13 +235,16 @@ fn kind_of(state: &ConnectionState, stream: u32, error: &h2::Error) -> SendError
     if !error.is_library() {
         return SendErrorKind::Unknown;
     }
-    match state.header_limits.is_large(stream) {
-        Some(true) => SendErrorKind::TooLarge(state.header_limits.unreadable()),
-        _ if error.is_reset() => SendErrorKind::Unreadable,
-        // Headers that repeat themselves are small on the wire, so this may be the call that
-        // caused the end of the connection.
-        None if ends_because_of_headers(error) => SendErrorKind::Unreadable,
-        _ => SendErrorKind::Unknown,
+    let limits = &state.header_limits;
+    if limits.is_large(stream) {
+        return SendErrorKind::TooLarge(limits.unreadable());
+    }
+    // Headers that repeat themselves or come in tiny frames are small on the wire, so any call may
+    // be the one that caused the end of the connection, unless h2 was reading large headers.
+    let may_be_cause = ends_because_of_headers(error) && !limits.is_reading_large();
+    match error.is_reset() || may_be_cause {
+        true => SendErrorKind::Unreadable,
+        false => SendErrorKind::Unknown,
     }
 }
 
@@ -367,6 +370,6 @@ impl Incoming {
             return None;
         }
         let stream = self.stream.as_ref()?.stream_id().as_u32();
-        (limits.is_large(stream) == Some(true)).then(|| limits.unreadable())
+        limits.is_large(stream).then(|| limits.unreadable())
     }
 }

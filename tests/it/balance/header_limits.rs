@@ -274,6 +274,68 @@ fn in_small_frames(stream: u32, headers: &[(&str, &[u8])]) -> Vec<u8> {
     bytes
 }
 
+/// A HEADERS frame of a few KiB that stands for 8 MiB of headers: an entry of the dynamic table,
+/// repeated with one byte each (RFC 7541, sections 6.1 and 6.2.1).
+fn repeated_header(stream: u32) -> Vec<u8> {
+    const VALUE: usize = 4000;
+    // Indexed `:status: 200`, then a literal that the table gets, with a length of two bytes.
+    let mut block = vec![0x88, 0x40, 1, b'x', 0x7f, 0xa1, 0x1e];
+    block.extend([b'v'; VALUE]);
+    // The first entry of the dynamic table.
+    block.extend([0xbe; 8 * MIB / VALUE]);
+    frame(HEADERS, END_HEADERS, stream, &block)
+}
+
+/// A head in more CONTINUATION frames than h2 takes, one byte each.
+fn scattered_header(stream: u32) -> Vec<u8> {
+    let mut bytes = frame(HEADERS, 0, stream, &[0x88]);
+    let indexed = 0x88;
+    for _ in 0..200 {
+        bytes.extend(frame(CONTINUATION, 0, stream, &[indexed]));
+    }
+    bytes
+}
+
+/// Headers that h2 cannot read may be few bytes, so they must not pass for harmless because the
+/// connection carried large ones before.
+#[tokio::test]
+async fn small_unreadable_headers_after_large_ones_are_not_asked_for_again() {
+    let all = (1..=16).map(Code::from).collect::<Vec<_>>();
+    let kinds: [(_, fn(u32) -> Vec<u8>); 2] = [
+        ("repeated", repeated_header),
+        ("scattered", scattered_header),
+    ];
+    for (kind, unreadable) in kinds {
+        let calls = Arc::<AtomicUsize>::default();
+        let counter = Arc::clone(&calls);
+        let server = FrameServer::start(move |mut connection| {
+            let calls = Arc::clone(&counter);
+            async move {
+                connection.handshake(&[]).await?;
+                let stream = connection.next_request().await?;
+                let large = vec![b'x'; 100_000];
+                respond_large(&mut connection, stream, Part::Head, &large).await?;
+                loop {
+                    let stream = connection.next_request().await?;
+                    calls.fetch_add(1, Ordering::SeqCst);
+                    connection.write_bytes(&unreadable(stream)).await?;
+                }
+            }
+        })
+        .await;
+        let channel = static_channel([server.address()], |channel| {
+            channel
+                .http2_max_header_list_size(200_000)
+                .retry(RetryPolicy::new(5).on(all.clone()))
+        });
+        call(&channel).await.unwrap();
+        let result = call(&channel).await;
+        assert_eq!(calls.load(Ordering::SeqCst), 1, "{kind}: {result:?}");
+        let status = result.unwrap_err();
+        assert_eq!(server.accepted(), 1, "{kind}: {status}");
+    }
+}
+
 /// Above 1 MiB the connection may end. The call must not end another one.
 #[tokio::test]
 async fn call_with_unreadable_headers_is_not_sent_again() {
