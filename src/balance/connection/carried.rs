@@ -21,6 +21,12 @@ impl Carried {
         self.0.has_served()
     }
 
+    /// Whether the server was sent a request.
+    pub(crate) fn had_request(&self) -> bool {
+        // Stream ids begin with 1.
+        self.0.is_written(1)
+    }
+
     /// Resolves when the server has served a call. A connection whose peer announced its end may
     /// still carry responses.
     pub(crate) async fn wait_until_served(&self) {

@@ -93,26 +93,25 @@ impl FakeConnector {
         });
     }
 
+    /// Records a request on all connections to an address.
+    pub(crate) fn send_request(&self, address: &str) {
+        self.for_each_state(address, |state| state.record_written(1));
+    }
+
     /// Records a response on all connections to an address.
     pub(crate) fn respond(&self, address: &str) {
-        self.with(address, |endpoint| {
-            let states = endpoint.connections.iter().map(|c| &c.state);
-            for state in states.filter_map(Weak::upgrade) {
-                state.record_served();
-            }
-        });
+        self.for_each_state(address, ConnectionState::record_served);
     }
 
     /// Changes the limit on streams of all connections to an address.
     pub(crate) fn set_stream_limit(&self, address: &str, limit: usize) {
+        self.for_each_state(address, |state| state.set_stream_limit(limit));
+    }
+
+    fn for_each_state(&self, address: &str, f: impl Fn(&ConnectionState)) {
         self.with(address, |endpoint| {
-            let states = endpoint
-                .connections
-                .iter()
-                .map(|connection| &connection.state);
-            for state in states.filter_map(Weak::upgrade) {
-                state.set_stream_limit(limit);
-            }
+            let states = endpoint.connections.iter().map(|c| &c.state);
+            states.filter_map(Weak::upgrade).for_each(|state| f(&state));
         });
     }
 

@@ -19,6 +19,10 @@ const BACKOFF_JITTER: Range<f64> = 0.8..1.2;
 /// How many connections in a row that carried no response are replaced at once.
 const MAX_UNANSWERED: u32 = 2;
 
+/// A connection that ends sooner, before any call used it, was only greeted. Proxies close idle
+/// connections after a longer time.
+const GREETING: Duration = Duration::from_millis(100);
+
 /// When the next attempt to connect is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Next {
@@ -26,8 +30,8 @@ pub(super) enum Next {
     /// After a pause that counts from the start of the last attempt.
     After {
         pause: Duration,
-        /// Whether a waiting call cuts the pause short.
-        on_demand: bool,
+        /// How long after that start a waiting call cuts the pause short; `None` if no call does.
+        on_demand: Option<Duration>,
     },
 }
 
@@ -55,15 +59,16 @@ impl Reconnect {
         self.was_on_demand = false;
         Next::After {
             pause: self.backoff.next(),
-            on_demand: false,
+            on_demand: None,
         }
     }
 
-    /// A connection has ended that was ready for `lifetime` and carried no response.
+    /// A connection has ended that was ready for `lifetime` and carried no response, with or without
+    /// a request.
     ///
     /// A connection that lasted longer than the first pause cannot be part of a tight loop, so it
     /// counts as one that worked.
-    pub(super) fn on_unanswered(&mut self, lifetime: Duration) -> Next {
+    pub(super) fn on_unanswered(&mut self, lifetime: Duration, had_request: bool) -> Next {
         if lifetime >= BACKOFF_BASE {
             return self.on_answered();
         }
@@ -72,10 +77,20 @@ impl Reconnect {
         if self.unanswered <= MAX_UNANSWERED {
             return Next::Now;
         }
+        let on_demand = if !was_on_demand {
+            Some(Duration::ZERO)
+        } else if had_request || lifetime < GREETING {
+            // The attempt for a waiting call led to nothing, so the pause holds.
+            None
+        } else {
+            // The call left before the connection was ready, and the server waited for a request.
+            // Another call gets its attempt. Callers that come and go all the time make no more
+            // attempts than a server whose connections last just as long.
+            Some(BACKOFF_BASE)
+        };
         Next::After {
             pause: self.backoff.next(),
-            // One attempt for a waiting call. If that ends without a response too, the pause holds.
-            on_demand: !was_on_demand,
+            on_demand,
         }
     }
 
@@ -103,8 +118,8 @@ mod tests {
         Reconnect::new(Duration::from_secs(30))
     }
 
-    /// The pause in seconds, and whether a waiting call cuts it short.
-    fn pause(next: Next) -> (f64, bool) {
+    /// The pause in seconds, and when a waiting call cuts it short.
+    fn pause(next: Next) -> (f64, Option<Duration>) {
         match next {
             Next::Now => panic!("no pause"),
             Next::After { pause, on_demand } => (pause.as_secs_f64(), on_demand),
@@ -123,25 +138,25 @@ mod tests {
     fn unanswered_connections_are_replaced_at_once_twice() {
         let mut reconnect = reconnect();
         for _ in 0..2 {
-            assert_eq!(reconnect.on_unanswered(SHORT), Next::Now);
+            assert_eq!(reconnect.on_unanswered(SHORT, false), Next::Now);
         }
         let pauses: Vec<f64> = (0..4)
-            .map(|_| pause(reconnect.on_unanswered(SHORT)).0)
+            .map(|_| pause(reconnect.on_unanswered(SHORT, false)).0)
             .collect();
         assert!((0.8..1.2).contains(&pauses[0]), "{pauses:?}");
         assert!((3.2..5.0).contains(&pauses[3]), "{pauses:?}");
         assert_eq!(reconnect.on_answered(), Next::Now);
-        assert_eq!(reconnect.on_unanswered(SHORT), Next::Now);
+        assert_eq!(reconnect.on_unanswered(SHORT, false), Next::Now);
     }
 
     #[test]
     fn connection_that_lasted_starts_over() {
         let mut reconnect = reconnect();
         for _ in 0..10 {
-            reconnect.on_unanswered(SHORT);
+            reconnect.on_unanswered(SHORT, false);
         }
-        assert_eq!(reconnect.on_unanswered(BACKOFF_BASE), Next::Now);
-        assert_eq!(reconnect.on_unanswered(SHORT), Next::Now);
+        assert_eq!(reconnect.on_unanswered(BACKOFF_BASE, false), Next::Now);
+        assert_eq!(reconnect.on_unanswered(SHORT, false), Next::Now);
     }
 
     #[test]
@@ -149,26 +164,39 @@ mod tests {
         let mut reconnect = reconnect();
         let (first, on_demand) = pause(reconnect.on_failed());
         assert!((0.8..1.2).contains(&first), "{first}");
-        assert!(!on_demand);
+        assert_eq!(on_demand, None);
         let (second, on_demand) = pause(reconnect.on_failed());
         assert!((1.28..1.92).contains(&second), "{second}");
-        assert!(!on_demand);
+        assert_eq!(on_demand, None);
         reconnect.on_answered();
         assert!(pause(reconnect.on_failed()).0 < 1.2);
     }
 
-    #[test]
-    fn waiting_call_cuts_one_pause_short() {
+    /// After an attempt for a waiting call, whose connection ended without a response.
+    fn on_demand_again(lifetime: Duration, had_request: bool) -> Option<Duration> {
         let mut reconnect = reconnect();
         for _ in 0..2 {
-            reconnect.on_unanswered(SHORT);
+            reconnect.on_unanswered(SHORT, false);
         }
-        assert!(pause(reconnect.on_unanswered(SHORT)).1);
+        let first = pause(reconnect.on_unanswered(SHORT, false)).1;
+        assert_eq!(first, Some(Duration::ZERO));
         reconnect.on_demand();
-        assert!(!pause(reconnect.on_unanswered(SHORT)).1);
-        // That pause ran to its end, so the next attempt was not for a call.
-        assert!(pause(reconnect.on_unanswered(SHORT)).1);
-        reconnect.on_demand();
-        assert_eq!(reconnect.on_answered(), Next::Now);
+        let again = pause(reconnect.on_unanswered(lifetime, had_request)).1;
+        // A pause that runs to its end is followed by an attempt that is not for a call.
+        let later = pause(reconnect.on_unanswered(lifetime, had_request)).1;
+        assert_eq!(later, Some(Duration::ZERO));
+        again
+    }
+
+    #[test]
+    fn waiting_call_cuts_one_pause_short() {
+        assert_eq!(on_demand_again(SHORT, false), None);
+        assert_eq!(on_demand_again(SHORT, true), None);
+        assert_eq!(on_demand_again(2 * GREETING, true), None);
+    }
+
+    #[test]
+    fn connection_that_waited_for_a_request_gives_the_next_call_an_attempt() {
+        assert_eq!(on_demand_again(2 * GREETING, false), Some(BACKOFF_BASE));
     }
 }

@@ -96,11 +96,12 @@ impl<C: Connect> ConnectionTask<C> {
                     let connected = Instant::now();
                     let ended = self.hold(connection).await;
                     let lifetime = connected.elapsed();
+                    let had_request = ended.carried.had_request();
                     let next = if self.is_answered(ended.carried) {
                         self.unanswered.clear();
                         reconnect.on_answered()
                     } else {
-                        reconnect.on_unanswered(lifetime)
+                        reconnect.on_unanswered(lifetime, had_request)
                     };
                     (ended.reason, next)
                 }
@@ -117,6 +118,7 @@ impl<C: Connect> ConnectionTask<C> {
                 // gRPC counts the pause from the start of the attempt, because an attempt that took
                 // long to fail has already waited.
                 Next::After { pause, on_demand } => {
+                    let on_demand = on_demand.map(|after| started + after);
                     self.back_off(error, started + pause, on_demand, &mut reconnect)
                         .await;
                 }
@@ -148,18 +150,18 @@ impl<C: Connect> ConnectionTask<C> {
         answered
     }
 
-    /// Waits until a time, or shorter: for a waiting call, or until an ended connection carries a
-    /// response.
+    /// Waits until a time, or shorter: for a call that waits at `on_demand` or later, or until an
+    /// ended connection carries a response.
     async fn back_off(
         &mut self,
         error: String,
         until: Instant,
-        on_demand: bool,
+        on_demand: Option<Instant>,
         reconnect: &mut Reconnect,
     ) {
         self.set(SlotState::Backoff {
             error: error.clone(),
-            on_demand,
+            on_demand: on_demand.is_some(),
         });
         tokio::select! {
             biased;
@@ -167,11 +169,20 @@ impl<C: Connect> ConnectionTask<C> {
                 self.unanswered.clear();
                 reconnect.on_answered();
             }
-            () = self.demand.wait_for_call(), if on_demand => reconnect.on_demand(),
+            () = self.wait_for_call(on_demand) => reconnect.on_demand(),
             () = tokio::time::sleep_until(until) => {}
         }
         let last_error = Some(error);
         self.set(SlotState::Connecting { last_error });
+    }
+
+    /// Resolves when a call waits at a time or later. Never resolves without a time.
+    async fn wait_for_call(&self, from: Option<Instant>) {
+        let Some(from) = from else {
+            return std::future::pending().await;
+        };
+        tokio::time::sleep_until(from).await;
+        self.demand.wait_for_call().await;
     }
 
     fn set(&self, state: SlotState) {

@@ -1,5 +1,6 @@
 //! The pool with a scripted connector, in paused time.
 
+mod on_demand;
 mod reconnecting;
 
 use std::time::Duration;

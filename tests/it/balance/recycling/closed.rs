@@ -3,12 +3,14 @@
 use std::io;
 use std::time::Duration;
 
+use goo_etcd::BalancedChannel;
 use goo_etcd::balance::EndpointState;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
+use tonic::Code;
 
 use super::channel;
-use crate::support::balanced::{call, static_channel, status_of};
-use crate::support::frames::FrameServer;
+use crate::support::balanced::{call, call_with_timeout, static_channel, status_of};
+use crate::support::frames::{FrameConnection, FrameServer};
 use crate::support::wait_until;
 
 /// A proxy without GOAWAY. A call that was written before the end is read cannot be sent again,
@@ -33,34 +35,60 @@ async fn after_each_response_it_is_replaced_at_once() {
     assert_eq!(server.accepted(), 51);
 }
 
+/// Responds to requests until none comes for a time.
+async fn serve_until_idle(mut connection: FrameConnection, idle: Duration) -> io::Result<()> {
+    connection.handshake(&[]).await?;
+    while let Ok(stream) = timeout(idle, connection.next_request()).await {
+        connection.respond_ok(stream?).await?;
+    }
+    Ok(())
+}
+
+/// Waits until the pool has made this many connections and pauses before the next one.
+async fn wait_until_paused(channel: &BalancedChannel, server: &FrameServer, accepted: usize) {
+    let is_paused = async || {
+        let status = status_of(channel, server.address());
+        let state = status.map(|status| status.state);
+        server.accepted() == accepted && state == Some(EndpointState::Backoff)
+    };
+    wait_until("the endpoint backs off", is_paused).await;
+}
+
 /// HAProxy with a short `timeout client`: connections end before anything is called.
 #[tokio::test]
 async fn while_idle_one_call_gets_a_connection_at_once() {
-    let server = FrameServer::start(|mut connection| async move {
-        connection.handshake(&[]).await?;
-        let requests = async {
-            loop {
-                let stream = connection.next_request().await?;
-                connection.respond_ok(stream).await?;
-            }
-        };
-        let idle = Duration::from_millis(100);
-        let served: Result<io::Result<()>, _> = timeout(idle, requests).await;
-        served.unwrap_or(Ok(()))
-    })
-    .await;
+    let server =
+        FrameServer::start(|connection| serve_until_idle(connection, Duration::from_millis(100)))
+            .await;
     let channel = static_channel([server.address()], |channel| {
         channel.ready_timeout(Duration::from_secs(1))
     });
     // The next pause is about 2.6 s long.
-    let is_paused = async || {
-        let status = status_of(&channel, server.address());
-        let state = status.map(|status| status.state);
-        server.accepted() == 5 && state == Some(EndpointState::Backoff)
-    };
-    wait_until("the endpoint backs off", is_paused).await;
+    wait_until_paused(&channel, &server, 5).await;
     call(&channel).await.unwrap();
     assert_eq!(server.accepted(), 6);
+}
+
+/// The call before has left while the pool connected for it.
+#[tokio::test]
+async fn while_idle_a_call_after_a_cancelled_one_gets_a_connection() {
+    let server = FrameServer::start(|connection| async move {
+        if connection.index == 5 {
+            sleep(Duration::from_millis(200)).await;
+        }
+        serve_until_idle(connection, Duration::from_millis(300)).await
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| {
+        channel.ready_timeout(Duration::from_secs(2))
+    });
+    wait_until_paused(&channel, &server, 5).await;
+    let left = call_with_timeout(&channel, Duration::from_millis(50)).await;
+    assert_eq!(left.unwrap_err().code(), Code::DeadlineExceeded);
+    // The next pause is about 4.1 s long, and the attempt for another call comes after 1 s.
+    wait_until_paused(&channel, &server, 6).await;
+    call(&channel).await.unwrap();
+    assert_eq!(server.accepted(), 7);
 }
 
 #[tokio::test]
@@ -77,11 +105,6 @@ async fn while_idle_a_call_that_does_not_wait_for_ready_is_served() {
     })
     .await;
     let channel = static_channel([server.address()], |channel| channel.wait_for_ready(false));
-    let is_paused = async || {
-        let status = status_of(&channel, server.address());
-        let state = status.map(|status| status.state);
-        server.accepted() == 4 && state == Some(EndpointState::Backoff)
-    };
-    wait_until("the endpoint backs off", is_paused).await;
+    wait_until_paused(&channel, &server, 4).await;
     call(&channel).await.unwrap();
 }
