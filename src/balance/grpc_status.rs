@@ -1,10 +1,8 @@
 //! gRPC statuses of exchanges that failed, and which of them count against an endpoint.
 
 use h2::Reason;
-use http::HeaderMap;
 use tonic::{Code, Status};
 
-use super::status_headers::GRPC_STATUS;
 use crate::error::chain;
 
 /// Whether the server reset the stream because the request is malformed (RFC 9113, section 8.1.1),
@@ -53,10 +51,4 @@ pub(super) fn is_failure(code: Code) -> bool {
             | Code::ResourceExhausted
             | Code::DeadlineExceeded
     )
-}
-
-/// The code in a response's trailers. `None` without a `grpc-status`.
-pub(super) fn code_of_trailers(trailers: &HeaderMap) -> Option<Code> {
-    let status = trailers.get(GRPC_STATUS)?;
-    Some(Code::from_bytes(status.as_bytes()))
 }

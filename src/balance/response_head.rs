@@ -28,9 +28,11 @@ pub(super) enum ResponseHead {
 impl ResponseHead {
     /// Reads a head that came from `address`, and removes from its headers what tonic cannot parse.
     pub(super) fn read<B>(address: &str, response: &mut Response<B>) -> Self {
-        let has_status = status_headers::sanitize(response.headers_mut());
+        let code = status_headers::sanitize(response.headers_mut());
         let headers = response.headers();
-        if has_status && let Some(status) = Status::from_header_map(headers) {
+        if code.is_some()
+            && let Some(status) = Status::from_header_map(headers)
+        {
             // A status of the server counts whatever else the head says (gRPC's "HTTP to gRPC
             // Status Code Mapping").
             return Self::Status(status);
@@ -45,7 +47,11 @@ impl ResponseHead {
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
-    let Some(content_type) = headers.get(header::CONTENT_TYPE) else {
+    // Usually the first of few headers, so comparing names costs less than hashing one.
+    let content_type = headers
+        .iter()
+        .find(|(name, _)| **name == header::CONTENT_TYPE);
+    let Some((_, content_type)) = content_type else {
         return false;
     };
     let Some((start, rest)) = content_type.as_bytes().split_at_checked(GRPC.len()) else {

@@ -5,43 +5,55 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
+use tonic::Code;
 use tonic::metadata::MetadataMap;
 
-pub(super) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
-const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
-
-const GRPC_STATUS_DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
+pub(super) const GRPC_STATUS: &str = "grpc-status";
+const GRPC_MESSAGE: &str = "grpc-message";
+const GRPC_STATUS_DETAILS: &str = "grpc-status-details-bin";
 
 /// What a `grpc-message` must encode besides bytes that are not ASCII ("gRPC over HTTP2",
 /// Responses).
 const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
 
-/// Removes details that are not base64, and replaces what is not UTF-8 in the message. Returns
-/// whether the headers have a status.
-pub(super) fn sanitize(headers: &mut HeaderMap) -> bool {
-    if !headers.contains_key(GRPC_STATUS) {
-        // tonic parses neither of the others.
-        return false;
+/// Removes details that are not base64, and replaces what is not UTF-8 in the message. Returns the
+/// code of the status. `None` if the headers have no status; tonic then parses neither of the
+/// others.
+pub(super) fn sanitize(headers: &mut HeaderMap) -> Option<Code> {
+    let (mut code, mut has_details, mut has_message) = (None, false, false);
+    // One pass, because this runs for every response, which has few headers: looking three names up
+    // costs five times as much.
+    for (name, value) in &*headers {
+        match name.as_str() {
+            GRPC_STATUS => code = code.or_else(|| Some(Code::from_bytes(value.as_bytes()))),
+            GRPC_STATUS_DETAILS => has_details = true,
+            GRPC_MESSAGE => has_message = true,
+            _ => {}
+        }
     }
-    if let Some(details) = headers.get(GRPC_STATUS_DETAILS)
+    let code = code?;
+    if has_details
+        && let Some(details) = headers.get(GRPC_STATUS_DETAILS)
         && !is_base64(details)
     {
         headers.remove(GRPC_STATUS_DETAILS);
     }
-    if let Some(message) = headers.get(GRPC_MESSAGE)
+    if has_message
+        && let Some(message) = headers.get(GRPC_MESSAGE)
         && let Some(replaced) = replace_invalid_utf8(message)
     {
         headers.insert(GRPC_MESSAGE, replaced);
     }
-    true
+    Some(code)
 }
 
 /// Whether tonic can decode the value. tonic decodes metadata with the same decoder as details.
 fn is_base64(value: &HeaderValue) -> bool {
-    let alone = HeaderMap::from_iter([(GRPC_STATUS_DETAILS, value.clone())]);
+    let name = HeaderName::from_static(GRPC_STATUS_DETAILS);
+    let alone = HeaderMap::from_iter([(name, value.clone())]);
     let details = MetadataMap::from_headers(alone);
     details
-        .get_bin(GRPC_STATUS_DETAILS.as_str())
+        .get_bin(GRPC_STATUS_DETAILS)
         .is_some_and(|value| value.to_bytes().is_ok())
 }
 
@@ -58,7 +70,7 @@ fn replace_invalid_utf8(message: &HeaderValue) -> Option<HeaderValue> {
 
 #[cfg(test)]
 mod tests {
-    use tonic::{Code, Status};
+    use tonic::Status;
 
     use super::*;
 

@@ -52,7 +52,9 @@ impl Deadline {
 /// The timeout in a request's headers. `None` without the header, and for a value that is not
 /// valid, which servers ignore as well.
 pub(super) fn parse(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+    // Requests have few headers, so comparing their names costs less than hashing one.
+    let (_, value) = headers.iter().find(|(name, _)| **name == GRPC_TIMEOUT)?;
+    let value = value.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
     if digits.is_empty()
         || digits.len() > MAX_DIGITS

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::grpc_timeout::Deadline;
 use super::in_flight::InFlight;
 use crate::balance::connection::Incoming;
-use crate::balance::grpc_status::{self, code_of_trailers, is_failure};
+use crate::balance::grpc_status::{self, is_failure};
 use crate::balance::replay::RequestBodyError;
 use crate::balance::status_headers;
 
@@ -108,8 +108,7 @@ impl ResponseBody {
             let endpoint = call.as_ref().map(|call| call.in_flight.endpoint());
             return Err(too_large.status(endpoint.map_or("", |e| &e.target.address)));
         }
-        status_headers::sanitize(trailers);
-        let failed = code_of_trailers(trailers).is_some_and(is_failure);
+        let failed = status_headers::sanitize(trailers).is_some_and(is_failure);
         self.end(failed);
         Ok(())
     }
