@@ -124,7 +124,11 @@ impl BalancedChannelBuilder {
     /// If the name has several addresses, the time is for all of them. Each address is tried to the
     /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an attempt
     /// fails. The first that completes is used, and is tried first next time.
-    /// At most 16 names are looked up at a time in a process; others wait.
+    ///
+    /// At most 16 names are looked up at a time in a process, and 12 of one channel; others wait. A
+    /// name keeps its turn when the time is over. Look-ups that hang, because name servers do not
+    /// respond, do not delay names that resolved within 1 s last time. They delay neither
+    /// names of other channels nor those of etcd's clients, unless several channels have such names.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
         self

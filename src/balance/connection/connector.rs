@@ -139,9 +139,12 @@ impl Connector {
         let authority = &target.authority;
         let port = authority.port_u16().unwrap_or_default();
         let lookup = self.lookups.look_up(authority.host(), port);
-        timeout_at(deadline, lookup)
-            .await
-            .map_err(|_| self.timed_out("looking up the name"))?
+        timeout_at(deadline, lookup).await.map_err(|_| {
+            self.timed_out(match self.lookups.is_waiting(authority.host()) {
+                true => "waiting for look-ups of other names",
+                false => "looking up the name",
+            })
+        })?
     }
 
     /// Opens a connection to one address, up to the end of the HTTP/2 handshake.
