@@ -265,6 +265,11 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets how long after a ping without a response a connection is considered lost. Default 3 s.
+    ///
+    /// During an upload the response waits until the server has read what the systems on both sides
+    /// have buffered, about 170 KiB with Linux's defaults. For a server that takes longer for that
+    /// than the interval and the timeout together, at less than 13 KiB/s by default, the timeout
+    /// must be longer.
     pub fn keep_alive_timeout(mut self, timeout: Duration) -> Self {
         self.settings.keep_alive.timeout = timeout;
         self

@@ -7,6 +7,8 @@ use goo_etcd::testing::Proxy;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use nix::sys::signal::Signal;
+use tokio::net::TcpSocket;
+use tokio::time::sleep;
 use tonic::{Code, Status};
 
 use crate::support::balanced::{static_channel, wait_until_ready};
@@ -15,7 +17,8 @@ use crate::support::frames::{
     ACK, DATA, FrameConnection, FrameServer, INITIAL_WINDOW_SIZE, PING, SETTINGS, WINDOW_UPDATE,
 };
 
-const MIB: usize = 1024 * 1024;
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
 
 /// Wide enough for a busy machine to answer a ping.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -67,7 +70,12 @@ async fn open_windows(connection: &mut FrameConnection) -> std::io::Result<()> {
 }
 
 /// Answers requests and pings, and sends nothing while it reads a request that fits in the windows.
-async fn answer_requests(mut connection: FrameConnection) -> std::io::Result<()> {
+async fn answer_requests(connection: FrameConnection) -> std::io::Result<()> {
+    answer_slowly(connection, Duration::ZERO).await
+}
+
+/// Pauses before each frame of DATA, which holds 16 KiB.
+async fn answer_slowly(mut connection: FrameConnection, pause: Duration) -> std::io::Result<()> {
     open_windows(&mut connection).await?;
     loop {
         let frame = connection.read_frame().await?;
@@ -76,7 +84,12 @@ async fn answer_requests(mut connection: FrameConnection) -> std::io::Result<()>
                 connection.write_frame(SETTINGS, ACK, 0, &[]).await?;
             }
             PING => connection.write_frame(PING, ACK, 0, &frame.payload).await?,
-            DATA if frame.is_end_stream() => connection.respond_ok(frame.stream).await?,
+            DATA => {
+                sleep(pause).await;
+                if frame.is_end_stream() {
+                    connection.respond_ok(frame.stream).await?;
+                }
+            }
             _ => {}
         }
     }
@@ -100,6 +113,24 @@ async fn slow_upload_ends() {
     assert_eq!(server.accepted(), 1);
 }
 
+/// The ping after the last write waits behind all that the system has taken and not sent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ping_does_not_wait_long_behind_an_upload() {
+    let socket = TcpSocket::new_v4().unwrap();
+    // The server's system takes little ahead of the server, as a slow network does.
+    socket.set_recv_buffer_size(8 * KIB as u32).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    // 10 KiB/s if the interval and the timeout were 13 s together, as they are by default.
+    let pause = (INTERVAL + TIMEOUT) * 16 / 130;
+    let server = FrameServer::start_on(socket.listen(8).unwrap(), move |connection| {
+        answer_slowly(connection, pause)
+    });
+    let channel = channel(server.address());
+    wait_until_ready(&channel, 1).await;
+    upload(&channel, 144 * KIB).await.unwrap();
+    assert_eq!(server.accepted(), 1);
+}
+
 /// A server that has stopped takes nothing any more, once its windows or the system's buffers are
 /// full.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -111,7 +142,7 @@ async fn stopped_process_is_found_in_mid_upload() {
         let channel = channel.clone();
         async move { upload_for_ever(&channel).await }
     });
-    tokio::time::sleep(INTERVAL / 2).await;
+    sleep(INTERVAL / 2).await;
     server.pause().await;
     let stopped = Instant::now();
     let error = uploading.await.unwrap();

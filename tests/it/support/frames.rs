@@ -55,6 +55,15 @@ impl FrameServer {
         F: Future<Output = io::Result<()>> + Send + 'static,
     {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_on(listener, handle)
+    }
+
+    /// Starts a server on a socket with options of the caller's.
+    pub fn start_on<H, F>(listener: TcpListener, handle: H) -> Self
+    where
+        H: Fn(FrameConnection) -> F + Send + 'static,
+        F: Future<Output = io::Result<()>> + Send + 'static,
+    {
         let address = listener.local_addr().unwrap().to_string();
         let accepted = Arc::<AtomicUsize>::default();
         let count = Arc::clone(&accepted);
