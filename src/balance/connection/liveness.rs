@@ -27,8 +27,13 @@ impl Liveness {
         self.unproven.load(Ordering::Relaxed)
     }
 
+    /// Makes calls wait for a ping. Only the keep-alive calls this.
     pub(super) fn set_unproven(&self) {
-        self.unproven.store(true, Ordering::Relaxed);
+        if !self.is_unproven() {
+            // A call that looked at the flag before the latest decision may have asked after it.
+            self.requested.store(false, Ordering::Relaxed);
+            self.unproven.store(true, Ordering::Relaxed);
+        }
     }
 
     pub(super) fn is_suspect(&self) -> bool {
@@ -70,5 +75,32 @@ impl Liveness {
             wake();
             decided.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn late_request_asks_for_no_ping_in_the_next_idle_time() {
+        let liveness = Liveness::default();
+        liveness.set_unproven();
+        liveness.decide();
+        // As a call does that looked at the flag before the decision.
+        liveness.requested.store(true, Ordering::Relaxed);
+        liveness.set_unproven();
+        assert!(!liveness.is_requested());
+    }
+
+    #[test]
+    fn call_that_waits_keeps_its_request() {
+        let liveness = Liveness::default();
+        liveness.set_unproven();
+        assert_eq!(liveness.wait(|| ()).now_or_never(), None);
+        liveness.set_unproven();
+        assert!(liveness.is_requested());
     }
 }
