@@ -25,7 +25,7 @@ const MARGIN: Duration = Duration::from_secs(10);
 
 /// The pause between pings while a stream is open: 5 minutes in grpc-go
 /// (`EnforcementPolicy.MinTime`), gRPC Core (`min_recv_ping_interval_without_data`), and gRFC A8.
-const WITH_STREAM: Duration = Duration::from_secs(5 * 60).saturating_add(MARGIN);
+pub(super) const WITH_STREAM: Duration = Duration::from_secs(5 * 60).saturating_add(MARGIN);
 
 /// The pause between pings without a stream: 2 hours where the server does not permit pings then
 /// (`EnforcementPolicy.PermitWithoutStream`, false by default), with a margin.
@@ -60,7 +60,7 @@ impl PingPolicy {
     }
 }
 
-/// What a ping is sent for.
+/// The purpose of a ping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     /// Keep-alive while a stream is open.

@@ -2,6 +2,8 @@
 //!
 //! A server may permit fewer pings than [`ping_budget`](super::ping_budget) assumes. gRFC A8 asks
 //! the client to double the interval when the server ends a connection because of "too_many_pings".
+//! The interval doubles up to the pause that servers accept by default, because a server that still
+//! complains then may do so whatever the client does.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +13,7 @@ use h2::Reason;
 use parking_lot::Mutex;
 
 use super::go_away::GoAway;
-use crate::time::MAX_DURATION;
+use super::ping_budget;
 
 /// The debug data of the GOAWAY (gRFC A8). The code alone has other meanings, too.
 const TOO_MANY_PINGS: &[u8] = b"too_many_pings";
@@ -24,7 +26,7 @@ pub(super) struct Doublings(Arc<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     count: AtomicU32,
-    /// What the user should know after a doubling.
+    /// The cause of the latest doubling, and the setting that prevents it.
     advice: Mutex<Option<String>>,
 }
 
@@ -81,7 +83,7 @@ impl PingInterval {
         let is_too_many =
             go_away.code == Reason::ENHANCE_YOUR_CALM && go_away.debug_data == TOO_MANY_PINGS;
         let configured = self.configured.filter(|_| is_too_many)?;
-        let next = self.doublings.saturating_add(1);
+        let next = self.doublings + 1;
         let interval = doubled(configured, next);
         let advice = format!(
             "the keep-alive interval is {interval:?} now; set `http2_keep_alive_interval` to what \
@@ -89,6 +91,10 @@ impl PingInterval {
         );
         let endpoint = &self.endpoint.0;
         *endpoint.advice.lock() = Some(format!("{go_away}; {advice}"));
+        let is_longest = self.doublings > 0 && Some(interval) == self.get();
+        if is_longest {
+            return Some(advice);
+        }
         // Fails if another connection, made at the same interval, has doubled it already.
         let (set, fetch) = (Ordering::Release, Ordering::Relaxed);
         let exchanged = endpoint
@@ -98,8 +104,8 @@ impl PingInterval {
             tracing::warn!(
                 address = %self.address,
                 ?interval,
-                "the server closed a connection because of too many pings; the keep-alive interval \
-                 is doubled; set `http2_keep_alive_interval` to what the server permits"
+                "the server closed a connection because of too many pings; set \
+                 `http2_keep_alive_interval` to what the server permits"
             );
         }
         Some(advice)
@@ -108,7 +114,8 @@ impl PingInterval {
 
 fn doubled(interval: Duration, times: u32) -> Duration {
     let factor = 1u32.checked_shl(times).unwrap_or(u32::MAX);
-    interval.saturating_mul(factor).min(MAX_DURATION)
+    let longest = interval.max(ping_budget::WITH_STREAM);
+    interval.saturating_mul(factor).min(longest)
 }
 
 #[cfg(test)]
@@ -157,10 +164,24 @@ mod tests {
             assert!(connection.on_go_away(&too_many).is_some());
         }
         assert_eq!(connect(&endpoint).get(), Some(20 * SECOND));
+    }
+
+    #[test]
+    fn interval_grows_up_to_the_usual_pause() {
+        let too_many = go_away(Reason::ENHANCE_YOUR_CALM, TOO_MANY_PINGS);
+        let endpoint = Doublings::default();
         for _ in 0..100 {
             connect(&endpoint).on_go_away(&too_many);
         }
-        assert_eq!(connect(&endpoint).get(), Some(MAX_DURATION));
+        let interval = connect(&endpoint).get();
+        assert_eq!(interval, Some(ping_budget::WITH_STREAM));
+        // 20, 40, 80, 160, 310 s.
+        assert_eq!(endpoint.0.count.load(Ordering::Relaxed), 5);
+        // An interval that is longer already stays.
+        let configured = 3 * ping_budget::WITH_STREAM;
+        let long = PingInterval::new(&"a:1".into(), Some(configured), &endpoint);
+        assert_eq!(long.get(), Some(configured));
+        assert!(long.on_go_away(&too_many).is_some());
     }
 
     #[test]
