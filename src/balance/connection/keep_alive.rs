@@ -55,8 +55,8 @@ pub(super) struct KeepAlive<'a> {
     timer: Pin<Box<Sleep>>,
 }
 
-/// What the keep-alive waits for. `heard` is the time of the last sign of life at the start of a
-/// phase.
+/// The event that the keep-alive waits for. `heard` is the time of the last sign of life at the start
+/// of a phase.
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     /// The timer fires when a ping is due, or earlier if there was traffic in the meantime.

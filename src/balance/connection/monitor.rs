@@ -176,7 +176,7 @@ impl<T> MonitoredIo<T> {
             Poll::Ready(Ok(done)) => {
                 if std::mem::take(&mut self.is_write_blocked) {
                     self.state.record_activity();
-                    // What was held back may be read now.
+                    // h2 has written its requests and may read the GOAWAY now.
                     if self.held.is_some() {
                         cx.waker().wake_by_ref();
                     }
