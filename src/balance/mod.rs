@@ -38,8 +38,9 @@
 //! - **Retrying.** A call that provably reached no server application, because its connection was
 //!   closing or its stream was refused, is sent to another endpoint without the caller's notice (a
 //!   transparent retry, gRFC A6): at most 5 times after REFUSED_STREAM or GOAWAY with an error,
-//!   once if the call may be the reason of that GOAWAY, as the first that it excludes, and until
-//!   `ready_timeout` after GOAWAY(NO_ERROR). A call that a server may have seen is repeated only by
+//!   once if the call may be the reason of that GOAWAY, as the first that it excludes, and at the
+//!   same endpoint only while no other call is in flight there, and until `ready_timeout` after
+//!   GOAWAY(NO_ERROR). A call that a server may have seen is repeated only by
 //!   a [`RetryPolicy`].
 //! - **Ending.** A call is in flight until the body of its response ends or is dropped. An endpoint
 //!   that leaves the set, and a connection whose server is shutting down, get no new calls and

@@ -122,7 +122,7 @@ impl<T> MonitoredIo<T> {
             }
             Frame::GoAway(go_away) => {
                 *has_go_away = true;
-                state.record_go_away(go_away.last_stream);
+                state.record_last_suspect(go_away.last_suspect());
                 if go_away.last_stream > 0 && state.is_written(go_away.last_stream) {
                     state.record_served();
                 }

@@ -45,8 +45,8 @@ pub(crate) struct ConnectionState {
     exhausted: Notify,
     /// The last stream whose HEADERS were handed to the system.
     last_written: AtomicU32,
-    /// The last stream that the peer may act on, by its latest GOAWAY; `u32::MAX` before the first.
-    last_accepted: AtomicU32,
+    /// The last stream that may be the reason of the peer's latest GOAWAY.
+    last_suspect: AtomicU32,
     /// Whether nothing is written any more.
     stopped_writing: AtomicBool,
     /// Whether the server has served a call: the head of a response has arrived, or a GOAWAY says
@@ -80,7 +80,7 @@ impl ConnectionState {
             capacity: OnceLock::new(),
             exhausted: Notify::new(),
             last_written: AtomicU32::new(0),
-            last_accepted: AtomicU32::new(u32::MAX),
+            last_suspect: AtomicU32::new(u32::MAX),
             stopped_writing: AtomicBool::new(false),
             has_served: AtomicBool::new(false),
             served: Notify::new(),
@@ -169,17 +169,15 @@ impl ConnectionState {
         stream <= self.last_written.load(Ordering::Acquire)
     }
 
-    /// Records the last stream of a GOAWAY. The latest counts: a graceful shutdown begins with the
-    /// largest stream id (RFC 9113, section 6.8).
-    pub(super) fn record_go_away(&self, last_stream: u32) {
-        self.last_accepted.store(last_stream, Ordering::Release);
+    /// Records the last stream that may be the reason of a GOAWAY. The latest GOAWAY counts: a
+    /// graceful shutdown begins with the largest stream id (RFC 9113, section 6.8).
+    pub(super) fn record_last_suspect(&self, stream: u32) {
+        self.last_suspect.store(stream, Ordering::Release);
     }
 
-    /// Whether no stream lies between the last that the peer's GOAWAY accepts and this one, which
-    /// the GOAWAY excludes. Ids of streams are odd and consecutive.
-    pub(super) fn is_first_excluded(&self, stream: u32) -> bool {
-        let last_accepted = self.last_accepted.load(Ordering::Acquire);
-        stream <= last_accepted.saturating_add(2)
+    /// Whether a stream, which the peer's GOAWAY excludes, may be the reason.
+    pub(super) fn is_suspect(&self, stream: u32) -> bool {
+        stream <= self.last_suspect.load(Ordering::Acquire)
     }
 
     /// Records that nothing is written any more.
@@ -392,18 +390,6 @@ mod tests {
         state.release_streams(1);
         assert!(!state.has_open_stream());
         assert!(state.acquire_stream() && state.has_open_stream());
-    }
-
-    #[test]
-    fn first_excluded_stream_follows_the_last_of_the_latest_goaway() {
-        let state = ConnectionState::new();
-        for (last_stream, first, second) in
-            [(0x7fff_ffff, 3, None), (5, 7, Some(9)), (0, 1, Some(3))]
-        {
-            state.record_go_away(last_stream);
-            assert!(state.is_first_excluded(first));
-            assert!(second.is_none_or(|second| !state.is_first_excluded(second)));
-        }
     }
 
     #[test]

@@ -1,24 +1,18 @@
-//! A call harms only itself: calls that servers refuse or break on, and responses that are odd.
+//! A call harms only itself: calls that servers refuse, and responses that are odd.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::stream;
-use goo_etcd::balance::{BalancePolicy, RetryPolicy};
+use goo_etcd::balance::RetryPolicy;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use tonic::Code;
 
 use crate::support::PATIENCE;
-use crate::support::balanced::{Load, call, hello, in_flight, static_channel, wait_until_ready};
-use crate::support::frames::{
-    DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, PROTOCOL_ERROR, REFUSED_STREAM,
-};
-use crate::support::wait_until;
-
-/// The payload of a call on which a server breaks.
-const POISON: &[u8] = b"poison";
+use crate::support::balanced::{call, hello, static_channel, wait_until_ready};
+use crate::support::frames::{DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, REFUSED_STREAM};
 
 const GRPC_HEAD: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
 
@@ -74,142 +68,6 @@ async fn time_at_refusing_servers_counts_for_ready_timeout() {
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     // The first attempt ends within `ready_timeout`, the second after it.
     assert_eq!(streams.load(Ordering::SeqCst), 2);
-}
-
-/// A server that breaks on a poison call: it ends the connection with an error, before the call's
-/// stream, and responds to all other calls then. Counts the connections that it ends.
-async fn breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
-    let broken = Arc::clone(broken);
-    FrameServer::start(move |mut connection| {
-        let broken = Arc::clone(&broken);
-        async move {
-            connection.handshake(&[]).await?;
-            let mut others = Vec::new();
-            loop {
-                let frame = connection.next().await?;
-                if frame.kind != DATA || frame.payload.is_empty() {
-                    continue;
-                }
-                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
-                    others.push(frame.stream);
-                    continue;
-                }
-                broken.fetch_add(1, Ordering::SeqCst);
-                connection
-                    .send_go_away(frame.stream - 2, PROTOCOL_ERROR, "bad header")
-                    .await?;
-                for stream in others {
-                    connection.respond_ok(stream).await?;
-                }
-                return connection.close().await;
-            }
-        }
-    })
-    .await
-}
-
-#[tokio::test]
-async fn poison_call_fails_alone_and_breaks_two_connections() {
-    const SERVERS: usize = 4;
-    const OTHERS: usize = 60;
-    for retry in [None, Some(RetryPolicy::new(5))] {
-        let broken = Arc::<AtomicUsize>::default();
-        let servers =
-            futures::future::join_all((0..SERVERS).map(|_| breaking_server(&broken))).await;
-        let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
-            let channel = channel.policy(BalancePolicy::RoundRobin);
-            match &retry {
-                Some(policy) => channel.retry(policy.clone()),
-                None => channel,
-            }
-        });
-        wait_until_ready(&channel, SERVERS).await;
-        let others: Vec<_> = (0..OTHERS)
-            .map(|_| {
-                let channel = channel.clone();
-                tokio::spawn(async move { call(&channel).await })
-            })
-            .collect();
-        wait_until("the others are in flight", async || {
-            in_flight(&channel) == OTHERS
-        })
-        .await;
-        let poison = EchoRequest {
-            payload: POISON.to_vec(),
-            ..EchoRequest::default()
-        };
-        let mut client = EchoClient::new(channel.clone());
-        let status = client.unary(poison.clone()).await.unwrap_err();
-        assert_eq!(status.code(), Code::Unavailable, "{status}");
-        let go_away = "GOAWAY PROTOCOL_ERROR: bad header";
-        assert!(status.message().contains(go_away), "{status}");
-        assert_eq!(broken.load(Ordering::SeqCst), 2, "{retry:?}");
-        // The servers that are not broken have not responded to the others.
-        while others.iter().any(|other| !other.is_finished()) {
-            client.unary(poison.clone()).await.unwrap_err();
-        }
-        for other in others {
-            other.await.unwrap().unwrap();
-        }
-    }
-}
-
-/// A server that responds at once, but breaks on a poison call after a time in which further calls
-/// arrive. Counts the connections that it ends.
-async fn slowly_breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
-    let broken = Arc::clone(broken);
-    FrameServer::start(move |mut connection| {
-        let broken = Arc::clone(&broken);
-        async move {
-            connection.handshake(&[]).await?;
-            loop {
-                let frame = connection.next().await?;
-                if frame.kind != DATA || frame.payload.is_empty() {
-                    continue;
-                }
-                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
-                    connection.respond_ok(frame.stream).await?;
-                    continue;
-                }
-                broken.fetch_add(1, Ordering::SeqCst);
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                connection
-                    .send_go_away(frame.stream - 2, PROTOCOL_ERROR, "bad header")
-                    .await?;
-                return connection.close().await;
-            }
-        }
-    })
-    .await
-}
-
-/// The poison call's retry and the calls behind it may go to the same server.
-#[tokio::test]
-async fn calls_behind_poison_calls_succeed() {
-    const SERVERS: usize = 3;
-    const POISON_CALLS: usize = 10;
-    let broken = Arc::<AtomicUsize>::default();
-    let servers =
-        futures::future::join_all((0..SERVERS).map(|_| slowly_breaking_server(&broken))).await;
-    let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
-        channel.policy(BalancePolicy::RoundRobin)
-    });
-    wait_until_ready(&channel, SERVERS).await;
-    let load = Load::start(&channel, 60);
-    let mut client = EchoClient::new(channel.clone());
-    for _ in 0..POISON_CALLS {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        let poison = EchoRequest {
-            payload: POISON.to_vec(),
-            ..EchoRequest::default()
-        };
-        client.unary(poison).await.unwrap_err();
-    }
-    let report = load.finish().await;
-    let failed = report.failures.len();
-    let first = report.failures.first().map(|failure| &failure.status);
-    assert_eq!(failed, 0, "of {} calls: {first:?}", report.calls());
-    assert_eq!(broken.load(Ordering::SeqCst), 2 * POISON_CALLS);
 }
 
 /// A server that recycles its connections refuses the streams of all callers but one each time.

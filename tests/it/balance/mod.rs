@@ -14,6 +14,7 @@ mod limits;
 mod mass_deletion;
 mod picking;
 mod pings;
+mod poison;
 mod ready;
 mod recycling;
 mod requests;

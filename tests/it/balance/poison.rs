@@ -1,0 +1,286 @@
+//! Poison calls: a server ends the connection with an error because of one call.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::{FutureExt, stream};
+use goo_etcd::balance::{BalancePolicy, RetryPolicy};
+use helloworld::echo::EchoRequest;
+use helloworld::echo::echo_client::EchoClient;
+use tokio::sync::Notify;
+use tonic::Code;
+
+use crate::support::balanced::{Load, call, in_flight, static_channel, wait_until_ready};
+use crate::support::frames::{
+    DATA, ENHANCE_YOUR_CALM, FrameConnection, FrameServer, PROTOCOL_ERROR, REFUSED_STREAM,
+};
+use crate::support::wait_until;
+
+/// The payload of a call on which a server breaks.
+const POISON: &[u8] = b"poison";
+
+fn poison() -> EchoRequest {
+    EchoRequest {
+        payload: POISON.to_vec(),
+        ..EchoRequest::default()
+    }
+}
+/// A server that breaks on a poison call: it ends the connection with an error, before the call's
+/// stream, and responds to all other calls then. Counts the connections that it ends.
+async fn breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
+    let broken = Arc::clone(broken);
+    FrameServer::start(move |mut connection| {
+        let broken = Arc::clone(&broken);
+        async move {
+            connection.handshake(&[]).await?;
+            let mut others = Vec::new();
+            loop {
+                let frame = connection.next().await?;
+                if frame.kind != DATA || frame.payload.is_empty() {
+                    continue;
+                }
+                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
+                    others.push(frame.stream);
+                    continue;
+                }
+                broken.fetch_add(1, Ordering::SeqCst);
+                connection
+                    .send_go_away(frame.stream.saturating_sub(2), PROTOCOL_ERROR, "bad header")
+                    .await?;
+                for stream in others {
+                    connection.respond_ok(stream).await?;
+                }
+                return connection.close().await;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn poison_call_fails_alone_and_breaks_two_connections() {
+    const SERVERS: usize = 4;
+    const OTHERS: usize = 60;
+    for retry in [None, Some(RetryPolicy::new(5))] {
+        let broken = Arc::<AtomicUsize>::default();
+        let servers =
+            futures::future::join_all((0..SERVERS).map(|_| breaking_server(&broken))).await;
+        let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
+            let channel = channel.policy(BalancePolicy::RoundRobin);
+            match &retry {
+                Some(policy) => channel.retry(policy.clone()),
+                None => channel,
+            }
+        });
+        wait_until_ready(&channel, SERVERS).await;
+        let others: Vec<_> = (0..OTHERS)
+            .map(|_| {
+                let channel = channel.clone();
+                tokio::spawn(async move { call(&channel).await })
+            })
+            .collect();
+        wait_until("the others are in flight", async || {
+            in_flight(&channel) == OTHERS
+        })
+        .await;
+        let mut client = EchoClient::new(channel.clone());
+        let status = client.unary(poison()).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable, "{status}");
+        let go_away = "GOAWAY PROTOCOL_ERROR: bad header";
+        assert!(status.message().contains(go_away), "{status}");
+        assert_eq!(broken.load(Ordering::SeqCst), 2, "{retry:?}");
+        // The servers that are not broken have not responded to the others.
+        while others.iter().any(|other| !other.is_finished()) {
+            client.unary(poison()).await.unwrap_err();
+        }
+        for other in others {
+            other.await.unwrap().unwrap();
+        }
+    }
+}
+
+/// A server that responds at once, but breaks on a poison call after a time in which further calls
+/// arrive. Counts the connections that it ends.
+async fn slowly_breaking_server(broken: &Arc<AtomicUsize>) -> FrameServer {
+    let broken = Arc::clone(broken);
+    FrameServer::start(move |mut connection| {
+        let broken = Arc::clone(&broken);
+        async move {
+            connection.handshake(&[]).await?;
+            loop {
+                let frame = connection.next().await?;
+                if frame.kind != DATA || frame.payload.is_empty() {
+                    continue;
+                }
+                if !frame.payload.windows(POISON.len()).any(|w| w == POISON) {
+                    connection.respond_ok(frame.stream).await?;
+                    continue;
+                }
+                broken.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                connection
+                    .send_go_away(frame.stream.saturating_sub(2), PROTOCOL_ERROR, "bad header")
+                    .await?;
+                return connection.close().await;
+            }
+        }
+    })
+    .await
+}
+
+/// The poison call's retry and the calls behind it may go to the same server.
+#[tokio::test]
+async fn calls_behind_poison_calls_succeed() {
+    const SERVERS: usize = 3;
+    const POISON_CALLS: usize = 10;
+    let broken = Arc::<AtomicUsize>::default();
+    let servers =
+        futures::future::join_all((0..SERVERS).map(|_| slowly_breaking_server(&broken))).await;
+    let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
+        channel.policy(BalancePolicy::RoundRobin)
+    });
+    wait_until_ready(&channel, SERVERS).await;
+    let load = Load::start(&channel, 60);
+    let mut client = EchoClient::new(channel.clone());
+    for _ in 0..POISON_CALLS {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        client.unary(poison()).await.unwrap_err();
+    }
+    let report = load.finish().await;
+    let failed = report.failures.len();
+    let first = report.failures.first().map(|failure| &failure.status);
+    assert_eq!(failed, 0, "of {} calls: {first:?}", report.calls());
+    assert_eq!(broken.load(Ordering::SeqCst), 2 * POISON_CALLS);
+}
+
+/// h2 writes the HEADERS of a call that is cancelled before, and then its reset. No stream's id is
+/// missing, so the poison call is the first that the GOAWAY excludes.
+#[tokio::test]
+async fn poison_call_after_cancelled_calls_is_sent_twice() {
+    let broken = Arc::<AtomicUsize>::default();
+    let server = slowly_breaking_server(&broken).await;
+    let channel = static_channel([server.address()], |channel| channel);
+    wait_until_ready(&channel, 1).await;
+    for _ in 0..10 {
+        // Polled once, so that the stream is open for h2, and not for the server.
+        assert!(call(&channel).now_or_never().is_none());
+        let mut client = EchoClient::new(channel.clone());
+        let endless = stream::pending::<EchoRequest>();
+        assert!(client.client_stream(endless).now_or_never().is_none());
+    }
+    let status = EchoClient::new(channel).unary(poison()).await.unwrap_err();
+    assert!(status.message().contains("PROTOCOL_ERROR"), "{status}");
+    assert_eq!(broken.load(Ordering::SeqCst), 2);
+}
+
+/// Another call that was sent to the next connection before the poison call would be lost with it.
+#[tokio::test]
+async fn poison_call_is_not_sent_behind_another_call_of_its_only_endpoint() {
+    let poison_failed = Arc::new(Notify::new());
+    let server = FrameServer::start({
+        let poison_failed = Arc::clone(&poison_failed);
+        move |connection| break_after_refusal(connection, Arc::clone(&poison_failed))
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| channel);
+    wait_until_ready(&channel, 1).await;
+    let bystander = tokio::spawn({
+        let channel = channel.clone();
+        async move { call(&channel).await }
+    });
+    wait_until("the bystander is in flight", async || {
+        in_flight(&channel) == 1
+    })
+    .await;
+    let mut client = EchoClient::new(channel.clone());
+    let status = client.unary(poison()).await.unwrap_err();
+    let go_away = "GOAWAY ENHANCE_YOUR_CALM: bad header";
+    assert!(status.message().contains(go_away), "{status}");
+    poison_failed.notify_one();
+    bystander.await.unwrap().unwrap();
+    assert_eq!(server.accepted(), 2);
+}
+
+/// Refuses the first call when the poison call has arrived, so that the first call is behind it,
+/// and breaks then. On later connections the server breaks on the poison call, and otherwise
+/// responds after the poison call has failed.
+async fn break_after_refusal(
+    mut connection: FrameConnection,
+    poison_failed: Arc<Notify>,
+) -> io::Result<()> {
+    connection.handshake(&[]).await?;
+    let bystander = connection.next_request().await?;
+    if connection.index == 0 {
+        connection.next_request().await?;
+        connection.reset_stream(bystander, REFUSED_STREAM).await?;
+        connection.next_request().await?;
+    } else {
+        tokio::select! {
+            poison = connection.next_request() => drop(poison?),
+            () = poison_failed.notified() => {
+                connection.respond_ok(bystander).await?;
+                return connection.close().await;
+            }
+        }
+    }
+    connection
+        .send_go_away(bystander, ENHANCE_YOUR_CALM, "bad header")
+        .await?;
+    connection.close().await
+}
+
+/// A wrongly suspected call is not lost where nobody else is at risk.
+#[tokio::test]
+async fn suspect_alone_at_its_only_endpoint_is_sent_again() {
+    let server = FrameServer::start(|mut connection| async move {
+        connection.handshake(&[]).await?;
+        let stream = connection.next_request().await?;
+        if connection.index == 0 {
+            connection.send_go_away(0, ENHANCE_YOUR_CALM, "").await?;
+        } else {
+            connection.respond_ok(stream).await?;
+        }
+        connection.close().await
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| channel);
+    call(&channel).await.unwrap();
+    assert_eq!(server.accepted(), 2);
+}
+
+#[tokio::test]
+async fn poison_call_breaks_each_of_two_endpoints_once() {
+    let broken = [(); 2].map(|()| Arc::<AtomicUsize>::default());
+    let servers =
+        futures::future::join_all(broken.iter().map(|broken| slowly_breaking_server(broken))).await;
+    let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
+        channel.policy(BalancePolicy::RoundRobin)
+    });
+    wait_until_ready(&channel, 2).await;
+    EchoClient::new(channel).unary(poison()).await.unwrap_err();
+    let broken = broken.map(|broken| broken.load(Ordering::SeqCst));
+    assert_eq!(broken, [1, 1]);
+}
+
+/// The text says that the connection is the reason and no call.
+#[tokio::test]
+async fn goaway_because_of_pings_or_resets_has_no_suspect() {
+    for text in ["too_many_pings", "too_many_resets"] {
+        let server = FrameServer::start(move |mut connection| async move {
+            connection.handshake(&[]).await?;
+            let stream = connection.next_request().await?;
+            if connection.index < 2 {
+                connection.send_go_away(0, ENHANCE_YOUR_CALM, text).await?;
+            } else {
+                connection.respond_ok(stream).await?;
+            }
+            connection.close().await
+        })
+        .await;
+        let channel = static_channel([server.address()], |channel| channel);
+        call(&channel).await.unwrap();
+        assert_eq!(server.accepted(), 3, "{text}");
+    }
+}
