@@ -65,7 +65,6 @@ impl Dispatcher {
         if !self.wait_for_ready && self.view.is_failing() {
             return Err(self.unavailable(progress, ""));
         }
-        let _waiting = self.view.demand.register();
         let exclude = progress.excluded_endpoint().cloned();
         let attempted = attempted.cloned();
         let call = WaitingCall {

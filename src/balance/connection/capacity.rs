@@ -15,7 +15,12 @@ pub(crate) struct Capacity {
 impl Capacity {
     /// Whether a call waits. New calls then queue too.
     pub(crate) fn is_awaited(&self) -> bool {
-        self.waiting.load(Ordering::SeqCst) > 0
+        self.waiting() > 0
+    }
+
+    /// How many calls wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
     }
 
     pub(crate) fn set_waiting(&self, calls: usize) {

@@ -1,55 +1,146 @@
-//! Whether calls wait for an endpoint.
+//! Turns to connect for waiting calls.
+//!
+//! A waiting call cuts the pause before the next attempt to connect short, but not the pauses of
+//! all endpoints: a channel with a thousand endpoints that closed their idle connections would make
+//! a thousand connections for one call. As many attempts run at a time as calls wait. The next
+//! paused connection follows when an attempt fails, or has led to nothing for a while.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::Notify;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
-/// The calls that wait for an endpoint. Connection tasks that pause between two attempts look at
-/// it.
-#[derive(Debug, Default)]
+use super::endpoint::Endpoint;
+use crate::balance::connection::Capacity;
+
+/// How long an attempt keeps its turn. "Connection Attempt Delay" of RFC 8305, section 5, which
+/// gRPC's pick_first uses too (gRFC A61).
+const TURN: Duration = Duration::from_millis(250);
+
+/// The connections that pause until a call waits, and the attempts that are made for waiting calls.
+#[derive(Debug)]
 pub(crate) struct Demand {
-    waiting: AtomicUsize,
-    arrived: Notify,
+    /// Knows how many calls wait.
+    capacity: Arc<Capacity>,
+    line: Mutex<Line>,
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    /// In the order in which they began to wait for a call.
+    paused: BTreeMap<u64, Paused>,
+    /// How many connections have begun to wait for a call.
+    tickets: u64,
+    /// How many turns were given and have not ended.
+    turns: usize,
+}
+
+#[derive(Debug)]
+struct Paused {
+    endpoint: Arc<Endpoint>,
+    sender: oneshot::Sender<Turn>,
 }
 
 impl Demand {
-    /// Counts a waiting call until the guard is dropped.
-    pub(crate) fn register(&self) -> DemandGuard<'_> {
-        // Sequentially consistent, so that either this notification or the count is seen by a
-        // connection task that begins to wait at the same time.
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        self.arrived.notify_waiters();
-        DemandGuard(self)
-    }
-
-    /// Whether a call waits.
-    pub(super) fn is_any(&self) -> bool {
-        self.waiting.load(Ordering::SeqCst) > 0
-    }
-
-    /// Resolves while a call waits.
-    pub(super) async fn wait_for_call(&self) {
-        loop {
-            let arrived = self.arrived.notified();
-            tokio::pin!(arrived);
-            // Registered before the look at the count, so that no call is missed in between.
-            arrived.as_mut().enable();
-            if self.is_any() {
-                return;
-            }
-            arrived.await;
+    pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
+        Self {
+            capacity,
+            line: Mutex::default(),
         }
+    }
+
+    /// Waits until a connection of an endpoint should be made for a waiting call.
+    pub(super) async fn wait_for_turn(self: &Arc<Self>, endpoint: &Arc<Endpoint>) -> Turn {
+        let (sender, receiver) = oneshot::channel();
+        let _place = self.join(Paused {
+            endpoint: Arc::clone(endpoint),
+            sender,
+        });
+        // Calls may wait already.
+        self.give_turns();
+        match receiver.await {
+            Ok(turn) => turn,
+            // Unreachable, because the sender stays in the line until it is used.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    fn join(&self, paused: Paused) -> Place<'_> {
+        let mut line = self.line.lock();
+        let ticket = line.tickets;
+        line.tickets += 1;
+        line.paused.insert(ticket, paused);
+        Place {
+            demand: self,
+            ticket,
+        }
+    }
+
+    /// Gives turns until there are as many as calls that wait. Called whenever a call waits, a
+    /// connection pauses, or a turn ends.
+    pub(super) fn give_turns(self: &Arc<Self>) {
+        while let Some(sender) = self.next() {
+            let turn = Turn(Arc::clone(self));
+            // Fails if the pause is over. Dropping the turn then gives it to the next one.
+            let _ = sender.send(turn);
+        }
+    }
+
+    /// Takes the first connection that should be made for a call, and counts its turn.
+    fn next(&self) -> Option<oneshot::Sender<Turn>> {
+        let mut line = self.line.lock();
+        if line.turns >= self.capacity.waiting() {
+            return None;
+        }
+        // Draining endpoints get no calls.
+        let mut paused = line.paused.iter();
+        let (&ticket, _) = paused.find(|(_, paused)| paused.endpoint.accepts_calls())?;
+        line.turns += 1;
+        let first = line.paused.remove(&ticket)?;
+        Some(first.sender)
     }
 }
 
-/// Counts a call that waits for an endpoint.
-#[derive(Debug)]
-#[must_use = "the call counts as waiting until the guard is dropped"]
-pub(crate) struct DemandGuard<'a>(&'a Demand);
+/// Leaves the line when dropped.
+struct Place<'a> {
+    demand: &'a Demand,
+    ticket: u64,
+}
 
-impl Drop for DemandGuard<'_> {
+impl Drop for Place<'_> {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
+        let left = self.demand.line.lock().paused.remove(&self.ticket);
+        drop(left);
+    }
+}
+
+/// The turn of a connection to be made for a waiting call. Ends when dropped.
+#[derive(Debug)]
+pub(super) struct Turn(Arc<Demand>);
+
+impl Turn {
+    /// Runs an attempt to connect, and what follows if it succeeds. The turn ends with it, or after
+    /// [`TURN`]: by then a call has taken the connection, or should not wait for it alone.
+    pub(super) async fn run<T>(turn: Option<Self>, attempt: impl Future<Output = T>) -> T {
+        let mut attempt = pin!(attempt);
+        if turn.is_some()
+            && let Ok(output) = timeout(TURN, &mut attempt).await
+        {
+            return output;
+        }
+        drop(turn);
+        attempt.await
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.line.lock().turns -= 1;
+        self.0.give_turns();
     }
 }
 
@@ -58,16 +149,34 @@ mod tests {
     use futures::FutureExt;
 
     use super::*;
+    use crate::balance::connection::Target;
+    use crate::instance::Instance;
 
-    #[test]
-    fn resolves_while_a_call_waits() {
-        let demand = Demand::default();
-        let mut before = Box::pin(demand.wait_for_call());
-        assert!((&mut before).now_or_never().is_none());
-        let call = demand.register();
-        assert!((&mut before).now_or_never().is_some());
-        assert!(demand.wait_for_call().now_or_never().is_some());
-        drop(call);
-        assert!(demand.wait_for_call().now_or_never().is_none());
+    #[tokio::test(start_paused = true)]
+    async fn turn_of_a_pause_that_is_over_goes_to_the_next() {
+        let capacity = Arc::<Capacity>::default();
+        let demand = Arc::new(Demand::new(Arc::clone(&capacity)));
+        let instance = Instance::new("echo", "host:1");
+        let target = Target::new(&instance, false).unwrap();
+        let endpoint = Arc::new(Endpoint::new(target, &instance, 1));
+        let mut over = Box::pin(demand.wait_for_turn(&endpoint));
+        let mut next = Box::pin(demand.wait_for_turn(&endpoint));
+        let mut last = Box::pin(demand.wait_for_turn(&endpoint));
+        assert!((&mut over).now_or_never().is_none());
+        assert!((&mut next).now_or_never().is_none());
+        assert!((&mut last).now_or_never().is_none());
+
+        capacity.set_waiting(1);
+        demand.give_turns();
+        assert!((&mut next).now_or_never().is_none());
+        drop(over);
+        let turn = (&mut next).now_or_never().unwrap();
+        assert!((&mut last).now_or_never().is_none());
+        capacity.set_waiting(0);
+        drop(turn);
+        assert!((&mut last).now_or_never().is_none());
+        capacity.set_waiting(1);
+        assert!(demand.wait_for_turn(&endpoint).now_or_never().is_none());
+        assert!((&mut last).now_or_never().is_some());
     }
 }

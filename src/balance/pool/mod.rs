@@ -9,6 +9,7 @@
 //!   endpoint connects while the old one still serves.
 //! - A [`Supervisor`](supervisor::Supervisor) keeps an [`Endpoint`] connected, with a task for each
 //!   connection.
+//! - The [`Demand`](demand::Demand) gives waiting calls attempts to connect during a backoff.
 //! - The [`MassDeletionGuard`] keeps endpoints whose instances disappeared together with most
 //!   others.
 

@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::connect_plan::ConnectPlan;
-use super::demand::Demand;
+use super::demand::{Demand, Turn};
 use super::endpoint::{Endpoint, SlotState};
 use super::reconnect::{Next, Reconnect};
 use crate::balance::connection::{Capacity, Carried, Connect, Connection, Ended, Target};
@@ -89,27 +89,11 @@ struct ConnectionTask<C> {
 impl<C: Connect> ConnectionTask<C> {
     async fn run(mut self, max_backoff: Duration) {
         let mut reconnect = Reconnect::new(max_backoff);
+        let mut turn = None;
         loop {
             let started = Instant::now();
-            let (error, next) = match self.connect().await {
-                Ok(connection) => {
-                    let connected = Instant::now();
-                    let ended = self.hold(connection).await;
-                    let lifetime = connected.elapsed();
-                    let had_request = ended.carried.had_request();
-                    let next = if self.is_answered(ended.carried) {
-                        self.unanswered.clear();
-                        reconnect.on_answered()
-                    } else {
-                        reconnect.on_unanswered(lifetime, had_request)
-                    };
-                    (ended.reason, next)
-                }
-                Err(error) => {
-                    let next = reconnect.on_failed();
-                    (error, next)
-                }
-            };
+            let attempt = self.connect_and_hold(&mut reconnect);
+            let (error, next) = Turn::run(turn.take(), attempt).await;
             tracing::debug!(address = %self.endpoint.target.address, %error, "not connected");
             // The picker is told before a new attempt starts. Calls that have already picked a lost
             // connection get their request back and pick again.
@@ -119,11 +103,32 @@ impl<C: Connect> ConnectionTask<C> {
                 // long to fail has already waited.
                 Next::After { pause, on_demand } => {
                     let on_demand = on_demand.map(|after| started + after);
-                    self.back_off(error, started + pause, on_demand, &mut reconnect)
+                    turn = self
+                        .back_off(error, started + pause, on_demand, &mut reconnect)
                         .await;
                 }
             }
         }
+    }
+
+    /// Makes one attempt to connect, and offers the connection to calls until it accepts no more.
+    /// Returns why there is none, and when to connect again.
+    async fn connect_and_hold(&mut self, reconnect: &mut Reconnect) -> (String, Next) {
+        let connection = match self.connect().await {
+            Ok(connection) => connection,
+            Err(error) => return (error, reconnect.on_failed()),
+        };
+        let connected = Instant::now();
+        let ended = self.hold(connection).await;
+        let lifetime = connected.elapsed();
+        let had_request = ended.carried.had_request();
+        let next = if self.is_answered(ended.carried) {
+            self.unanswered.clear();
+            reconnect.on_answered()
+        } else {
+            reconnect.on_unanswered(lifetime, had_request)
+        };
+        (ended.reason, next)
     }
 
     /// Makes one attempt to connect. A panic of the connector is a failed attempt.
@@ -151,38 +156,44 @@ impl<C: Connect> ConnectionTask<C> {
     }
 
     /// Waits until a time, or shorter: for a call that waits at `on_demand` or later, or until an
-    /// ended connection carries a response.
+    /// ended connection carries a response. Returns the turn to connect for a call.
     async fn back_off(
         &mut self,
         error: String,
         until: Instant,
         on_demand: Option<Instant>,
         reconnect: &mut Reconnect,
-    ) {
+    ) -> Option<Turn> {
         self.set(SlotState::Backoff {
             error: error.clone(),
             on_demand: on_demand.is_some(),
         });
-        tokio::select! {
+        let turn = tokio::select! {
             biased;
             () = wait_until_served(&self.unanswered) => {
                 self.unanswered.clear();
                 reconnect.on_answered();
+                None
             }
-            () = self.wait_for_call(on_demand) => reconnect.on_demand(),
-            () = tokio::time::sleep_until(until) => {}
-        }
+            turn = self.wait_for_turn(on_demand) => {
+                reconnect.on_demand();
+                Some(turn)
+            }
+            () = tokio::time::sleep_until(until) => None,
+        };
         let last_error = Some(error);
         self.set(SlotState::Connecting { last_error });
+        turn
     }
 
-    /// Resolves when a call waits at a time or later. Never resolves without a time.
-    async fn wait_for_call(&self, from: Option<Instant>) {
+    /// Waits until the connection should be made for a waiting call, at a time or later. Never
+    /// resolves without a time.
+    async fn wait_for_turn(&self, from: Option<Instant>) -> Turn {
         let Some(from) = from else {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(from).await;
-        self.demand.wait_for_call().await;
+        self.demand.wait_for_turn(&self.endpoint).await
     }
 
     fn set(&self, state: SlotState) {

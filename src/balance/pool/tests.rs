@@ -98,13 +98,19 @@ impl Harness {
 
     /// Waits for a stream, as a call does.
     async fn wait_for_stream(&self, limit: Duration) -> (Arc<Endpoint>, ReservedStream) {
+        timeout(limit, self.start_call()).await.unwrap().unwrap()
+    }
+
+    /// Starts a call that waits for a stream. Dropping the result cancels the call.
+    fn start_call(&self) -> AbortOnDropHandle<(Arc<Endpoint>, ReservedStream)> {
         let call = WaitingCall {
             started: Instant::now(),
             avoids: Arc::new(|_| false),
             waits_for_ready: true,
         };
-        let served = timeout(limit, self.view.wait_for_stream(call)).await;
-        served.unwrap().unwrap()
+        let view = Arc::clone(&self.view);
+        let waiting = async move { view.wait_for_stream(call).await.unwrap() };
+        AbortOnDropHandle::new(tokio::spawn(waiting))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The part of a pool that calls read.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
@@ -33,10 +33,9 @@ pub(crate) struct View {
     pub(crate) picker: ArcSwap<Picker<ReadyEndpoint>>,
     waiting: WaitQueue<WaitingCall, AssignedStream>,
     capacity: Arc<Capacity>,
-    /// The calls that wait for an endpoint.
-    pub(crate) demand: Arc<Demand>,
-    /// Those of them that fail when all endpoints do.
-    refusable: Demand,
+    pub(super) demand: Arc<Demand>,
+    /// How many waiting calls fail when all endpoints do.
+    refusable: AtomicUsize,
     status: watch::Sender<Arc<PoolStatus>>,
     /// Whether the pool or the channel was dropped.
     ended: AtomicBool,
@@ -79,9 +78,9 @@ impl View {
         Self {
             picker: ArcSwap::from_pointee(picker),
             waiting: WaitQueue::new(Arc::clone(&capacity)),
+            demand: Arc::new(Demand::new(Arc::clone(&capacity))),
             capacity,
-            demand: Arc::default(),
-            refusable: Demand::default(),
+            refusable: AtomicUsize::new(0),
             status: watch::Sender::new(Arc::new(status)),
             ended: AtomicBool::new(false),
         }
@@ -127,7 +126,7 @@ impl View {
         call: WaitingCall,
     ) -> Option<(Arc<Endpoint>, ReservedStream)> {
         // Before the call joins the queue, so that no refusal misses it.
-        let _refusable = (!call.waits_for_ready).then(|| self.refusable.register());
+        let _refusable = (!call.waits_for_ready).then(|| RefusableCall::new(&self.refusable));
         loop {
             let assigned = self.waiting.wait(call.started, call.clone()).await?;
             if let Some(taken) = assigned.take() {
@@ -146,13 +145,14 @@ impl View {
         loop {
             capacity.notified().await;
             // Looking for such calls takes as long as the queue, so only if there are any.
-            if self.refusable.is_any() && self.is_failing() {
+            if self.refusable.load(Ordering::SeqCst) > 0 && self.is_failing() {
                 self.waiting.refuse(|call| !call.waits_for_ready);
             }
             while self.waiting.serve_first(reserve) {
                 // Thousands of calls may wait for the first endpoint.
                 consume_budget().await;
             }
+            self.demand.give_turns();
         }
     }
 
@@ -225,6 +225,22 @@ impl View {
     /// [`MAX_NAMED`].
     pub(crate) fn describe_unavailable(&self) -> String {
         self.status().describe_unavailable(self.has_open_endpoint())
+    }
+}
+
+/// Counts a waiting call that fails when all endpoints do, until it is dropped.
+struct RefusableCall<'a>(&'a AtomicUsize);
+
+impl<'a> RefusableCall<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for RefusableCall<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

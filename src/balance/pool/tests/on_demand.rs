@@ -1,24 +1,8 @@
 //! Attempts to connect that waiting calls make during a backoff.
 
-use tokio_util::task::AbortOnDropHandle;
-
 use super::*;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
-
-/// A call that waits for a stream and then keeps it. Dropping it cancels the call.
-fn start_call(harness: &Harness) -> AbortOnDropHandle<(Arc<Endpoint>, ReservedStream)> {
-    let view = Arc::clone(&harness.view);
-    AbortOnDropHandle::new(tokio::spawn(async move {
-        let _waiting = view.demand.register();
-        let call = WaitingCall {
-            started: Instant::now(),
-            avoids: Arc::new(|_| false),
-            waits_for_ready: true,
-        };
-        view.wait_for_stream(call).await.unwrap()
-    }))
-}
 
 fn attempts(harness: &Harness, count: usize) -> usize {
     let attempts = |index| harness.connector.attempts(&format!("host:{index}")).len();
@@ -59,7 +43,7 @@ async fn long_idle_pool() -> Harness {
 
 /// Makes a call that leaves as soon as the endpoint is connected. The connection ends later.
 async fn call_that_leaves(harness: &Harness) {
-    let call = start_call(harness);
+    let call = harness.start_call();
     settle().await;
     drop(call);
     sleep(300 * MILLISECOND).await;
@@ -83,12 +67,12 @@ async fn attempt_of_a_call_that_left_is_not_used_up() {
 async fn attempt_whose_request_was_lost_is_used_up() {
     let harness = long_idle_pool().await;
     let before = attempts(&harness, 1);
-    let _call = start_call(&harness);
+    let _call = harness.start_call();
     settle().await;
     harness.connector.send_request("host:1");
     sleep(300 * MILLISECOND).await;
     disconnect(&harness, 1).await;
-    let _waiting = start_call(&harness);
+    let _waiting = harness.start_call();
     sleep(3 * SECOND).await;
     assert_eq!(attempts(&harness, 1), before + 1);
 }
@@ -110,7 +94,7 @@ async fn attempts_of_short_calls(server: Script, lifetime: Duration) -> usize {
     };
     let calls = async {
         loop {
-            let call = start_call(&harness);
+            let call = harness.start_call();
             sleep(3 * MILLISECOND).await;
             drop(call);
             sleep(7 * MILLISECOND).await;
@@ -132,4 +116,79 @@ async fn short_calls_make_no_tight_loop() {
     // One in each second.
     let idle = attempts_of_short_calls(Script::Accept, 150 * MILLISECOND).await;
     assert!((8..=65).contains(&idle), "{idle}");
+}
+
+/// How many attempts follow the three that each endpoint of [`idle_pool`] has seen.
+fn more_attempts(harness: &Harness, count: usize) -> usize {
+    attempts(harness, count) - 3 * count
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_call_makes_one_attempt() {
+    let harness = idle_pool(100).await;
+    let call = harness.start_call();
+    settle().await;
+    assert!(call.is_finished());
+    sleep(500 * MILLISECOND).await;
+    assert_eq!(more_attempts(&harness, 100), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_call_makes_one_attempt_at_a_time() {
+    let harness = idle_pool(100).await;
+    for index in 1..=100 {
+        let address = format!("host:{index}");
+        harness.connector.script(&address, Script::Hang);
+    }
+    let calls: Vec<_> = (0..7).map(|_| harness.start_call()).collect();
+    settle().await;
+    assert_eq!(more_attempts(&harness, 100), 7);
+    sleep(200 * MILLISECOND).await;
+    assert_eq!(more_attempts(&harness, 100), 7);
+    sleep(100 * MILLISECOND).await;
+    assert_eq!(more_attempts(&harness, 100), 14);
+    // Calls that leave make no more attempts.
+    drop(calls);
+    sleep(300 * MILLISECOND).await;
+    assert_eq!(more_attempts(&harness, 100), 14);
+}
+
+#[tokio::test(start_paused = true)]
+async fn endpoint_that_hangs_delays_the_next_attempt_by_250_ms() {
+    let harness = idle_pool(3).await;
+    harness.connector.script("host:1", Script::Hang);
+    harness.connector.script("host:2", Script::Hang);
+    let started = Instant::now();
+    harness.wait_for_stream(SECOND).await;
+    let waited = started.elapsed();
+    assert!(waited <= 510 * MILLISECOND, "{waited:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn next_endpoint_follows_a_failed_one_at_once() {
+    let harness = idle_pool(5).await;
+    for index in 1..=4 {
+        let address = format!("host:{index}");
+        harness.connector.script(&address, REFUSE);
+    }
+    let call = harness.start_call();
+    settle().await;
+    assert!(call.is_finished());
+    assert!(more_attempts(&harness, 5) <= 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn draining_endpoint_is_passed_over() {
+    let harness = idle_pool(2).await;
+    let mut set = fleet(2);
+    set[0].weight = 0;
+    set[1].weight = 0;
+    harness.publish(set.clone()).await;
+    let call = harness.start_call();
+    settle().await;
+    assert_eq!(more_attempts(&harness, 2), 0);
+    set[1].weight = 1;
+    harness.publish(set).await;
+    assert!(call.is_finished());
+    assert_eq!(harness.connector.attempts("host:1").len(), 3);
 }

@@ -76,13 +76,15 @@ async fn late_response_ends_the_pause() {
 #[tokio::test(start_paused = true)]
 async fn waiting_call_gets_one_attempt_at_once() {
     let harness = backing_off().await;
-    let waiting = harness.view.demand.register();
+    let waiting = harness.start_call();
     settle().await;
     assert_eq!(harness.state("host:1"), Some(EndpointState::Ready));
-    // The call has gained nothing, so the pause holds although it still waits.
+    drop(waiting);
+    // The call has gained nothing, so the pause holds although another one waits.
+    harness.connector.set_stream_limit("host:1", 0);
+    let _waiting = harness.start_call();
     assert_eq!(disconnect(&harness).await, 0);
     assert_eq!(harness.state("host:1"), Some(EndpointState::Backoff));
-    drop(waiting);
 }
 
 #[tokio::test(start_paused = true)]
@@ -91,9 +93,12 @@ async fn call_that_waits_already_gets_its_attempt() {
     harness.publish(fleet(1)).await;
     assert_eq!(disconnect(&harness).await, 1);
     assert_eq!(disconnect(&harness).await, 1);
-    let waiting = harness.view.demand.register();
+    harness.connector.set_stream_limit("host:1", 0);
+    let waiting = harness.start_call();
+    settle().await;
+    assert!(!waiting.is_finished());
     assert_eq!(disconnect(&harness).await, 1);
-    drop(waiting);
+    assert!(waiting.is_finished());
 }
 
 #[tokio::test(start_paused = true)]
@@ -101,7 +106,7 @@ async fn waiting_call_does_not_hurry_failed_attempts() {
     let harness = Harness::new();
     harness.connector.script("host:1", REFUSE);
     harness.publish(fleet(1)).await;
-    let _waiting = harness.view.demand.register();
+    let _waiting = harness.start_call();
     settle().await;
     assert_eq!(harness.connector.attempts("host:1").len(), 1);
 }
