@@ -267,7 +267,8 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// An operation that needs a Tokio runtime was tried outside of one, or on one without timers.
+    /// An operation that needs a Tokio runtime was tried outside of one, or on one without timers
+    /// or I/O.
     #[error("{operation} needs a Tokio runtime{remedy}")]
     #[non_exhaustive]
     NoRuntime {

@@ -74,7 +74,7 @@ impl BalancedChannel {
     /// # Errors
     ///
     /// [`Error::Invalid`](crate::Error::Invalid) for an address that is not valid, and
-    /// [`Error::NoRuntime`](crate::Error::NoRuntime) outside of a Tokio runtime.
+    /// [`Error::NoRuntime`](crate::Error::NoRuntime), as for [`BalancedChannelBuilder::build`].
     pub fn from_endpoints<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
         Self::builder(Source::addresses(addresses)?).build()
     }
@@ -125,10 +125,10 @@ impl BalancedChannelBuilder {
     /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an attempt
     /// fails. The first that completes is used, and is tried first next time.
     ///
-    /// At most 16 names are looked up at a time in a process, and 12 of one channel; others wait. A
-    /// name keeps its turn when the time is over. Look-ups that hang, because name servers do not
-    /// respond, do not delay names that resolved within 1 s last time. They delay neither
-    /// names of other channels nor those of etcd's clients, unless several channels have such names.
+    /// At most 16 names are looked up at a time in a process, and 12 of one channel; others wait, and
+    /// keep their turn when the time is over. Look-ups that hang do not delay names that resolved
+    /// within 1 s last time. They delay names of other channels only if several channels have such
+    /// look-ups.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
         self
@@ -172,8 +172,7 @@ impl BalancedChannelBuilder {
 
     /// Sets the number of connections to each endpoint, from 1 to 1,000. Default 1.
     ///
-    /// More connections help where the throughput of one connection, or the number of streams that
-    /// the server allows on it, is the limit.
+    /// More connections help where the limit is one connection's throughput or number of streams.
     pub fn connections_per_endpoint(mut self, count: usize) -> Self {
         self.plan.connections = count;
         self
@@ -181,8 +180,7 @@ impl BalancedChannelBuilder {
 
     /// Retries failed calls. Default: none.
     ///
-    /// Transparent retries are made in any case: a call that provably reached no server application
-    /// is sent to another endpoint.
+    /// A call that provably reached no server application is sent again in any case.
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = Some(policy);
         self
@@ -195,8 +193,7 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets how many calls may be in flight on the channel at a time. Further calls wait, for at
-    /// most [`ready_timeout`](Self::ready_timeout), which also limits their wait for an endpoint.
-    /// Default: no limit.
+    /// most [`ready_timeout`](Self::ready_timeout) together with that for an endpoint. Default: none.
     pub fn concurrency_limit(mut self, limit: usize) -> Self {
         self.concurrency_limit = Some(limit);
         self
@@ -309,12 +306,11 @@ impl BalancedChannelBuilder {
     /// Sets the largest size of a response's headers and of its trailers, in bytes, at least 256.
     /// Default 16 KiB.
     ///
-    /// Servers are told the limit (`SETTINGS_MAX_HEADER_LIST_SIZE`). A call whose response exceeds
-    /// it fails with `RESOURCE_EXHAUSTED`. No other call is affected unless the headers also exceed
-    /// 1 MiB, which may end the connection.
+    /// Servers are told the limit. A call whose response exceeds it fails with `RESOURCE_EXHAUSTED`.
+    /// No other call is affected up to 1 MiB; above that, the connection may end.
     ///
-    /// Requests have the limits of their servers: a call whose headers exceed what the server has
-    /// told to accept fails with `RESOURCE_EXHAUSTED` and is not sent.
+    /// A call whose request headers exceed the server's own limit fails with `RESOURCE_EXHAUSTED` as
+    /// well, and is not sent.
     pub fn http2_max_header_list_size(mut self, size: u32) -> Self {
         self.settings.max_header_list_size = size;
         self
@@ -367,9 +363,9 @@ impl BalancedChannelBuilder {
     ///
     /// - [`Error::Invalid`] for a setting that is out of range, and for certificates that cannot be
     ///   read.
-    /// - [`Error::NoRuntime`] outside of a Tokio runtime.
+    /// - [`Error::NoRuntime`] outside of a Tokio runtime with timers and I/O.
     pub fn build(self) -> Result<BalancedChannel> {
-        runtime::require_with_timers(|| "building a channel".to_owned())?;
+        runtime::require_for_channel(self.connector.is_none())?;
         self.validate_calls()?;
         let user_agent = user_agent(self.user_agent.as_deref())?;
         let tls = self.tls.as_ref().map(load_tls).transpose()?;

@@ -30,8 +30,9 @@ use super::pool::{EndpointStatus, PoolStatus, View};
 /// channel in a `static` that one `#[tokio::test]` builds is therefore of no use to the next one,
 /// because each such test has a runtime of its own: build a channel in each test.
 ///
-/// Outside of a runtime a call fails with `FAILED_PRECONDITION` if it needs a timer or a task: it
-/// has a deadline or a stream of requests, or it has to wait.
+/// A call fails with `FAILED_PRECONDITION` if it needs a timer or a task and the caller's runtime
+/// has none, or there is no runtime: the call has a deadline or a stream of requests, or it has to
+/// wait.
 ///
 /// # Paused time
 ///

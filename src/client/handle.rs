@@ -71,7 +71,7 @@ impl Client {
     ///   certificate cannot be read.
     /// - [`Error::Unreachable`]: no member responded in time.
     /// - [`Error::Rpc`], at once: etcd refuses the user.
-    /// - [`Error::NoRuntime`] outside of a Tokio runtime.
+    /// - [`Error::NoRuntime`] outside of a Tokio runtime with timers and I/O.
     pub async fn connect(name: impl Into<String>, config: Config) -> Result<Self> {
         let (name, closed) = validate(name, &config)?;
         // Stops the background tasks if connecting fails or this future is dropped.

@@ -63,7 +63,9 @@ impl Directory {
     /// balancing has limits: it picks endpoints at random, including dead ones until they leave the
     /// directory, and without an endpoint a call waits forever. So put a timeout around each call.
     ///
-    /// Must be called within a Tokio runtime.
+    /// # Panics
+    ///
+    /// Outside of a Tokio runtime, as tonic's own method.
     pub fn balance_channel(
         &self,
         configure: impl Fn(&Instance, Endpoint) -> Endpoint + Send + 'static,

@@ -88,6 +88,7 @@ impl LeaseGroups {
     /// Waits until etcd has none of the keys and leases any more, for up to the client's request
     /// timeout, and ends the drivers.
     pub(super) async fn wait_until_released(&self) -> Result<()> {
+        runtime::require(|| "release of the registrar's leases".to_owned())?;
         let groups = self.groups.lock().clone();
         let limit = self.request_timeout();
         let all_empty = try_join_all(groups.iter().map(|group| group.wait_until_empty()));

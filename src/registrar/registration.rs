@@ -17,6 +17,7 @@ use super::state::{EntryHandle, EntryId, RegistrationState, Status, TargetRecord
 use super::states::RegistrationStates;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
+use crate::runtime;
 
 /// A registered instance. Cheap to clone.
 ///
@@ -155,6 +156,7 @@ impl Registration {
     /// - The last failure if etcd cannot be reached within the client's request timeout.
     /// - [`Error::Superseded`] while another process owns the key.
     pub async fn update(&self, change: impl FnOnce(&mut Instance)) -> Result<()> {
+        runtime::require(|| format!("update of {:?}", self.key()))?;
         let generation = self.apply(change).await?;
         self.wait_written(generation).await
     }
@@ -197,7 +199,8 @@ impl Registration {
     ///
     /// As for [`deregister`](Self::deregister). A failure to set the mark is only logged.
     pub async fn drain(&self, grace: Duration) -> Result<()> {
-        if self.state() == RegistrationState::Unready {
+        let can_wait = runtime::require(String::new).is_ok();
+        if !can_wait || self.state() == RegistrationState::Unready {
             return self.deregister().await;
         }
         if let Err(error) = self.update(|instance| instance.draining = true).await {
@@ -227,6 +230,7 @@ impl Registration {
     /// - etcd's error if etcd refuses the deletion.
     /// - The last failure if etcd cannot be reached within the client's request timeout.
     /// - [`Error::Closed`] after the client was closed.
+    /// - [`Error::NoRuntime`] outside of a Tokio runtime, where nobody can wait.
     pub async fn deregister(&self) -> Result<()> {
         self.inner.start_deregistration();
         let is_gone = |status: &Status| status.state == RegistrationState::Deregistered;
@@ -288,6 +292,7 @@ impl Registration {
     /// Waits for a status, for up to the client's request timeout. Fails earlier with an error that
     /// a retry within that time would not resolve.
     async fn wait(&self, is_reached: impl Fn(&Status) -> bool, operation: &str) -> Result<()> {
+        runtime::require(|| format!("{operation} of {:?}", self.key()))?;
         let is_final = |error: &Error| {
             error.is_permanent() || matches!(error, Error::Closed { .. } | Error::Superseded { .. })
         };

@@ -15,7 +15,7 @@ use goo_etcd::balance::Source;
 use goo_etcd::testing::Etcd;
 use goo_etcd::{
     BalancedChannel, Client, Config, Directory, EndpointState, Error, Freshness, Instance,
-    Registrar,
+    Registrar, RegistrationState,
 };
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
@@ -162,7 +162,19 @@ mod etcd_client {
             assert_client_ended(client.ping().await);
             assert_client_ended(client.grant(10).await);
             assert_client_ended(client.keep_alive(7).await);
-            assert_client_ended(client.lock("lock", Duration::from_secs(10)).await);
+            assert_client_ended(client.keep_alive_once(7).await);
+            assert_client_ended(client.revoke(7).await);
+            assert_client_ended(client.delete("key", None).await);
+            assert_client_ended(client.txn().commit().await);
+            let ttl = Duration::from_secs(10);
+            assert_client_ended(client.lock("lock", ttl).await);
+            assert_client_ended(client.try_lock("lock", ttl).await);
+            assert_client_ended(client.campaign("election", "me", ttl).await);
+            assert_client_ended(client.leader("election").await);
+            let mut leaders = client.observe("election");
+            assert_client_ended(leaders.next().await.unwrap());
+            assert!(leaders.next().await.is_none());
+            assert_client_ended(BalancedChannel::connect(&client, "greeter").await);
             assert_client_ended(client.member_list().await);
             assert_client_ended(Directory::watch(&client, "greeter").await);
             let instance = Instance::new("greeter", "10.0.0.1:1");
@@ -177,21 +189,43 @@ mod etcd_client {
     fn background_work_reports_the_end_of_its_runtime() {
         let tests = runtime();
         let etcd = tests.block_on(Etcd::start()).unwrap();
-        let (lock, mut keep_alive, mut watch, directory) = on_ended_runtime(async || {
+        let built = on_ended_runtime(async || {
             let client = client_of(&etcd).await;
             let ttl = Duration::from_secs(60);
             let lock = client.lock("lock", ttl).await.unwrap();
+            let leadership = client.campaign("election", "me", ttl).await.unwrap();
+            let mut leaders = client.observe("election");
+            leaders.next().await.unwrap().unwrap();
             let lease = client.grant(60).await.unwrap().id();
             let keep_alive = client.keep_alive(lease).await.unwrap();
             let watch = client.watch("key", None).await.unwrap();
             let directory = Directory::watch(&client, "greeter").await.unwrap();
-            (lock, keep_alive, watch, directory)
+            let channel = directory.balance_channel(|_, endpoint| endpoint);
+            (
+                lock, leadership, leaders, keep_alive, watch, directory, channel,
+            )
         });
+        let (lock, leadership, mut leaders, mut keep_alive, mut watch, directory, channel) = built;
         tests.block_on(async {
             assert!(!lock.is_held());
-            assert_client_ended(Err::<(), _>(
-                wait_for("the lock is lost", lock.lost()).await,
-            ));
+            let lost = wait_for("the lock is lost", lock.lost()).await;
+            assert_client_ended(Err::<(), _>(lost));
+            assert_client_ended(wait_for("the lock is not released", lock.unlock()).await);
+
+            assert!(!leadership.is_held());
+            let lost = wait_for("the leadership is lost", leadership.lost()).await;
+            assert_client_ended(Err::<(), _>(lost));
+            let proclaimed = wait_for("no value is set", leadership.proclaim("you")).await;
+            assert_client_ended(proclaimed);
+            assert_client_ended(wait_for("nobody resigns", leadership.resign()).await);
+            let item = wait_for("the leaders end", leaders.next()).await;
+            assert_client_ended(item.unwrap());
+            assert!(leaders.next().await.is_none());
+
+            // tonic's own channel; the directory's task only forwards to it.
+            let mut client = EchoClient::new(channel);
+            let call = wait_for("the call fails", client.unary(hello())).await;
+            call.unwrap_err();
 
             let item = wait_for("the renewals end", keep_alive.next()).await;
             assert_client_ended(item.unwrap());
@@ -392,7 +426,7 @@ mod outside_of_a_runtime {
         }
     }
 
-    fn assert_refused<T>(result: Result<T, Status>) {
+    pub(super) fn assert_refused<T>(result: Result<T, Status>) {
         let status = result.err().expect("there is no runtime");
         assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
         let says_so = status.message().contains("needs a Tokio runtime");
@@ -420,5 +454,124 @@ mod outside_of_a_runtime {
         ));
         // A plain call on a ready endpoint needs neither.
         block_on(EchoClient::new(channel).unary(hello())).unwrap();
+    }
+
+    #[test]
+    fn ending_a_registration_is_an_error_and_ends_it() {
+        let runtime = runtime();
+        let etcd = runtime.block_on(Etcd::start()).unwrap();
+        let (registrar, registrations) = runtime.block_on(async {
+            let client = crate::support::connect(etcd.endpoint()).await;
+            let registrar = Registrar::new(&client);
+            let register = async |id: &str| {
+                let instance = Instance::new("greeter", "10.0.0.1:1").id(id);
+                registrar.register(instance).await.unwrap()
+            };
+            let registrations = [
+                register("a").await,
+                register("b").await,
+                register("c").await,
+            ];
+            (registrar, registrations)
+        });
+        let [a, b, c] = &registrations;
+        assert_no_runtime(a.update(|instance| instance.weight = 7).now_or_never());
+        assert_ne!(a.instance().weight, 7);
+        assert_no_runtime(a.deregister().now_or_never());
+        assert_no_runtime(b.drain(LONG).now_or_never());
+        assert_no_runtime(registrar.close().now_or_never());
+        // The registrar's own tasks delete the keys.
+        runtime.block_on(wait_until("all are gone", async || {
+            [a, b, c]
+                .iter()
+                .all(|registration| registration.state() == RegistrationState::Deregistered)
+        }));
+    }
+}
+
+/// Runtimes that were built without `enable_all`.
+mod without_drivers {
+    use super::outside_of_a_runtime::assert_refused;
+    use super::*;
+
+    fn bare() -> tokio::runtime::Builder {
+        tokio::runtime::Builder::new_current_thread()
+    }
+
+    fn assert_lacks<T>(driver: &str, result: Option<Result<T, Error>>) {
+        let error = result.expect("an error at once").err();
+        let message = error.expect("the runtime is refused").to_string();
+        let expected = format!("needs a Tokio runtime with {driver}; call `enable_all`");
+        assert!(message.contains(&expected), "{message}");
+    }
+
+    #[test]
+    fn building_is_an_error() {
+        let without_timers = bare().enable_io().build().unwrap();
+        let without_io = bare().enable_time().build().unwrap();
+        for (runtime, lacking) in [(without_timers, "timers"), (without_io, "I/O")] {
+            let _entered = runtime.enter();
+            let channel = BalancedChannel::from_endpoints(["10.0.0.1:1"]);
+            assert_lacks(lacking, Some(channel));
+            let client = Client::connect_lazy("test", Config::default());
+            assert_lacks(lacking, Some(client));
+            let client = Client::connect("test", Config::default());
+            assert_lacks(lacking, client.now_or_never());
+        }
+    }
+
+    #[test]
+    fn connector_of_the_user_s_may_need_no_io() {
+        let runtime = bare().enable_time().build().unwrap();
+        let _entered = runtime.enter();
+        let connector = tower::service_fn(|_: http::Uri| async {
+            Err::<hyper_util::rt::TokioIo<tokio::io::DuplexStream>, _>(std::io::Error::other("no"))
+        });
+        let source = Source::fixed([Instance::new("echo", "in-memory:1")]);
+        let builder = BalancedChannel::builder(source).connector(connector);
+        let _channel = builder.build().unwrap();
+    }
+
+    #[test]
+    fn calls_that_need_a_timer_are_errors() {
+        let own = runtime();
+        let server = EchoServer::start();
+        let [channel, limited, lonely] = own.block_on(async {
+            let channel = static_channel([server.address()], |b| b);
+            let limited = static_channel([server.address()], |b| b.concurrency_limit(1));
+            wait_until_ready(&channel, 1).await;
+            wait_until_ready(&limited, 1).await;
+            let address = unused_address();
+            [channel, limited, static_channel([&*address], |b| b)]
+        });
+        bare().build().unwrap().block_on(async {
+            assert_refused(call_with_timeout(&channel, LONG).await);
+            assert_refused(call(&limited).await);
+            assert_refused(call(&lonely).await);
+            EchoClient::new(channel.clone())
+                .unary(hello())
+                .await
+                .unwrap();
+        });
+        // Calls that were refused hold nothing.
+        assert_eq!(own.block_on(call(&limited)).unwrap(), server.address());
+    }
+
+    #[test]
+    fn using_a_client_is_an_error() {
+        let own = runtime();
+        let client = own
+            .block_on(async { Client::connect_lazy("test", config([unused_address()])).unwrap() });
+        let runtime = bare().build().unwrap();
+        let _entered = runtime.enter();
+        assert_lacks("timers", client.get("key", None).now_or_never());
+        assert_lacks("timers", client.watch("key", None).now_or_never());
+        let lock = client.lock("lock", Duration::from_secs(10));
+        assert_lacks("timers", lock.now_or_never());
+        let directory = Directory::watch(&client, "greeter");
+        assert_lacks("timers", directory.now_or_never());
+        let instance = Instance::new("greeter", "10.0.0.1:1");
+        let registration = Registrar::new(&client).register_eventually(instance);
+        assert_lacks("timers", Some(registration));
     }
 }

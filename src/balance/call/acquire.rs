@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tonic::Status;
 
 use super::progress::{Progress, WaitingFor};
@@ -20,17 +20,16 @@ impl Dispatcher {
         let Some(semaphore) = &self.concurrency else {
             return Ok(None);
         };
-        runtime::require_for_call("a limit of concurrent calls")?;
         progress.set_waiting_for(WaitingFor::Permit);
         let acquiring = Arc::clone(semaphore).acquire_owned();
-        let permit = timeout_at(progress.permit_deadline(), acquiring)
-            .await
-            .map_err(|_| {
-                Status::unavailable(format!(
-                    "the channel's concurrency limit was reached for {:?}",
-                    self.ready_timeout
-                ))
-            })?;
+        let part = "a limit of concurrent calls";
+        let acquiring = runtime::timeout_at_for_call(part, progress.permit_deadline(), acquiring)?;
+        let permit = acquiring.await.map_err(|_| {
+            Status::unavailable(format!(
+                "the channel's concurrency limit was reached for {:?}",
+                self.ready_timeout
+            ))
+        })?;
         progress.set_waiting_for(WaitingFor::Response);
         // The semaphore is never closed.
         Ok(permit.ok())
@@ -61,7 +60,6 @@ impl Dispatcher {
         progress: &Progress<'_>,
         attempted: Option<&AttemptedEndpoints>,
     ) -> Result<(Arc<Endpoint>, ReservedStream), Status> {
-        runtime::require_for_call("waiting for an endpoint")?;
         if !self.wait_for_ready && self.view.is_failing() {
             return Err(self.unavailable(progress, ""));
         }
@@ -73,7 +71,8 @@ impl Dispatcher {
             waits_for_ready: self.wait_for_ready,
         };
         let served = self.view.wait_for_stream(call);
-        match timeout_at(progress.ready_deadline(), served).await {
+        let part = "waiting for an endpoint";
+        match runtime::timeout_at_for_call(part, progress.ready_deadline(), served)?.await {
             Ok(Some(reserved)) => Ok(reserved),
             // All endpoints fail, or the channel's runtime has ended.
             Ok(None) => Err(self.unavailable(progress, "")),

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use http::{HeaderValue, Request, Response, Uri};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::Instant;
 use tonic::Status;
 use tonic::body::Body;
 
@@ -84,10 +84,11 @@ impl Dispatcher {
                 .send_with_retries(head, body, attempted, &mut progress)
                 .await;
         };
-        runtime::require_for_call("a call with a deadline")?;
         let sending = self.send_with_retries(head, body, attempted, &mut progress);
-        let result = timeout_at(deadline.at, sending).await;
-        result.unwrap_or_else(|_| Err(self.deadline_status(&deadline, progress.waiting_for())))
+        let sending = runtime::timeout_at_for_call("a call with a deadline", deadline.at, sending)?;
+        sending
+            .await
+            .unwrap_or_else(|_| Err(self.deadline_status(&deadline, progress.waiting_for())))
     }
 
     fn deadline_status(&self, deadline: &Deadline, waiting_for: WaitingFor) -> Status {
@@ -175,8 +176,7 @@ impl Dispatcher {
                 "retrying a call"
             );
             if !pause.is_zero() {
-                runtime::require_for_call("the pause before a retry")?;
-                sleep(pause).await;
+                runtime::sleep_for_call("the pause before a retry", pause)?.await;
             }
             progress.exclude(endpoint);
             body = next;
