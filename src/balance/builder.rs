@@ -32,6 +32,9 @@ const READY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Settings of a [`BalancedChannel`]. Settings that tonic's `Endpoint` has too have the same names.
 ///
+/// [`build`](Self::build) refuses values out of range, and names the setting. Durations longer than
+/// 30 years are taken as 30 years.
+///
 /// ```no_run
 /// # async fn example(directory: goo_etcd::Directory) -> goo_etcd::Result<()> {
 /// use std::time::Duration;
@@ -113,28 +116,33 @@ impl BalancedChannelBuilder {
     }
 
     /// Speaks TLS to every endpoint, never plaintext. Default: plaintext.
+    ///
+    /// The certificates are read by [`build`](Self::build). A server's certificate must be valid
+    /// for the host of its address, or for the `server_name` of the [`TlsConfig`].
     pub fn tls(mut self, tls: TlsConfig) -> Self {
         self.tls = Some(tls);
         self
     }
 
     /// Sets the timeout of one attempt to connect: looking up the name, TCP, TLS and the server's
-    /// first HTTP/2 frame together. Default 5 s.
+    /// first HTTP/2 frame together. Default 5 s; must be more than zero.
     ///
     /// If the name has several addresses, the time is for all of them. Each address is tried to the
-    /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an attempt
-    /// fails. The first that completes is used, and is tried first next time.
+    /// end of the handshake. The next one starts after 250 ms (RFC 8305), or at once when an
+    /// attempt fails. The first that completes is used, and is tried first next time; last if its
+    /// connection ended within 1 s, or with calls sent on it, without a response.
     ///
-    /// At most 16 names are looked up at a time in a process, and 12 of one channel; others wait, and
-    /// keep their turn when the time is over. Look-ups that hang do not delay names that resolved
-    /// within 1 s last time. They delay names of other channels only if several channels have such
-    /// look-ups.
+    /// At most 16 names are looked up at a time in a process, and 12 of one channel; others wait. A
+    /// name keeps its turn when the time is over. Look-ups that hang, because name servers do not
+    /// respond, do not delay names that resolved within 1 s last time. They delay neither names of
+    /// other channels nor those of etcd's clients, unless several channels have such names.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
         self
     }
 
-    /// Sets the longest backoff between two attempts to connect to an endpoint. Default 30 s.
+    /// Sets the longest backoff between two attempts to connect to an endpoint. Default 30 s;
+    /// must be more than zero.
     ///
     /// The backoff is gRPC's: 1 s at first, growing by a factor of 1.6, with a jitter of 20 %. A
     /// connection that has carried a response or was ready for 1 s resets the backoff and is
@@ -146,7 +154,7 @@ impl BalancedChannelBuilder {
 
     /// Sets how long a call waits for a ready endpoint with a free stream, because servers limit
     /// the streams of a connection. Calls are served in the order in which they started. The call's
-    /// own deadline may be earlier. Default 5 s.
+    /// own deadline may be earlier. Default 5 s. With zero a call does not wait.
     ///
     /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints.
     /// Waiting calls do not speed up the attempts that follow a failed one, which are at most
@@ -193,19 +201,23 @@ impl BalancedChannelBuilder {
     }
 
     /// Sets how many calls may be in flight on the channel at a time. Further calls wait, for at
-    /// most [`ready_timeout`](Self::ready_timeout) together with that for an endpoint. Default: none.
+    /// most [`ready_timeout`](Self::ready_timeout), which also limits their wait for an endpoint.
+    /// Default: no limit; must be at least 1.
     pub fn concurrency_limit(mut self, limit: usize) -> Self {
         self.concurrency_limit = Some(limit);
         self
     }
 
-    /// Sets the user agent, which precedes the channel's own name and version.
+    /// Sets the user agent, which precedes the channel's own name and version. Default: none.
+    ///
+    /// [`build`](Self::build) refuses text that cannot be the value of a header.
     pub fn user_agent(mut self, agent: impl Into<String>) -> Self {
         self.user_agent = Some(agent.into());
         self
     }
 
-    /// Sets the scheme and authority of requests. Default: the endpoint's.
+    /// Sets the scheme and authority of requests. Default: the endpoint's. Must be `http://` or
+    /// `https://` with an authority.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.origin = Some(origin);
         self
@@ -244,7 +256,8 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets after how long without received data to ping; `None`: never. Default 10 s.
+    /// Sets after how long without received data to ping; `None`: never. Default 10 s;
+    /// must be more than zero.
     ///
     /// Servers treat pings without traffic as abuse and close the connection (gRFC A8), so the
     /// channel limits them to the number that gRPC servers accept by default: after each HEADERS or
@@ -261,7 +274,8 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets how long after a ping without a response a connection is considered lost. Default 3 s.
+    /// Sets how long after a ping without a response a connection is considered lost. Default 3 s;
+    /// must be more than zero.
     ///
     /// During an upload the response waits until the server has read what the systems on both sides
     /// have buffered, about 170 KiB with Linux's defaults. For a server that takes longer for that
@@ -287,14 +301,14 @@ impl BalancedChannelBuilder {
         self
     }
 
-    /// Sets HTTP/2's flow-control window of a stream, in bytes. Default 2 MiB.
+    /// Sets HTTP/2's flow-control window of a stream, in bytes, from 1 to 2 GiB - 1. Default 2 MiB.
     pub fn initial_stream_window_size(mut self, size: u32) -> Self {
         self.settings.initial_stream_window_size = size;
         self
     }
 
-    /// Sets HTTP/2's flow-control window of a connection, in bytes: how much of all responses
-    /// together may wait to be read. Default 2 GiB - 1, the largest.
+    /// Sets HTTP/2's flow-control window of a connection, in bytes, from 1 to 2 GiB - 1. The window
+    /// is how much of all responses together may wait to be read. Default 2 GiB - 1.
     ///
     /// Each stream has its own window. With a smaller connection window, a few streams that
     /// nobody reads (3 with tonic's default of 5 MiB) stop all other calls on the connection.
@@ -306,11 +320,13 @@ impl BalancedChannelBuilder {
     /// Sets the largest size of a response's headers and of its trailers, in bytes, at least 256.
     /// Default 16 KiB.
     ///
-    /// Servers are told the limit. A call whose response exceeds it fails with `RESOURCE_EXHAUSTED`.
-    /// No other call is affected up to 1 MiB; above that, the connection may end.
+    /// Each header counts with the lengths of its name and value and 32 bytes more (RFC 9113,
+    /// section 6.5.2). Servers are told the limit (`SETTINGS_MAX_HEADER_LIST_SIZE`). A call whose
+    /// response exceeds the limit fails with `RESOURCE_EXHAUSTED`. No other call is affected unless
+    /// the headers also exceed 1 MiB, which may end the connection.
     ///
-    /// A call whose request headers exceed the server's own limit fails with `RESOURCE_EXHAUSTED` as
-    /// well, and is not sent.
+    /// The setting does not apply to requests. A call whose headers exceed the limit that its
+    /// server has announced fails with `RESOURCE_EXHAUSTED` and is not sent.
     pub fn http2_max_header_list_size(mut self, size: u32) -> Self {
         self.settings.max_header_list_size = size;
         self

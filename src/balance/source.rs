@@ -29,8 +29,11 @@ pub struct Source {
 impl Source {
     /// Creates a source from a stream of sets. When the stream ends, the last set stays in use.
     ///
-    /// The instances of successive sets are matched by their id. Error messages contain the name:
-    /// "no instances under NAME".
+    /// The instances of successive sets are matched by their id, and of several instances with one
+    /// id in a set only the last counts. An instance that cannot be called, for example because its
+    /// address is `0.0.0.0:50051`, is left out; a warning is logged, and errors of calls say why.
+    ///
+    /// Error messages contain the name: "no instances under NAME".
     pub fn new<S>(name: impl Into<String>, sets: S) -> Self
     where
         S: Stream<Item = Vec<Instance>> + Send + 'static,
@@ -57,7 +60,8 @@ impl Source {
         }
     }
 
-    /// Creates a source of one set that never changes.
+    /// Creates a source of one set that never changes. The instances are checked as by
+    /// [`Source::new`].
     pub fn fixed(instances: impl IntoIterator<Item = Instance>) -> Self {
         let set = instances.into_iter().collect();
         Self::new("the fixed list", futures::stream::iter([set]))
@@ -66,7 +70,9 @@ impl Source {
     /// Creates a source of one set of addresses, `host:port` or `unix:/path`, that never changes.
     ///
     /// [`BalancedChannel::from_endpoints`](crate::BalancedChannel::from_endpoints) does the same for
-    /// a channel with the default settings.
+    /// a channel with the default settings. An address that is listed twice is one endpoint. The
+    /// list may be empty; calls then fail after
+    /// [`ready_timeout`](super::BalancedChannelBuilder::ready_timeout).
     ///
     /// ```no_run
     /// # async fn example() -> goo_etcd::Result<()> {
@@ -83,8 +89,9 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// [`Error::Invalid`](crate::Error::Invalid) for an address of another form, such as one with a
-    /// scheme, and for one that no client can call, such as `0.0.0.0:50051`.
+    /// [`Error::Invalid`](crate::Error::Invalid), which quotes the address: for an address of
+    /// another form, such as one with a scheme or without a port, and for one that no client can
+    /// call, such as `0.0.0.0:50051`. Names are not looked up here.
     pub fn addresses<A: Into<String>>(addresses: impl IntoIterator<Item = A>) -> Result<Self> {
         let instances = addresses
             .into_iter()

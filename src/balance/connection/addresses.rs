@@ -7,13 +7,13 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
-use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
+
+use super::address_order::AddressOrder;
 
 /// The pause between the starts of two attempts: the "Connection Attempt Delay" of RFC 8305,
 /// section 5, with the value that the RFC recommends.
@@ -26,45 +26,6 @@ const MIN_ATTEMPT_DELAY: Duration = Duration::from_millis(10);
 /// How many addresses the error of a name lists. A name may have hundreds.
 const LISTED_ERRORS: usize = 4;
 
-/// The address of a name that connected last. Shared by the connections of an endpoint.
-#[derive(Debug, Clone, Default)]
-pub(super) struct LastWinner(Arc<Mutex<Option<SocketAddr>>>);
-
-/// All are equal, because the address that connected last is no property of a target.
-impl PartialEq for LastWinner {
-    fn eq(&self, _: &Self) -> bool {
-        true
-    }
-}
-
-impl Eq for LastWinner {}
-
-impl LastWinner {
-    pub(super) fn set(&self, address: SocketAddr) {
-        *self.0.lock() = Some(address);
-    }
-
-    /// The order in which to try `addresses`: the one that connected last, and the others with the
-    /// families in turn (RFC 8305, section 4), starting with the family of the first address.
-    pub(super) fn order(&self, addresses: &[SocketAddr]) -> Vec<SocketAddr> {
-        let winner = self.0.lock().filter(|winner| addresses.contains(winner));
-        let mut ordered: Vec<SocketAddr> = winner.into_iter().collect();
-        let starts_with_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
-        let (first, second): (Vec<SocketAddr>, Vec<SocketAddr>) = addresses
-            .iter()
-            .partition(|address| address.is_ipv6() == starts_with_v6);
-        let (mut first, mut second) = (first.into_iter(), second.into_iter());
-        for _ in addresses {
-            for next in [first.next(), second.next()].into_iter().flatten() {
-                if !ordered.contains(&next) {
-                    ordered.push(next);
-                }
-            }
-        }
-        ordered
-    }
-}
-
 /// Connects to the first of `addresses` that completes, and drops the attempts to the others.
 ///
 /// Every attempt must end by `deadline` by itself; after that time no attempt is started.
@@ -72,7 +33,7 @@ impl LastWinner {
 /// # Errors
 ///
 /// The errors of the attempts, in the order in which they failed.
-pub(super) async fn race<A, T, E, F>(
+async fn race<A, T, E, F>(
     addresses: Vec<A>,
     deadline: Instant,
     connect: impl Fn(A) -> F,
@@ -105,40 +66,74 @@ where
     }
 }
 
+/// [`race`] in the order that past attempts suggest, which the result changes.
+pub(super) async fn connect_to_any<T, F>(
+    order: &AddressOrder,
+    found: &[SocketAddr],
+    deadline: Instant,
+    connect: impl Fn(SocketAddr) -> F,
+) -> Result<(SocketAddr, T), String>
+where
+    F: Future<Output = Result<T, String>>,
+{
+    let addresses = order.of(found);
+    let count = addresses.len();
+    match race(addresses, deadline, connect).await {
+        Ok((address, connection)) => {
+            order.prefer(address);
+            Ok((address, connection))
+        }
+        Err(errors) => {
+            let untried = count - errors.len();
+            if untried > 0 {
+                // The next attempt starts with the addresses for which no time was left.
+                errors
+                    .iter()
+                    .for_each(|(address, _)| order.demote(*address));
+            }
+            Err(describe(&errors, untried))
+        }
+    }
+}
+
 /// The pause between the starts of two attempts, if `count` addresses have to be tried in `time`.
 fn attempt_delay(count: usize, time: Duration) -> Duration {
     let count = u32::try_from(count).unwrap_or(u32::MAX).max(1);
     (time / count).clamp(MIN_ATTEMPT_DELAY, ATTEMPT_DELAY)
 }
 
-/// The error of a name of which no address could be connected to.
-pub(super) fn describe(errors: &[(SocketAddr, String)]) -> String {
-    match errors {
+/// The error of a name of which no address could be connected to. `untried` is the number of
+/// addresses for which the time was too short.
+fn describe(errors: &[(SocketAddr, String)], untried: usize) -> String {
+    let mut text = match errors {
         [] => "the name has no address".to_owned(),
-        [(_, error)] => error.clone(),
+        [(_, error)] if untried == 0 => error.clone(),
         _ => {
             let listed = errors.iter().take(LISTED_ERRORS);
-            let mut text = listed
-                .map(|(address, error)| format!("{address}: {error}"))
-                .collect::<Vec<_>>()
-                .join("; ");
-            if errors.len() > LISTED_ERRORS {
-                let more = errors.len() - LISTED_ERRORS;
-                text.push_str(&format!("; and {more} more addresses"));
-            }
-            text
+            let listed = listed.map(|(address, error)| format!("{address}: {error}"));
+            listed.collect::<Vec<_>>().join("; ")
         }
+    };
+    if errors.len() > LISTED_ERRORS {
+        let more = errors.len() - LISTED_ERRORS;
+        text.push_str(&format!("; and {more} more addresses"));
     }
+    if untried > 0 {
+        text.push_str(&format!("; no time was left for {untried} addresses"));
+    }
+    text
 }
 
 #[cfg(test)]
 mod tests {
+    use parking_lot::Mutex;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
     const MILLISECOND: Duration = Duration::from_millis(1);
 
-    /// What connecting to an address leads to, and when.
+    /// How and when an attempt to connect to an address ends.
     #[derive(Clone, Copy)]
     enum Script {
         Accept(Duration),
@@ -244,9 +239,35 @@ mod tests {
     async fn deadline_ends_all_attempts_and_starts_no_more() {
         let outcome = run(&[HANG; 1_000]).await;
         assert_eq!(outcome.took, 5 * SECOND);
-        // One each 10 ms before 5 s.
+        // An attempt each 10 ms before 5 s.
         assert_eq!(outcome.starts.len(), 500);
         assert_eq!(outcome.result.unwrap_err().len(), 500);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn untried_addresses_are_tried_next_time() {
+        let address = |port| SocketAddr::from(([10, 0, 0, 1], port));
+        let found: Vec<SocketAddr> = (1..=1_200).map(address).collect();
+        let order = AddressOrder::default();
+        let attempt = || {
+            let deadline = Instant::now() + 5 * SECOND;
+            let connect = move |address: SocketAddr| async move {
+                if address.port() == 1_200 {
+                    return Ok(());
+                }
+                tokio::time::sleep_until(deadline).await;
+                Err("hung".to_owned())
+            };
+            connect_to_any(&order, &found, deadline, connect)
+        };
+        for untried in [700, 700] {
+            let error = attempt().await.unwrap_err();
+            let end = format!("no time was left for {untried} addresses");
+            assert!(error.ends_with(&end), "{error}");
+        }
+        let (winner, ()) = attempt().await.unwrap();
+        assert_eq!(winner.port(), 1_200);
+        assert_eq!(order.of(&found)[0], winner);
     }
 
     #[test]
@@ -267,39 +288,24 @@ mod tests {
         assert_eq!(outcome.took, Duration::ZERO);
     }
 
-    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn families_take_turns_and_the_winner_is_first() {
-        let found = addresses(&["[::1]:1", "[::2]:1", "[::3]:1", "10.0.0.1:1", "10.0.0.2:1"]);
-        let winner = LastWinner::default();
-        let turns = ["[::1]:1", "10.0.0.1:1", "[::2]:1", "10.0.0.2:1", "[::3]:1"];
-        assert_eq!(winner.order(&found), addresses(&turns));
-        winner.set("10.0.0.2:1".parse().unwrap());
-        let turns = ["10.0.0.2:1", "[::1]:1", "10.0.0.1:1", "[::2]:1", "[::3]:1"];
-        assert_eq!(winner.order(&found), addresses(&turns));
-        // The name has changed since.
-        let found = addresses(&["10.0.0.3:1", "10.0.0.4:1"]);
-        assert_eq!(winner.order(&found), found);
-        assert_eq!(winner.order(&[]), []);
-    }
-
     #[test]
     fn error_names_the_addresses_unless_there_is_one() {
         let errors: Vec<(SocketAddr, String)> = (1..=6)
             .map(|port| (SocketAddr::from(([10, 0, 0, 1], port)), "refused".into()))
             .collect();
-        assert_eq!(describe(&errors[..1]), "refused");
+        assert_eq!(describe(&errors[..1], 0), "refused");
         assert_eq!(
-            describe(&errors[..2]),
+            describe(&errors[..2], 0),
             "10.0.0.1:1: refused; 10.0.0.1:2: refused"
         );
-        let all = describe(&errors);
+        let all = describe(&errors, 0);
         assert!(
             all.ends_with("10.0.0.1:4: refused; and 2 more addresses"),
             "{all}"
+        );
+        assert_eq!(
+            describe(&errors[..1], 3),
+            "10.0.0.1:1: refused; no time was left for 3 addresses"
         );
     }
 }

@@ -27,6 +27,11 @@ impl Carried {
         self.0.is_written(1)
     }
 
+    /// Whether the request of a call was sent.
+    pub(super) fn has_sent(&self) -> bool {
+        self.0.is_written(1)
+    }
+
     /// Resolves when the server has served a call. A connection whose peer announced its end may
     /// still carry responses.
     pub(crate) async fn wait_until_served(&self) {

@@ -13,7 +13,8 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout_at};
 use tower::{Service, ServiceExt};
 
-use super::addresses::{describe, race};
+use super::address_order::AddressOrder;
+use super::addresses::connect_to_any;
 use super::advertised_limit::AdvertisedLimit;
 use super::carried::Carried;
 use super::connect::{Connect, Connection, Ended};
@@ -95,19 +96,33 @@ impl Connect for Connector {
             let open = async { Ok(Box::new(UnixStream::connect(path).await?) as BoxIo) };
             return self.establish(target, open, deadline).await;
         }
-        let addresses = self.look_up(target, deadline).await?;
-        let addresses = target.last_winner.order(&addresses);
-        let attempts = race(addresses, deadline, |address| {
+        let found = self.look_up(target, deadline).await?;
+        let order = &target.address_order;
+        let (address, connection) = connect_to_any(order, &found, deadline, |address| {
             let open = async move {
                 let stream = tcp::connect(address, &self.settings).await?;
                 Ok(Box::new(stream) as BoxIo)
             };
             self.establish(target, open, deadline)
-        });
-        let (address, connection) = attempts.await.map_err(|errors| describe(&errors))?;
-        target.last_winner.set(address);
-        Ok(connection)
+        })
+        .await?;
+        Ok(match found.len() {
+            1 => connection,
+            _ => record_end(order.clone(), address, connection),
+        })
     }
+}
+
+/// Lets the end of a connection decide whether its address is tried first or last next time.
+fn record_end(order: AddressOrder, address: SocketAddr, connection: Connection) -> Connection {
+    let connected = Instant::now();
+    let Connection { sender, ended } = connection;
+    let ended = Box::pin(async move {
+        let ended = ended.await;
+        order.record_end(address, connected.elapsed(), &ended.carried);
+        ended
+    });
+    Connection { sender, ended }
 }
 
 impl Connector {

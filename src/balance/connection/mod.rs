@@ -14,6 +14,7 @@
 //!
 //! [`Connect`] is the seam to the pool: its unit tests use a scripted connector and no network.
 
+mod address_order;
 mod addresses;
 mod advertised_limit;
 mod cancelled_streams;

@@ -14,7 +14,7 @@ use super::lookup::Lookups;
 use super::*;
 use crate::instance::Instance;
 
-/// What a server does with a connection.
+/// How a server treats a connection.
 #[derive(Clone, Copy, PartialEq)]
 enum Behaviour {
     Http2,
@@ -24,6 +24,8 @@ enum Behaviour {
     Http1,
     /// Sends part of an HTTP/2 SETTINGS frame and nothing more.
     HalfFrame,
+    /// Completes the HTTP/2 handshake and closes the connection, as a proxy without a backend.
+    Greets,
 }
 
 /// The servers of one name. The n-th listens on 127.0.0.n, from 1 on.
@@ -128,6 +130,11 @@ async fn serve(mut io: TcpStream, behaviour: Behaviour) {
             while h2.accept().await.is_some() {}
             return;
         }
+        Behaviour::Greets => {
+            io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+            io.shutdown().await.unwrap();
+            b""
+        }
         Behaviour::Silent => b"",
         Behaviour::Closes => return,
         Behaviour::Http1 => b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n",
@@ -174,6 +181,21 @@ async fn lost_winner_gives_way_to_the_others() {
     assert_eq!(servers.accepted(), [2, 1, 1]);
     connector.connect(&target).await.unwrap();
     assert_eq!(servers.accepted(), [2, 1, 2]);
+}
+
+#[tokio::test]
+async fn address_that_greets_and_closes_is_tried_last() {
+    let servers = Servers::start(&[Behaviour::Greets, Behaviour::Greets, Behaviour::Http2]).await;
+    let (connector, target) = servers.connector();
+    for _ in 0..2 {
+        let greeted = connector.connect(&target).await.unwrap();
+        // On a machine that stands still for 250 ms, the third may be the first to complete.
+        if servers.accepted()[2] == 0 {
+            greeted.ended.await;
+        }
+    }
+    connector.connect(&target).await.unwrap();
+    assert_ne!(servers.accepted()[2], 0);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use http::Uri;
 use http::uri::{Authority, Scheme};
 
-use super::addresses::LastWinner;
+use super::address_order::AddressOrder;
 use super::ping_interval::Doublings;
 use crate::instance::{Instance, validate_address};
 
@@ -17,8 +17,8 @@ pub(crate) struct Target {
     pub(crate) scheme: Scheme,
     /// The `:authority` of calls, unless the channel has an origin.
     pub(crate) authority: Authority,
-    /// Which address of the host connected last.
-    pub(super) last_winner: LastWinner,
+    /// The order in which the addresses of the host are tried.
+    pub(super) address_order: AddressOrder,
     /// How often the server has asked for fewer pings.
     pub(super) doublings: Doublings,
 }
@@ -48,7 +48,7 @@ impl Target {
             address: address.into(),
             scheme,
             authority,
-            last_winner: LastWinner::default(),
+            address_order: AddressOrder::default(),
             doublings: Doublings::default(),
         })
     }

@@ -68,7 +68,24 @@ async fn source_of_addresses_serves_with_settings() -> TestResult {
     Ok(())
 }
 
-/// A source of the user is not checked when it is made, but each instance before it is called.
+#[tokio::test]
+async fn list_may_repeat_an_address_and_may_be_empty() -> TestResult {
+    let server = EchoServer::start();
+    let twice = [server.address(), server.address()];
+    let channel = BalancedChannel::from_endpoints(twice)?;
+    wait_until_ready(&channel, 1).await;
+    assert_eq!(channel.endpoints().len(), 1);
+    let source = Source::addresses(Vec::<String>::new())?;
+    let channel = BalancedChannel::builder(source)
+        .ready_timeout(Duration::from_millis(100))
+        .build()?;
+    let status = call(&channel).await.unwrap_err();
+    let text = status.message();
+    assert!(text.contains("no instances under the fixed list"), "{text}");
+    Ok(())
+}
+
+/// The instances of a source are checked before they are called, not when the source is made.
 #[tokio::test]
 async fn uncallable_instance_of_a_source_is_unusable() -> TestResult {
     let server = EchoServer::start();
@@ -112,7 +129,7 @@ async fn names_that_do_not_resolve_take_few_threads() -> TestResult {
         tokio::time::sleep(Duration::from_millis(1)).await;
         most = most.max(threads());
     }
-    // 16 look-ups, and a few that are just ending.
+    // At most 16 look-ups, and a few threads that are just ending.
     assert!(most <= before + 24, "{before} threads became {most}");
     drop(channel);
     Ok(())
