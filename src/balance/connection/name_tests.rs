@@ -93,10 +93,15 @@ impl Servers {
 
     /// A connector for which the name has the servers' addresses, and the name's target.
     fn connector(&self) -> (Connector, Target) {
-        let count = self.tasks.len();
-        let lookups = Lookups::new(move |_: &str| Ok((0..count).map(|n| address(n, 0)).collect()));
+        let found = (0..self.tasks.len()).map(|n| address(n, 0)).collect();
+        self.connector_to(found, Duration::from_secs(30))
+    }
+
+    /// A connector for which the name has these addresses.
+    fn connector_to(&self, found: Vec<SocketAddr>, timeout: Duration) -> (Connector, Target) {
+        let lookups = Lookups::new(move |_: &str| Ok(found.clone()));
         let settings = ConnectionSettings {
-            connect_timeout: Duration::from_secs(30),
+            connect_timeout: timeout,
             ..ConnectionSettings::default()
         };
         let connector = Connector::new(settings, None, None).with_lookups(lookups);
@@ -209,4 +214,29 @@ async fn error_has_the_reason_of_each_address() {
     }
     assert_eq!(error.split("; ").count(), 2, "{error}");
     assert_eq!(servers.accepted(), [1, 1]);
+}
+
+#[tokio::test]
+async fn timeout_names_the_step_of_each_address() {
+    let servers = Servers::start(&[Behaviour::Silent, Behaviour::HalfFrame]).await;
+    let found = vec![address(0, 0), address(1, 0)];
+    let (connector, target) = servers.connector_to(found, Duration::from_secs(2));
+    let error = connector.connect(&target).await.err().unwrap();
+    for index in 0..2 {
+        let address = address(index, servers.port);
+        let reason = format!("{address}: the HTTP/2 handshake took more than 2s");
+        assert!(error.contains(&reason), "{error}");
+    }
+}
+
+/// The addresses are for documentation (RFC 3849), so nothing responds there.
+#[tokio::test]
+async fn unreachable_ipv6_addresses_are_passed_over() {
+    let servers = Servers::start(&[Behaviour::Http2]).await;
+    let documentation = ["[2001:db8::1]:0", "[2001:db8::2]:0"];
+    let unreachable = documentation.map(|text| text.parse().unwrap());
+    let found = [&unreachable[..], &[address(0, 0)]].concat();
+    let (connector, target) = servers.connector_to(found, Duration::from_secs(30));
+    connector.connect(&target).await.unwrap();
+    assert_eq!(servers.accepted(), [1]);
 }

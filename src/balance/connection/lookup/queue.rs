@@ -7,8 +7,8 @@
 //! | look-ups at a time                                  | process | channel |
 //! |-----------------------------------------------------|---------|---------|
 //! | all                                                 |      16 |      12 |
-//! | of names that did not resolve within 1 s last time  |      12 |      10 |
-//! | of these, of names that did not resolve             |       8 |       6 |
+//! | of names that did not resolve within 1 s last time  |      12 |       8 |
+//! | of these, of names that did not resolve             |       8 |       4 |
 //!
 //! Within these limits the channels take turns, and each serves its names in the order in which
 //! they were first wanted.
@@ -16,13 +16,16 @@
 //! The longest that a name waits for a thread, if every hanging look-up takes the time T (glibc's
 //! resolver: 10 s for each name server that does not respond):
 //!
-//! - a name that resolved within 1 s last time does not wait, regardless of how many others hang,
-//!   unless 12 of these did so too and hang now;
-//! - a new name does not wait while the names of only one other channel hang. Etcd's clients have
-//!   channels of their own, so their names do not wait for those of services. If C channels have
-//!   hanging names, T for every 12 of C + 1;
-//! - a new name behind N new names of the same channel that hang: T for every 10 of these, which is
-//!   1,000 s for 1,000 names and T = 10 s. They are failing names the next time.
+//! - A name that resolved within 1 s last time does not wait for names that did not, because 4
+//!   threads are for such names alone, in its channel and in the process. If N of these hang now
+//!   and were wanted before it in its channel, the name waits T for every 4 of them.
+//! - A new name does not wait for names of another channel that hang, because 4 threads are for
+//!   other channels. If C channels have hanging names, the name waits T for every 12 of C + 1.
+//!   Etcd's clients have channels of their own, so that the names of services do not delay theirs.
+//! - A new name behind N new names of its channel that hang waits T for every 8 of them: 1,250 s
+//!   for 1,000 names and T = 10 s. If it is behind failing names that hang as well, for every 4.
+//!   Next time all of these are failing names, and do not delay new ones.
+//! - A failing name behind N failing names of its channel that hang waits T for every 4 of them.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -40,7 +43,7 @@ type Limits = [usize; 3];
 pub(super) const OF_PROCESS: Limits = [16, 12, 8];
 
 /// The limits of one channel.
-pub(super) const OF_CHANNEL: Limits = [12, 10, 6];
+pub(super) const OF_CHANNEL: Limits = [12, 8, 4];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct ChannelId(u64);
