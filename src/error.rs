@@ -263,7 +263,7 @@ pub enum Error {
     RuntimeEnded {
         /// The operation, with its key or id.
         operation: String,
-        /// What lost its tasks, such as `the client`.
+        /// The object that lost its tasks, such as `the client`.
         what: &'static str,
     },
 
@@ -274,7 +274,7 @@ pub enum Error {
     NoRuntime {
         /// The operation, with its key or id.
         operation: String,
-        /// What to do.
+        /// The remedy, which the message ends with.
         remedy: &'static str,
     },
 

@@ -14,7 +14,7 @@ const GRPC: &[u8] = b"application/grpc";
 /// How many characters of a content type a message shows. The peer chooses the type.
 const MAX_SHOWN: usize = 100;
 
-/// What the head of a response decides.
+/// The part of a call's result that the head of a response decides.
 #[derive(Debug)]
 pub(super) enum ResponseHead {
     /// Messages and trailers follow.

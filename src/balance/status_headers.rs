@@ -12,7 +12,7 @@ pub(super) const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
 const GRPC_STATUS_DETAILS: &str = "grpc-status-details-bin";
 
-/// What a `grpc-message` must encode besides bytes that are not ASCII ("gRPC over HTTP2",
+/// The bytes that a `grpc-message` must encode besides bytes that are not ASCII ("gRPC over HTTP2",
 /// Responses).
 const ENCODED: &AsciiSet = &CONTROLS.add(b'%');
 
@@ -74,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    /// What tonic makes of the headers.
+    /// The status that tonic reads from the headers.
     fn parse(headers: &[(&'static str, &[u8])]) -> Status {
         let mut map = HeaderMap::new();
         for (name, value) in headers {

@@ -39,7 +39,7 @@ fn runtime() -> Runtime {
         .unwrap()
 }
 
-/// What `build` makes on a runtime that has ended afterwards.
+/// The result of `build` on a runtime that has ended afterwards.
 fn on_ended_runtime<T>(build: impl AsyncFnOnce() -> T) -> T {
     let runtime = runtime();
     runtime.block_on(build())

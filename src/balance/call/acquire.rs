@@ -1,4 +1,4 @@
-//! What a call waits for: a permit of the channel, and a stream on a ready endpoint.
+//! The two waits of a call: for a permit of the channel, and for a stream on a ready endpoint.
 
 use std::sync::Arc;
 

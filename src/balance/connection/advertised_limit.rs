@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::frames::{HEADER, MAX_HEADER_LIST_SIZE, SETTINGS};
 
-/// What a client sends before its first frame (RFC 9113, section 3.4).
+/// The bytes that a client sends before its first frame (RFC 9113, section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// An I/O of a client that replaces `SETTINGS_MAX_HEADER_LIST_SIZE` in its SETTINGS.

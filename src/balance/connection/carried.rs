@@ -1,4 +1,4 @@
-//! What a connection carried.
+//! The calls that a connection carried.
 
 use std::sync::Arc;
 

@@ -21,7 +21,7 @@ const READABLE: u32 = (1 << 20) + (1 << 16);
 /// of a few hundred bytes.
 pub(super) const LARGE_BLOCK: usize = 1 << 16;
 
-/// What each header adds to a list beside its name and value (RFC 9113, section 6.5.2).
+/// The bytes that each header adds to a list beside its name and value (RFC 9113, section 6.5.2).
 const ENTRY: usize = 32;
 
 /// The size of `:status`.

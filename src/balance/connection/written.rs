@@ -5,7 +5,7 @@
 
 use super::frames::{HEADER, HEADERS};
 
-/// What a client sends before its first frame (RFC 9113, section 3.4).
+/// The bytes that a client sends before its first frame (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
 
 /// Finds the HEADERS in the bytes that a client writes.

@@ -510,7 +510,7 @@ mod publications {
     async fn of_a_large_set_merge_changes() {
         let small = while_failing(100).await;
         assert!((90..=110).contains(&small), "{small}");
-        // One each 2 ms.
+        // An attempt every 2 ms.
         let large = while_failing(2_000).await;
         assert!((600..=1_100).contains(&large), "{large}");
     }

@@ -33,7 +33,7 @@ fn server(limit: u32) -> EchoServer {
     })
 }
 
-/// What one task of a closed loop did.
+/// The calls of one task in a closed loop.
 #[derive(Debug, Default)]
 struct TaskReport {
     calls: u64,

@@ -93,7 +93,7 @@ async fn graceful_goaway_may_exclude_a_call_many_times() {
     assert!(server.accepted() >= CALLERS);
 }
 
-/// What a server of hand-written frames responds with.
+/// A response of a server of hand-written frames.
 #[derive(Debug, Clone, Copy)]
 enum Odd {
     Informational,

@@ -500,7 +500,7 @@ mod no_time_left {
         let (server, received) = counter().await;
         let channel = static_channel([server.address()], |builder| builder);
         wait_until_ready(&channel, 1).await;
-        // One nanosecond has passed when the call looks for an endpoint.
+        // A nanosecond has passed when the call looks for an endpoint.
         for value in ["0n", "0u", "0m", "0S", "0M", "0H", "00000000S", "1n"] {
             for _ in 0..20 {
                 let mut request = Request::new(hello());

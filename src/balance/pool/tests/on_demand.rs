@@ -107,13 +107,13 @@ async fn attempts_of_short_calls(server: Script, lifetime: Duration) -> usize {
 
 #[tokio::test(start_paused = true)]
 async fn short_calls_make_no_tight_loop() {
-    // One after each of the pauses, which are 1 s, 1.6 s and so on.
+    // An attempt after each of the pauses, which are 1 s, 1.6 s and so on.
     let refused = attempts_of_short_calls(REFUSE, Duration::ZERO).await;
     assert!((5..=10).contains(&refused), "{refused}");
     // Two more at the beginning, and one for a call in every second pause.
     let greeted = attempts_of_short_calls(Script::Accept, MILLISECOND).await;
     assert!((8..=20).contains(&greeted), "{greeted}");
-    // One in each second.
+    // An attempt in each second.
     let idle = attempts_of_short_calls(Script::Accept, 150 * MILLISECOND).await;
     assert!((8..=65).contains(&idle), "{idle}");
 }

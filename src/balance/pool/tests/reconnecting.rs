@@ -1,4 +1,4 @@
-//! What follows the end of a connection.
+//! The next attempt to connect after the end of a connection.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What callers are told of the GOAWAY that ended a connection.
+//! The texts that tell callers of the GOAWAY that ended a connection.
 
 use tonic::Code;
 
