@@ -11,17 +11,17 @@ use helloworld::echo::echo_client::EchoClient;
 use tonic::{Code, Request, Status};
 
 use crate::support::PATIENCE;
-use crate::support::balanced::{call, hello, in_flight, static_channel, wait_until_ready};
+use crate::support::balanced::{
+    call, calls_in_flight, hello, in_flight, static_channel, wait_until_ready,
+};
 use crate::support::echo::EchoServer;
 use crate::support::frames::{
-    CONTINUATION, DATA, END_HEADERS, FrameConnection, FrameServer, HEADERS, MAX_HEADER_LIST_SIZE,
-    SETTINGS, frame, header_frames,
+    CONTINUATION, DATA, END_HEADERS, FrameConnection, FrameServer, GRPC_HEAD, HEADERS,
+    MAX_HEADER_LIST_SIZE, SETTINGS, frame, header_frames,
 };
 use crate::support::wait_until;
 
 const MIB: usize = 1024 * 1024;
-
-const GRPC_HEAD: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
 
 /// How many other calls are in flight.
 const OTHERS: usize = 60;
@@ -168,18 +168,18 @@ async fn respond_large(
     let status: [(&str, &[u8]); 2] = [("grpc-message", message), ("grpc-status", b"9")];
     match part {
         Part::Head => {
-            let head = [&GRPC_HEAD[..], &[("x-large", message)]].concat();
+            let head = [GRPC_HEAD, &[("x-large", message)]].concat();
             connection.send_headers(stream, &head, false).await?;
             connection.write_frame(DATA, 0, stream, &[0; 5]).await?;
             let end: [(&str, &[u8]); 1] = [("grpc-status", b"0")];
             connection.send_headers(stream, &end, true).await
         }
         Part::Trailers => {
-            connection.send_headers(stream, &GRPC_HEAD, false).await?;
+            connection.send_headers(stream, GRPC_HEAD, false).await?;
             connection.send_headers(stream, &status, true).await
         }
         Part::TrailersOnly => {
-            let head = [&GRPC_HEAD[..], &status].concat();
+            let head = [GRPC_HEAD, &status].concat();
             connection.send_headers(stream, &head, true).await
         }
     }
@@ -217,16 +217,7 @@ async fn large_response_fails_alone() {
                 channel.retry(RetryPolicy::new(5))
             });
             wait_until_ready(&channel, 1).await;
-            let others: Vec<_> = (0..OTHERS)
-                .map(|_| {
-                    let channel = channel.clone();
-                    tokio::spawn(async move { call(&channel).await })
-                })
-                .collect();
-            wait_until("the others are in flight", async || {
-                in_flight(&channel) == OTHERS
-            })
-            .await;
+            let others = calls_in_flight(&channel, OTHERS).await;
             let status = call(&channel).await.unwrap_err();
             assert_too_large(&status, "http2_max_header_list_size, 16384 bytes");
             for other in join_all(others).await {
@@ -359,7 +350,7 @@ async fn call_with_unreadable_headers_is_not_sent_again() {
                                     respond_large(&mut connection, stream, part, &large).await?;
                                 }
                                 None => {
-                                    let head = [&GRPC_HEAD[..], &[("x-large", &large)]].concat();
+                                    let head = [GRPC_HEAD, &[("x-large", &large)]].concat();
                                     let frames = in_small_frames(stream, &head);
                                     connection.write_bytes(&frames).await?;
                                 }

@@ -2,22 +2,24 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::stream;
 use goo_etcd::BalancedChannel;
 use goo_etcd::balance::{BalancePolicy, RetryPolicy};
+use h2::server::SendResponse;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
+use http::Response;
 use tonic::{Code, Status};
 
 use crate::support::PATIENCE;
 use crate::support::balanced::{call, hello, static_channel, status_of, wait_until_ready};
 use crate::support::echo::EchoServer;
-use crate::support::frames::{DATA, FrameServer, HEADERS, RST_STREAM};
+use crate::support::frames::{DATA, FrameServer, GRPC_HEAD, HEADERS, RST_STREAM};
+use crate::support::raw::RawServer;
 
 /// Headers of a response.
 type Headers = &'static [(&'static str, &'static [u8])];
-
-const GRPC_HEAD: Headers = &[(":status", b"200"), ("content-type", b"application/grpc")];
 
 /// A server that responds to every request with this page, whose body never ends.
 async fn endless_page(http: &'static str, content_type: Option<&'static str>) -> FrameServer {
@@ -128,22 +130,42 @@ async fn stream_of_a_page_is_reset() {
     assert_eq!(stream.expect("the stream is reset"), Some(1));
 }
 
-/// A page of a proxy is retried like the status that it stands for, and counts against its endpoint.
-#[tokio::test]
-async fn page_is_retried_on_another_endpoint() {
-    let proxy = endless_page("503", Some("text/html")).await;
+/// Asserts that calls which fail at one server are retried at a healthy one, and count against the
+/// first.
+async fn assert_retried(failing: &str) {
     let server = EchoServer::start();
-    let channel = static_channel([proxy.address(), server.address()], |channel| {
+    let channel = static_channel([failing, server.address()], |channel| {
         channel
             .policy(BalancePolicy::RoundRobin)
             .retry(RetryPolicy::new(2))
     });
     wait_until_ready(&channel, 2).await;
-    for _ in 0..10 {
+    for _ in 0..20 {
         assert_eq!(call(&channel).await.unwrap(), server.address());
     }
-    let latency = status_of(&channel, proxy.address()).unwrap().latency;
+    let latency = status_of(&channel, failing).unwrap().latency;
     assert!(latency > Some(Duration::from_millis(500)), "{latency:?}");
+}
+
+/// A page of a proxy is retried like the status that it stands for.
+#[tokio::test]
+async fn page_is_retried_on_another_endpoint() {
+    let proxy = endless_page("503", Some("text/html")).await;
+    assert_retried(proxy.address()).await;
+}
+
+#[tokio::test]
+async fn http_error_without_a_body_is_retried() {
+    let proxy = RawServer::start(async |_, mut respond: SendResponse<Bytes>| {
+        let unavailable = Response::builder().status(503).body(()).unwrap();
+        respond.send_response(unavailable, true).unwrap();
+    })
+    .await;
+    assert_retried(proxy.address()).await;
+
+    let alone = static_channel([proxy.address()], |channel| channel);
+    let status = call(&alone).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
 }
 
 /// A server that ends every response with these headers, in the head or in trailers.
@@ -213,14 +235,5 @@ async fn message_that_is_not_utf8_keeps_the_code() {
 async fn message_that_is_not_utf8_does_not_prevent_a_retry() {
     let end: Headers = &[("grpc-status", b"14"), ("grpc-message", b"caf\xe9")];
     let failing = ending_with(end, true).await;
-    let server = EchoServer::start();
-    let channel = static_channel([failing.address(), server.address()], |channel| {
-        channel
-            .policy(BalancePolicy::RoundRobin)
-            .retry(RetryPolicy::new(2))
-    });
-    wait_until_ready(&channel, 2).await;
-    for _ in 0..10 {
-        assert_eq!(call(&channel).await.unwrap(), server.address());
-    }
+    assert_retried(failing.address()).await;
 }

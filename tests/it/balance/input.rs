@@ -136,31 +136,6 @@ async fn draining_applies_while_a_replacement_connects() {
 }
 
 #[tokio::test]
-async fn http_error_without_grpc_is_a_failure() {
-    let web = RawServer::start(async |_, mut respond: h2::server::SendResponse<_>| {
-        let unavailable = Response::builder().status(503).body(()).unwrap();
-        respond.send_response(unavailable, true).unwrap();
-    })
-    .await;
-    let server = EchoServer::start();
-    let channel = static_channel([web.address(), server.address()], |builder| {
-        builder
-            .policy(BalancePolicy::RoundRobin)
-            .retry(RetryPolicy::new(2))
-    });
-    wait_until_ready(&channel, 2).await;
-    for _ in 0..20 {
-        assert_eq!(call(&channel).await.unwrap(), server.address());
-    }
-    let latency = status_of(&channel, web.address()).unwrap().latency;
-    assert!(latency > Some(Duration::from_millis(500)), "{latency:?}");
-
-    let alone = static_channel([web.address()], |builder| builder);
-    let error = call(&alone).await.unwrap_err();
-    assert_eq!(error.code(), Code::Unavailable);
-}
-
-#[tokio::test]
 async fn failed_stream_does_not_count_its_length_as_latency() {
     let mut server = EchoServer::start();
     let channel = static_channel([server.address()], |builder| builder);

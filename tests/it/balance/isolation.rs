@@ -12,9 +12,9 @@ use tonic::Code;
 
 use crate::support::PATIENCE;
 use crate::support::balanced::{call, hello, static_channel, wait_until_ready};
-use crate::support::frames::{DATA, END_STREAM, FrameServer, HEADERS, NO_ERROR, REFUSED_STREAM};
-
-const GRPC_HEAD: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
+use crate::support::frames::{
+    DATA, END_STREAM, FrameServer, GRPC_HEAD, HEADERS, NO_ERROR, REFUSED_STREAM,
+};
 
 /// A server that refuses every stream after a time, and the number of streams.
 async fn refusing(after: Duration) -> (FrameServer, Arc<AtomicUsize>) {
@@ -137,12 +137,12 @@ async fn odd_server(odd: Odd) -> FrameServer {
                     continue;
                 }
                 Odd::ForbiddenHeader => {
-                    let head = [&GRPC_HEAD[..], &[("connection", b"close")]].concat();
+                    let head = [GRPC_HEAD, &[("connection", b"close")]].concat();
                     connection.send_headers(stream, &head, true).await?;
                     continue;
                 }
             };
-            connection.send_headers(stream, &GRPC_HEAD, false).await?;
+            connection.send_headers(stream, GRPC_HEAD, false).await?;
             let is_end = if trailers.is_empty() { END_STREAM } else { 0 };
             connection
                 .write_frame(DATA, is_end, stream, &[0; 5])

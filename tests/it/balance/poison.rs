@@ -12,7 +12,9 @@ use helloworld::echo::echo_client::EchoClient;
 use tokio::sync::Notify;
 use tonic::Code;
 
-use crate::support::balanced::{Load, call, in_flight, static_channel, wait_until_ready};
+use crate::support::balanced::{
+    Load, call, calls_in_flight, in_flight, static_channel, wait_until_ready,
+};
 use crate::support::frames::{
     DATA, ENHANCE_YOUR_CALM, FrameConnection, FrameServer, PROTOCOL_ERROR, REFUSED_STREAM,
 };
@@ -75,16 +77,7 @@ async fn poison_call_fails_alone_and_breaks_two_connections() {
             }
         });
         wait_until_ready(&channel, SERVERS).await;
-        let others: Vec<_> = (0..OTHERS)
-            .map(|_| {
-                let channel = channel.clone();
-                tokio::spawn(async move { call(&channel).await })
-            })
-            .collect();
-        wait_until("the others are in flight", async || {
-            in_flight(&channel) == OTHERS
-        })
-        .await;
+        let others = calls_in_flight(&channel, OTHERS).await;
         let mut client = EchoClient::new(channel.clone());
         let status = client.unary(poison()).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable, "{status}");

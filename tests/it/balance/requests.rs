@@ -1,6 +1,5 @@
 //! Requests as callers really make them: empty streams, headers copied from HTTP/1, no time left.
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
@@ -20,7 +19,7 @@ use http::{HeaderMap, Response, Uri};
 use http_body_util::BodyExt;
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::io::DuplexStream;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
@@ -32,6 +31,7 @@ use crate::support::balanced::{
     call, call_with_timeout, hello, static_channel, status_of, wait_until_ready,
 };
 use crate::support::echo::{EchoServer, EchoService};
+use crate::support::io::{Access, FaultyTcp};
 use crate::support::raw::{RawServer, respond_ok};
 use crate::support::{find_etcd, wait_for, wait_until};
 
@@ -214,16 +214,23 @@ mod panics {
     use super::*;
 
     /// Where a connector panics.
-    #[derive(Clone, Copy)]
+    #[derive(Clone, Copy, PartialEq)]
     enum At {
         Ready,
         Call,
         Future,
-        Read,
-        Write,
+        Io(Access),
     }
 
-    const EVERYWHERE: [At; 5] = [At::Ready, At::Call, At::Future, At::Read, At::Write];
+    const EVERYWHERE: [At; 5] = [
+        At::Ready,
+        At::Call,
+        At::Future,
+        At::Io(Access::Read),
+        At::Io(Access::Write),
+    ];
+
+    type Check = Box<dyn Fn(Access) -> std::io::Result<()> + Send>;
 
     /// A connector over TCP that panics in its first attempts.
     #[derive(Clone)]
@@ -245,69 +252,30 @@ mod panics {
     }
 
     impl Service<Uri> for Panicking {
-        type Response = TokioIo<PanickingIo>;
+        type Response = TokioIo<FaultyTcp<Check>>;
         type Error = std::io::Error;
         type Future = BoxFuture<'static, std::io::Result<Self::Response>>;
 
         fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
             let attempt = self.attempts.fetch_add(1, Ordering::SeqCst);
-            assert!(
-                attempt >= self.panics || !matches!(self.at, At::Ready),
-                "no route"
-            );
+            assert!(attempt >= self.panics || self.at != At::Ready, "no route");
             Poll::Ready(Ok(()))
         }
 
         fn call(&mut self, uri: Uri) -> Self::Future {
             let panics = self.attempts.load(Ordering::SeqCst) <= self.panics;
-            assert!(!panics || !matches!(self.at, At::Call), "no route");
+            assert!(!panics || self.at != At::Call, "no route");
             let at = self.at;
             Box::pin(async move {
                 tokio::task::yield_now().await;
-                assert!(!panics || !matches!(at, At::Future), "no route");
-                let io = TcpStream::connect(uri.authority().unwrap().as_str()).await?;
-                let panics = panics.then_some(at);
-                Ok(TokioIo::new(PanickingIo { io, panics }))
+                assert!(!panics || at != At::Future, "no route");
+                let tcp = TcpStream::connect(uri.authority().unwrap().as_str()).await?;
+                let check: Check = Box::new(move |access| {
+                    assert!(!panics || at != At::Io(access), "no route");
+                    Ok(())
+                });
+                Ok(TokioIo::new(FaultyTcp::new(tcp, check)))
             })
-        }
-    }
-
-    /// TCP whose reads or writes may panic.
-    struct PanickingIo {
-        io: TcpStream,
-        panics: Option<At>,
-    }
-
-    impl AsyncRead for PanickingIo {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<std::io::Result<()>> {
-            assert!(!matches!(self.panics, Some(At::Read)), "no route");
-            Pin::new(&mut self.io).poll_read(cx, buf)
-        }
-    }
-
-    impl AsyncWrite for PanickingIo {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &[u8],
-        ) -> Poll<std::io::Result<usize>> {
-            assert!(!matches!(self.panics, Some(At::Write)), "no route");
-            Pin::new(&mut self.io).poll_write(cx, buf)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-            Pin::new(&mut self.io).poll_flush(cx)
-        }
-
-        fn poll_shutdown(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-        ) -> Poll<std::io::Result<()>> {
-            Pin::new(&mut self.io).poll_shutdown(cx)
         }
     }
 

@@ -1,10 +1,8 @@
 //! Connections: kinds of sockets, GOAWAY, changed addresses, backoff.
 
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use crate::support::balanced::{
@@ -12,6 +10,7 @@ use crate::support::balanced::{
     unused_address, wait_until_ready,
 };
 use crate::support::echo::{EchoServer, EchoService, Options};
+use crate::support::io::{Access, FaultyTcp};
 use crate::support::raw::RawServer;
 use crate::support::wait_until;
 use futures::channel::mpsc;
@@ -22,7 +21,6 @@ use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use http::Uri;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Code;
@@ -429,43 +427,6 @@ async fn connect_backoff_follows_grpc() {
     wait_until("ten attempts", async || seen() >= before + 10).await;
 }
 
-/// A connection whose writes can be made to fail, as after the peer has closed its end.
-struct Breakable {
-    io: tokio::net::TcpStream,
-    broken: Arc<AtomicBool>,
-}
-
-impl AsyncRead for Breakable {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Breakable {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        if self.broken.load(Ordering::SeqCst) {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
-        }
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
 #[tokio::test]
 async fn responses_are_read_after_a_write_error() {
     let server = EchoServer::start();
@@ -476,8 +437,15 @@ async fn responses_are_read_after_a_write_error() {
         let broken = Arc::clone(&breaks);
         let address = address.clone();
         async move {
-            let io = tokio::net::TcpStream::connect(address).await?;
-            Ok::<_, io::Error>(TokioIo::new(Breakable { io, broken }))
+            let tcp = tokio::net::TcpStream::connect(address).await?;
+            // Writes fail as after the peer has closed its end.
+            let check = move |access| match access {
+                Access::Write if broken.load(Ordering::SeqCst) => {
+                    Err(io::ErrorKind::BrokenPipe.into())
+                }
+                _ => Ok(()),
+            };
+            Ok::<_, io::Error>(TokioIo::new(FaultyTcp::new(tcp, check)))
         }
     });
     let channel = static_channel(["breaks:1"], |builder| builder.connector(connector));

@@ -12,7 +12,7 @@ use goo_etcd::{BalancedChannel, Instance};
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
 use tokio::net::TcpSocket;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::{Request, Status};
 
 use super::{PATIENCE, wait_until};
@@ -116,6 +116,22 @@ pub async fn call_with_timeout(
     request.set_timeout(limit);
     let reply = EchoClient::new(channel.clone()).unary(request).await?;
     Ok(reply.into_inner().server)
+}
+
+/// Starts calls, and waits until all of them are in flight.
+pub async fn calls_in_flight(
+    channel: &BalancedChannel,
+    count: usize,
+) -> Vec<JoinHandle<Result<String, Status>>> {
+    let before = in_flight(channel);
+    let start = |_| {
+        let channel = channel.clone();
+        tokio::spawn(async move { call(&channel).await })
+    };
+    let calls = (0..count).map(start).collect();
+    let all = async || in_flight(channel) == before + count;
+    wait_until("the calls are in flight", all).await;
+    calls
 }
 
 /// A call that failed.

@@ -1,7 +1,5 @@
 //! Servers of hand-written HTTP/2 frames, for peers that no library plays.
 
-#![allow(dead_code)]
-
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -38,6 +36,10 @@ pub const ENHANCE_YOUR_CALM: u32 = 0xb;
 pub const MAX_CONCURRENT_STREAMS: u16 = 0x3;
 pub const INITIAL_WINDOW_SIZE: u16 = 0x4;
 pub const MAX_HEADER_LIST_SIZE: u16 = 0x6;
+
+/// The head of a gRPC response that messages follow.
+pub const GRPC_HEAD: &[(&str, &[u8])] =
+    &[(":status", b"200"), ("content-type", b"application/grpc")];
 
 /// A server whose connections a closure handles, each in a task of its own.
 pub struct FrameServer {
@@ -240,11 +242,7 @@ impl FrameConnection {
 
     /// Sends a response without messages.
     pub async fn respond_status(&mut self, stream: u32, code: &str) -> io::Result<()> {
-        let headers: [(&str, &[u8]); 3] = [
-            (":status", b"200"),
-            ("content-type", b"application/grpc"),
-            ("grpc-status", code.as_bytes()),
-        ];
+        let headers = [GRPC_HEAD, &[("grpc-status", code.as_bytes())]].concat();
         self.send_headers(stream, &headers, true).await
     }
 
@@ -283,8 +281,7 @@ pub fn go_away_frame(last_stream: u32, code: u32, debug_data: &str) -> Vec<u8> {
 }
 
 pub fn ok_response(stream: u32) -> Vec<u8> {
-    let head: [(&str, &[u8]); 2] = [(":status", b"200"), ("content-type", b"application/grpc")];
-    let mut bytes = header_frames(stream, &head, false);
+    let mut bytes = header_frames(stream, GRPC_HEAD, false);
     bytes.extend(frame(DATA, 0, stream, &[0; 5]));
     bytes.extend(header_frames(stream, &[("grpc-status", b"0")], true));
     bytes

@@ -9,6 +9,7 @@ pub mod frames;
 pub mod greeter;
 pub mod history;
 pub mod interop;
+pub mod io;
 pub mod log;
 pub mod process;
 pub mod raw;
