@@ -35,13 +35,12 @@
 //!   endpoint. Waiting calls are served in the order in which they started.
 //! - **Picking.** A [`BalancePolicy`] picks the endpoint. Every policy honours weights. An instance
 //!   that is draining or has weight 0 gets no new calls.
-//! - **Retrying.** A call that provably reached no server application, because its connection was
-//!   closing or its stream was refused, is sent to another endpoint without the caller's notice (a
-//!   transparent retry, gRFC A6): at most 5 times after REFUSED_STREAM or GOAWAY with an error,
-//!   once if the call may be the reason of that GOAWAY, as the first that it excludes, and at the
-//!   same endpoint only while no other call is in flight there, and until `ready_timeout` after
-//!   GOAWAY(NO_ERROR). A call that a server may have seen is repeated only by
-//!   a [`RetryPolicy`].
+//! - **Retrying.** A call that provably reached no server application is sent to another endpoint
+//!   without the caller's notice (a transparent retry, gRFC A6). After GOAWAY(NO_ERROR) that goes
+//!   on until `ready_timeout`. After REFUSED_STREAM, or GOAWAY with an error, the call is sent again
+//!   at most 5 times. The first call that such a GOAWAY excludes may be its reason; it is sent again
+//!   once, and to the same endpoint only while no other call is in flight there. A call that a
+//!   server may have seen is repeated only by a [`RetryPolicy`].
 //! - **Ending.** A call is in flight until the body of its response ends or is dropped. An endpoint
 //!   that leaves the set, and a connection whose server is shutting down, get no new calls and
 //!   finish the calls in flight on them. The connection closes after the last of these calls, and

@@ -33,7 +33,8 @@ pub enum EndpointState {
     Connecting,
     /// The endpoint is connected and gets calls.
     Ready,
-    /// The last attempt to connect failed, and the channel waits before the next one.
+    /// The channel waits before the next attempt to connect, because the last one failed, or its
+    /// connections ended several times in a row without a response.
     Backoff,
     /// The instance is draining or has weight 0. The endpoint gets no new calls.
     Draining,
