@@ -148,10 +148,12 @@ impl BalancedChannelBuilder {
     /// the streams of a connection. Calls are served in the order in which they started. The call's
     /// own deadline may be earlier. Default 5 s. With zero a call does not wait.
     ///
-    /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints.
-    /// Waiting calls do not speed up the attempts that follow a failed one, which are at most
-    /// [`max_connect_backoff`](Self::max_connect_backoff) apart. For a call to survive the restart
-    /// of the only server, set this to the time of a restart plus one connect backoff.
+    /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints. Time
+    /// that the call has spent at servers before a transparent retry counts as well.
+    ///
+    /// Waiting calls do not shorten the backoff after a failed attempt to connect. For a call to
+    /// survive the restart of the only server, set this to the time of a restart plus
+    /// [`max_connect_backoff`](Self::max_connect_backoff).
     pub fn ready_timeout(mut self, timeout: Duration) -> Self {
         self.ready_timeout = timeout;
         self
@@ -219,10 +221,8 @@ impl BalancedChannelBuilder {
     /// `connect_with_connector`. TLS, if set, is spoken over that I/O.
     ///
     /// For the address `unix:/path` the connector gets `http://localhost/`. Default: TCP, and Unix
-    /// sockets for `unix:` addresses.
-    ///
-    /// The connector sets the options of its sockets. A small `TCP_NOTSENT_LOWAT`, which the channel
-    /// sets on its own, keeps pings from waiting behind a long upload over a slow network.
+    /// sockets for `unix:` addresses. The connector sets the options of its sockets: a small
+    /// `TCP_NOTSENT_LOWAT`, as the channel sets on its own, keeps pings from waiting behind uploads.
     pub fn connector<C>(mut self, connector: C) -> Self
     where
         C: Service<Uri> + Clone + Send + Sync + 'static,
@@ -302,8 +302,8 @@ impl BalancedChannelBuilder {
     /// Sets HTTP/2's flow-control window of a connection, in bytes, from 1 to 2 GiB - 1. The window
     /// is how much of all responses together may wait to be read. Default 2 GiB - 1.
     ///
-    /// Each stream has its own window. With a smaller connection window, a few streams that
-    /// nobody reads (3 with tonic's default of 5 MiB) stop all other calls on the connection.
+    /// With a smaller window, a few streams that nobody reads (3 with tonic's default of 5 MiB) stop
+    /// all other calls on the connection.
     pub fn initial_connection_window_size(mut self, size: u32) -> Self {
         self.settings.initial_connection_window_size = size;
         self
