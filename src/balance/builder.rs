@@ -221,8 +221,10 @@ impl BalancedChannelBuilder {
     /// `connect_with_connector`. TLS, if set, is spoken over that I/O.
     ///
     /// For the address `unix:/path` the connector gets `http://localhost/`. Default: TCP, and Unix
-    /// sockets for `unix:` addresses. The connector sets the options of its sockets: a small
-    /// `TCP_NOTSENT_LOWAT`, as the channel sets on its own, keeps pings from waiting behind uploads.
+    /// sockets for `unix:` addresses.
+    ///
+    /// The connector sets the options of its sockets. A small `TCP_NOTSENT_LOWAT`, which the
+    /// channel sets on its own, keeps pings from waiting behind a long upload over a slow network.
     pub fn connector<C>(mut self, connector: C) -> Self
     where
         C: Service<Uri> + Clone + Send + Sync + 'static,
@@ -302,8 +304,8 @@ impl BalancedChannelBuilder {
     /// Sets HTTP/2's flow-control window of a connection, in bytes, from 1 to 2 GiB - 1. The window
     /// is how much of all responses together may wait to be read. Default 2 GiB - 1.
     ///
-    /// With a smaller window, a few streams that nobody reads (3 with tonic's default of 5 MiB) stop
-    /// all other calls on the connection.
+    /// Each stream has its own window. With a smaller connection window, a few streams that
+    /// nobody reads (3 with tonic's default of 5 MiB) stop all other calls on the connection.
     pub fn initial_connection_window_size(mut self, size: u32) -> Self {
         self.settings.initial_connection_window_size = size;
         self
