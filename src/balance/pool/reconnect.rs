@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn connection_that_waited_for_a_request_gives_the_next_call_an_attempt() {
+    fn server_that_waited_for_a_request_gets_another_attempt() {
         assert_eq!(on_demand_again(2 * GREETING, false), Some(BACKOFF_BASE));
     }
 }
