@@ -94,14 +94,18 @@ impl<C: Connect> ConnectionTask<C> {
             let started = Instant::now();
             let attempt = self.connect_and_hold(&mut reconnect);
             let (error, next) = Turn::run(turn.take(), attempt).await;
-            tracing::debug!(address = %self.endpoint.target.address, %error, "not connected");
+            let address = &*self.endpoint.target.address;
             // The picker is told before a new attempt starts. Calls that have already picked a lost
             // connection get their request back and pick again.
             match next {
-                Next::Now => self.set(SlotState::Replacing { reason: error }),
+                Next::Now => {
+                    tracing::debug!(address, error, "connecting again at once");
+                    self.set(SlotState::Replacing { reason: error });
+                }
                 // gRPC counts the pause from the start of the attempt, because an attempt that took
                 // long to fail has already waited.
                 Next::After { pause, on_demand } => {
+                    tracing::debug!(address, error, ?pause, "backing off");
                     let on_demand = on_demand.map(|after| started + after);
                     turn = self
                         .back_off(error, started + pause, on_demand, &mut reconnect)

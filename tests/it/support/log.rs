@@ -3,10 +3,11 @@
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 
+use tracing::Subscriber;
 use tracing::subscriber::DefaultGuard;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// The lines logged by the current thread.
+/// The lines logged by the current thread, or by the whole process.
 ///
 /// A test that reads its log must run in a child process (see
 /// [`isolate`](super::process::isolate)). `tracing` caches whether an event has a subscriber; if
@@ -19,16 +20,35 @@ impl Log {
     /// Starts to record the events that match `filter`, until the guard is dropped.
     pub fn start(filter: &str) -> (Self, DefaultGuard) {
         let log = Self::default();
-        let subscriber = tracing_subscriber::fmt()
+        let guard = tracing::subscriber::set_default(log.subscriber(filter));
+        (log, guard)
+    }
+
+    /// Starts to record the events of all threads that match `filter`, until the process ends.
+    pub fn start_for_process(filter: &str) -> Self {
+        let log = Self::default();
+        tracing::subscriber::set_global_default(log.subscriber(filter)).unwrap();
+        log
+    }
+
+    fn subscriber(&self, filter: &str) -> impl Subscriber + Send + Sync + use<> {
+        tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(log.clone())
+            .with_writer(self.clone())
             .with_ansi(false)
-            .finish();
-        (log, tracing::subscriber::set_default(subscriber))
+            .finish()
     }
 
     pub fn text(&self) -> String {
         String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+
+    /// How many lines contain `part`.
+    pub fn count(&self, part: &str) -> usize {
+        self.text()
+            .lines()
+            .filter(|line| line.contains(part))
+            .count()
     }
 
     /// The latest line that contains `part`.
