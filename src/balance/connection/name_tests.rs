@@ -240,3 +240,35 @@ async fn unreachable_ipv6_addresses_are_passed_over() {
     connector.connect(&target).await.unwrap();
     assert_eq!(servers.accepted(), [1]);
 }
+
+#[tokio::test]
+async fn timeout_says_whether_the_look_up_had_begun() {
+    let (open, opened) = std::sync::mpsc::channel::<()>();
+    let opened = std::sync::Mutex::new(opened);
+    let lookups = Lookups::new(move |_: &str| {
+        let _ = opened.lock().unwrap().recv();
+        Ok(vec![])
+    });
+    let settings = ConnectionSettings {
+        connect_timeout: Duration::from_millis(200),
+        ..ConnectionSettings::default()
+    };
+    let connector = Connector::new(settings, None, None).with_lookups(lookups);
+    let targets: Vec<Target> = (0..20)
+        .map(|n| Instance::new("echo", format!("name-{n}.example:1")))
+        .map(|instance| Target::new(&instance, false).unwrap())
+        .collect();
+    let attempts = targets.iter().map(|target| connector.connect(target));
+    let results = futures::future::join_all(attempts).await;
+    let errors: Vec<String> = results.into_iter().filter_map(Result::err).collect();
+    let count = |text: &str| {
+        errors
+            .iter()
+            .filter(|error| error.starts_with(text))
+            .count()
+    };
+    // A channel looks up 8 new names at a time.
+    assert_eq!(count("looking up the name took"), 8);
+    assert_eq!(count("waiting for look-ups of other names took"), 12);
+    drop(open);
+}
