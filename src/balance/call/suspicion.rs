@@ -76,7 +76,9 @@ mod tests {
         suspicion.record(SUSPECT, &own, &status);
         assert_eq!(suspicion.check(&own).unwrap_err().message(), "GOAWAY");
         suspicion.check(&other).unwrap();
-        calls.map(InFlight::discard);
+        for call in calls {
+            call.discard();
+        }
         suspicion.check(&own).unwrap();
     }
 }
