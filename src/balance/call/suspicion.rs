@@ -63,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn suspect_is_kept_away_from_calls_of_its_own_endpoint_alone() {
+    fn suspect_is_kept_away_from_calls_of_its_endpoint() {
         let [own, other] = ["a:1", "b:1"].map(endpoint);
         let mut suspicion = Suspicion::default();
         let status = Status::unavailable("GOAWAY");

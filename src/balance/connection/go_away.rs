@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn suspect_is_the_first_excluded_stream_unless_the_text_blames_none() {
+    fn suspect_is_the_first_excluded_stream_if_any() {
         assert_eq!(parse(5, 11, b"").last_suspect(), 7);
         assert_eq!(parse(0, 1, b"too_many_pings").last_suspect(), 2);
         assert_eq!(parse(5, 11, b"too_many_continuations").last_suspect(), 7);

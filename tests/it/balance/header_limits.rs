@@ -290,7 +290,7 @@ fn scattered_header(stream: u32) -> Vec<u8> {
 /// Headers that h2 cannot read may be few bytes, so they must not pass for harmless because the
 /// connection carried large ones before.
 #[tokio::test]
-async fn small_unreadable_headers_after_large_ones_are_not_asked_for_again() {
+async fn small_unreadable_headers_are_not_asked_for_twice() {
     let all = (1..=16).map(Code::from).collect::<Vec<_>>();
     let kinds: [(_, fn(u32) -> Vec<u8>); 2] = [
         ("repeated", repeated_header),

@@ -170,7 +170,7 @@ async fn poison_call_after_cancelled_calls_is_sent_twice() {
 
 /// Another call that was sent to the next connection before the poison call would be lost with it.
 #[tokio::test]
-async fn poison_call_is_not_sent_behind_another_call_of_its_only_endpoint() {
+async fn poison_call_is_not_sent_again_behind_another_call() {
     let poison_failed = Arc::new(Notify::new());
     let server = FrameServer::start({
         let poison_failed = Arc::clone(&poison_failed);
