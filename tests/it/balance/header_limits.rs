@@ -292,11 +292,7 @@ fn scattered_header(stream: u32) -> Vec<u8> {
 #[tokio::test]
 async fn small_unreadable_headers_are_not_asked_for_twice() {
     let all = (1..=16).map(Code::from).collect::<Vec<_>>();
-    let kinds: [(_, fn(u32) -> Vec<u8>); 2] = [
-        ("repeated", repeated_header),
-        ("scattered", scattered_header),
-    ];
-    for (kind, unreadable) in kinds {
+    for unreadable in [repeated_header, scattered_header] {
         let calls = Arc::<AtomicUsize>::default();
         let counter = Arc::clone(&calls);
         let server = FrameServer::start(move |mut connection| {
@@ -321,9 +317,9 @@ async fn small_unreadable_headers_are_not_asked_for_twice() {
         });
         call(&channel).await.unwrap();
         let result = call(&channel).await;
-        assert_eq!(calls.load(Ordering::SeqCst), 1, "{kind}: {result:?}");
-        let status = result.unwrap_err();
-        assert_eq!(server.accepted(), 1, "{kind}: {status}");
+        assert_eq!(calls.load(Ordering::SeqCst), 1, "{result:?}");
+        // The next connection would respond to the call.
+        result.unwrap_err();
     }
 }
 

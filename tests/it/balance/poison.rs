@@ -246,8 +246,7 @@ async fn suspect_alone_at_its_only_endpoint_is_sent_again() {
 #[tokio::test]
 async fn poison_call_breaks_each_of_two_endpoints_once() {
     let broken = [(); 2].map(|()| Arc::<AtomicUsize>::default());
-    let servers =
-        futures::future::join_all(broken.iter().map(|broken| slowly_breaking_server(broken))).await;
+    let servers = futures::future::join_all(broken.iter().map(slowly_breaking_server)).await;
     let channel = static_channel(servers.iter().map(FrameServer::address), |channel| {
         channel.policy(BalancePolicy::RoundRobin)
     });
