@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::channel::mpsc;
+use futures::stream;
 use http::{HeaderValue, Request, Response};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep};
@@ -221,6 +222,24 @@ mod fail_fast {
         assert!(call.is_finished());
         let status = call.await.unwrap().unwrap_err();
         assert_eq!(status.message(), "no instances under services/echo/");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn call_does_not_wait_for_the_set_of_a_source_that_panicked() {
+        let sets = stream::once(async {
+            sleep(SECOND).await;
+            panic!("bad file")
+        });
+        let source = Source::new("services/echo/", sets);
+        let channel = Channel::with_source(source, SLOW, false).await;
+        let (status, waited) = channel.status_of_call(None).await;
+        assert_eq!(status.code(), Code::Unavailable);
+        let message = status.message();
+        assert!(
+            message.contains("the source panicked: bad file"),
+            "{message}"
+        );
+        assert!(waited <= SECOND, "{waited:?}");
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -16,6 +17,7 @@ use tower::discover::Change;
 use super::handle::{Directory, Snapshots};
 use crate::error::{Error, Result};
 use crate::instance::{Instance, validate_address};
+use crate::panics;
 use crate::snapshot::{self, InstanceKey, Instances};
 
 /// The number of changes that tonic's channel takes before its sender waits. Any number works,
@@ -44,8 +46,8 @@ impl Directory {
     /// The endpoint that it receives is for `http://`, where tonic accepts a TLS configuration,
     /// ignores it and sends plaintext.
     ///
-    /// An instance is left out, with a warning, if tonic cannot make an endpoint of its address, or
-    /// if it speaks TLS and its endpoint is not for `https://`.
+    /// An instance is left out, with a warning, if tonic cannot make an endpoint of its address, if
+    /// `configure` panics, or if the instance speaks TLS and its endpoint is not for `https://`.
     pub fn discover_endpoints(
         &self,
         configure: impl Fn(&Instance, Endpoint) -> Endpoint + Send + 'static,
@@ -178,9 +180,19 @@ impl EndpointChanges {
             Change::Insert(key, instance) => (key, instance),
         };
         let endpoint = match default_endpoint(&instance) {
-            Ok(endpoint) => (self.configure)(&instance, endpoint),
+            Ok(endpoint) => endpoint,
             Err(error) => {
                 tracing::warn!(%key, %error, "ignoring an instance whose address is invalid");
+                return Change::Remove(key);
+            }
+        };
+        // A task may poll this stream, and would not follow the directory after a panic.
+        let configure = || (self.configure)(&instance, endpoint);
+        let endpoint = match catch_unwind(AssertUnwindSafe(configure)) {
+            Ok(endpoint) => endpoint,
+            Err(payload) => {
+                let panic = panics::text(&*payload);
+                tracing::warn!(%key, panic, "ignoring an instance for which `configure` panicked");
                 return Change::Remove(key);
             }
         };

@@ -355,7 +355,7 @@ impl<C: Connect> Pool<C> {
             .map(|supervisor| Arc::clone(&supervisor.endpoint))
             .collect();
         let is_failing = candidates.is_empty()
-            && self.snapshot.is_some()
+            && (self.snapshot.is_some() || self.source_error.is_some())
             && endpoints.iter().all(|endpoint| endpoint.is_failing());
         let status = PoolStatus {
             range: match &self.snapshot {

@@ -257,3 +257,29 @@ async fn idle_tonic_channel_calls_the_current_server() -> TestResult {
     }
     Ok(())
 }
+
+/// tonic's own channel is fed by a task, which would end with the panic.
+#[tokio::test]
+async fn instance_whose_configuration_panics_is_left_out() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let registrar = Registrar::new(&client);
+    let instance = |id: &str| Instance::new("greeter", "10.0.4.1:80").id(id);
+    let _a = registrar.register(instance("a")).await?;
+    let b = registrar.register(instance("b")).await?;
+    let directory = Directory::watch(&client, "greeter").await?;
+    let mut endpoints = directory.discover_endpoints(|instance, endpoint| {
+        assert_ne!(instance.id, "a", "bad configuration");
+        endpoint
+    });
+    let mut next = async || match wait_for("a change", endpoints.next()).await {
+        Some(Ok(Change::Insert(key, _))) => format!("+{}", key.as_str()),
+        Some(Ok(Change::Remove(key))) => format!("-{}", key.as_str()),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(next().await, "-services/greeter/a");
+    assert_eq!(next().await, "+services/greeter/b");
+    b.update(|instance| instance.weight = 7).await?;
+    assert_eq!(next().await, "+services/greeter/b");
+    Ok(())
+}
