@@ -272,9 +272,8 @@ impl BalancedChannelBuilder {
     /// must be more than zero.
     ///
     /// During an upload the response waits until the server has read what the systems on both sides
-    /// have buffered, about 170 KiB with Linux's defaults. For a server that takes longer for that
-    /// than the interval and the timeout together, at less than 13 KiB/s by default, the timeout
-    /// must be longer.
+    /// have buffered. The timeout is therefore longer by the time for which writes had to wait. For
+    /// uploads of less than about 12 KiB/s set a longer timeout.
     pub fn keep_alive_timeout(mut self, timeout: Duration) -> Self {
         self.settings.keep_alive.timeout = timeout;
         self

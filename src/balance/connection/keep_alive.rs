@@ -214,7 +214,8 @@ impl<'a> KeepAlive<'a> {
             self.budget.on_ping(purpose, now);
         }
         self.awaits_pong = true;
-        let deadline = now + self.settings.timeout;
+        // The ping waits behind bytes of ours. A peer that makes room slowly reads them as slowly.
+        let deadline = now + self.settings.timeout + self.state.longest_write_wait();
         self.phase = Phase::Waiting {
             heard: self.state.last_activity(),
             deadline,

@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::frames::{Frame, Scanner};
 use super::held_read::HeldRead;
@@ -37,8 +38,8 @@ pub(crate) struct MonitoredIo<T> {
     has_go_away: bool,
     held: Option<HeldRead>,
     written: WrittenStreams,
-    /// Whether the last write found no room.
-    is_write_blocked: bool,
+    /// Since when writes have found no room.
+    blocked_since: Option<Instant>,
     /// The stream that the peer ended last.
     last_ended: u32,
     ping_interval: PingInterval,
@@ -74,7 +75,7 @@ impl<T> MonitoredIo<T> {
             has_go_away: false,
             held: None,
             written: WrittenStreams::new(),
-            is_write_blocked: false,
+            blocked_since: None,
             last_ended: 0,
             ping_interval,
             state,
@@ -174,8 +175,9 @@ impl<T> MonitoredIo<T> {
                 Poll::Ready(Ok(complete))
             }
             Poll::Ready(Ok(done)) => {
-                if std::mem::take(&mut self.is_write_blocked) {
+                if let Some(since) = self.blocked_since.take() {
                     self.state.record_activity();
+                    self.state.record_write_wait(since.elapsed());
                     // h2 has written its requests and may read the GOAWAY now.
                     if self.held.is_some() {
                         cx.waker().wake_by_ref();
@@ -184,7 +186,7 @@ impl<T> MonitoredIo<T> {
                 Poll::Ready(Ok(done))
             }
             Poll::Pending => {
-                self.is_write_blocked = true;
+                self.blocked_since.get_or_insert_with(Instant::now);
                 Poll::Pending
             }
         }
@@ -207,7 +209,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if let Some(held) = &mut this.held {
-            let polled = held.poll(cx, buf, &this.state, this.is_write_blocked);
+            let polled = held.poll(cx, buf, &this.state, this.blocked_since.is_some());
             if held.is_empty() {
                 this.held = None;
             }
@@ -219,6 +221,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
             let read = &buf.filled()[before..];
             if !read.is_empty() {
                 self.state.record_activity();
+                self.state.forget_write_waits();
             } else if buf.remaining() > 0 {
                 self.state
                     .close_reason

@@ -24,6 +24,8 @@ pub(crate) struct ConnectionState {
     opened_at: Instant,
     /// The last sign of life of the peer, in nanoseconds since `opened_at`.
     last_activity: AtomicU64,
+    /// The longest that a write has waited for room since bytes arrived, in nanoseconds.
+    longest_write_wait: AtomicU64,
     /// Whether HEADERS or DATA arrived since the keep-alive last looked.
     data_arrived: AtomicBool,
     pub(super) liveness: Liveness,
@@ -68,6 +70,7 @@ impl ConnectionState {
             opening: AtomicUsize::new(0),
             opened_at: Instant::now(),
             last_activity: AtomicU64::new(0),
+            longest_write_wait: AtomicU64::new(0),
             data_arrived: AtomicBool::new(false),
             liveness: Liveness::default(),
             header_limits,
@@ -157,6 +160,23 @@ impl ConnectionState {
 
     pub(crate) fn last_activity(&self) -> Instant {
         self.opened_at + Duration::from_nanos(self.last_activity.load(Ordering::Relaxed))
+    }
+
+    /// Records that a write has waited for room.
+    pub(super) fn record_write_wait(&self, wait: Duration) {
+        let wait = wait.as_nanos() as u64;
+        self.longest_write_wait.fetch_max(wait, Ordering::Relaxed);
+    }
+
+    /// Records that bytes arrived, so that the peer has read at least some of ours.
+    pub(super) fn forget_write_waits(&self) {
+        if !self.longest_write_wait().is_zero() {
+            self.longest_write_wait.store(0, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn longest_write_wait(&self) -> Duration {
+        Duration::from_nanos(self.longest_write_wait.load(Ordering::Relaxed))
     }
 
     /// Records the last stream whose HEADERS were handed to the system.

@@ -1,17 +1,21 @@
 //! Keep-alive while a request is sent that takes long.
 
+use std::future::ready;
+use std::io;
 use std::time::{Duration, Instant};
 
 use goo_etcd::BalancedChannel;
 use goo_etcd::testing::Proxy;
 use helloworld::echo::EchoRequest;
 use helloworld::echo::echo_client::EchoClient;
+use http::Uri;
+use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
 use tokio::net::TcpSocket;
 use tokio::time::sleep;
 use tonic::{Code, Status};
 
-use crate::support::balanced::{static_channel, wait_until_ready};
+use crate::support::balanced::{call_with_timeout, static_channel, wait_until_ready};
 use crate::support::echo_process::EchoProcess;
 use crate::support::frames::{
     ACK, DATA, FrameConnection, FrameServer, INITIAL_WINDOW_SIZE, PING, SETTINGS, WINDOW_UPDATE,
@@ -58,7 +62,7 @@ async fn upload_for_ever(channel: &BalancedChannel) -> Status {
 }
 
 /// Grants windows of 8 MiB, so that nothing but TCP slows an upload down.
-async fn open_windows(connection: &mut FrameConnection) -> std::io::Result<()> {
+async fn open_windows(connection: &mut FrameConnection) -> io::Result<()> {
     let window = 8 * MIB as u32;
     connection
         .handshake(&[(INITIAL_WINDOW_SIZE, window)])
@@ -70,12 +74,12 @@ async fn open_windows(connection: &mut FrameConnection) -> std::io::Result<()> {
 }
 
 /// Answers requests and pings, and sends nothing while it reads a request that fits in the windows.
-async fn answer_requests(connection: FrameConnection) -> std::io::Result<()> {
+async fn answer_requests(connection: FrameConnection) -> io::Result<()> {
     answer_slowly(connection, Duration::ZERO).await
 }
 
 /// Pauses before each frame of DATA, which holds 16 KiB.
-async fn answer_slowly(mut connection: FrameConnection, pause: Duration) -> std::io::Result<()> {
+async fn answer_slowly(mut connection: FrameConnection, pause: Duration) -> io::Result<()> {
     open_windows(&mut connection).await?;
     loop {
         let frame = connection.read_frame().await?;
@@ -129,6 +133,49 @@ async fn ping_does_not_wait_long_behind_an_upload() {
     wait_until_ready(&channel, 1).await;
     upload(&channel, 144 * KIB).await.unwrap();
     assert_eq!(server.accepted(), 1);
+}
+
+/// A system that receives makes room in large steps, and what its side holds may take longer than
+/// the interval and the timeout, which are 13 s. Over a pipe in paused time.
+#[tokio::test(start_paused = true)]
+async fn server_that_reads_in_slow_steps_gets_the_end() {
+    let connector = tower::service_fn(|_: Uri| {
+        let (client, io) = tokio::io::duplex(128 * KIB);
+        tokio::spawn(read_in_steps(FrameConnection::new(io, 0)));
+        ready(Ok::<_, io::Error>(TokioIo::new(client)))
+    });
+    let channel = static_channel(["pipe:1"], |builder| builder.connector(connector));
+    wait_until_ready(&channel, 1).await;
+    upload(&channel, 512 * KIB).await.unwrap();
+    // The server has responded, so the next wait is as short as usual.
+    let started = tokio::time::Instant::now();
+    call_with_timeout(&channel, Duration::from_secs(60))
+        .await
+        .unwrap_err();
+    let waited = started.elapsed();
+    assert!(waited < Duration::from_secs(14), "{waited:?}");
+}
+
+/// Reads 64 KiB every 7 s, responds once, and then hangs.
+async fn read_in_steps(mut connection: FrameConnection) -> io::Result<()> {
+    open_windows(&mut connection).await?;
+    let mut received = 0;
+    loop {
+        let frame = connection.read_frame().await?;
+        match frame.kind {
+            PING => connection.write_frame(PING, ACK, 0, &frame.payload).await?,
+            DATA => received += frame.payload.len(),
+            _ => {}
+        }
+        if frame.is_end_stream() {
+            connection.respond_ok(frame.stream).await?;
+            return std::future::pending().await;
+        }
+        if received >= 64 * KIB {
+            received -= 64 * KIB;
+            sleep(Duration::from_secs(7)).await;
+        }
+    }
 }
 
 /// A server that has stopped takes nothing any more, once its windows or the system's buffers are
