@@ -253,7 +253,7 @@ pub enum Error {
         key: String,
     },
 
-    /// The Tokio runtime that ran the background tasks of a client, channel or registrar has ended.
+    /// The Tokio runtime that ran the background tasks of a client or registrar has ended.
     /// Every test function of Tokio, for example, has a runtime of its own. A write that was in
     /// progress may have been executed.
     #[error(

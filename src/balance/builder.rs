@@ -182,7 +182,7 @@ impl BalancedChannelBuilder {
 
     /// Retries failed calls. Default: none.
     ///
-    /// A call that provably reached no server application is sent again in any case.
+    /// Without a policy, only calls that provably reached no server application are sent again.
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
         self.retry = Some(policy);
         self
@@ -222,6 +222,8 @@ impl BalancedChannelBuilder {
     ///
     /// For the address `unix:/path` the connector gets `http://localhost/`. Default: TCP, and Unix
     /// sockets for `unix:` addresses.
+    ///
+    /// A panic of the connector or its I/O is a failed attempt to connect, or ends the connection.
     ///
     /// The connector sets the options of its sockets. A small `TCP_NOTSENT_LOWAT`, which the
     /// channel sets on its own, keeps pings from waiting behind a long upload over a slow network.

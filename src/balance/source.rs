@@ -27,7 +27,8 @@ pub struct Source {
 }
 
 impl Source {
-    /// Creates a source from a stream of sets. When the stream ends, the last set stays in use.
+    /// Creates a source from a stream of sets. When the stream ends or panics, the last set stays in
+    /// use.
     ///
     /// The instances of successive sets are matched by their id, and of several instances with one
     /// id in a set only the last counts. An instance that cannot be called, for example because its
