@@ -19,7 +19,6 @@ mod request;
 mod response_body;
 mod retry;
 mod served_by;
-mod suspicion;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -43,7 +42,6 @@ use request::{CallHead, split_request};
 use response_body::{OpenCall, ResponseBody};
 pub use retry::RetryPolicy;
 pub use served_by::ServedBy;
-use suspicion::Suspicion;
 
 /// Makes the calls of a channel.
 #[derive(Debug)]
@@ -115,10 +113,8 @@ impl Dispatcher {
             runtime::require_for_call("a call with a stream of requests")?;
         }
         let mut body = replay.first_attempt();
-        let mut suspicion = Suspicion::default();
         loop {
             let (endpoint, stream) = self.acquire_stream(progress, attempted).await?;
-            suspicion.check(&endpoint)?;
             let deadline = progress.deadline();
             let origin = self.origin.as_ref();
             let Some(request) = head.for_attempt(&endpoint.target, origin, deadline) else {
@@ -151,7 +147,6 @@ impl Dispatcher {
                     endpoint,
                 } => {
                     let decision = progress.on_unprocessed(why, Instant::now());
-                    suspicion.record(why, &endpoint, &status);
                     (status, endpoint, decision)
                 }
                 Outcome::Retryable { status, endpoint } => {
