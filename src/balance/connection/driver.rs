@@ -10,6 +10,7 @@ use bytes::Bytes;
 use h2::client::Connection;
 use tokio::sync::oneshot;
 
+use super::first_response::PauseTimer;
 use super::io::BoxIo;
 use super::keep_alive::{KeepAlive, KeepAliveSettings};
 use super::monitor::MonitoredIo;
@@ -48,9 +49,15 @@ async fn drive(
     // Dropped before the connection, so that no call sees the connection end without a reason.
     let mut closing = CloseOnDrop(Some(state));
     let mut keep_alive = KeepAlive::new(connection.ping_pong(), state, settings);
+    let mut pause = PauseTimer::default();
+    let mut poll = |cx: &mut Context<'_>| {
+        let polled = poll_connection(&mut connection, state, cx);
+        pause.poll(&state.first_response, cx);
+        polled
+    };
     let result = tokio::select! {
         biased;
-        result = std::future::poll_fn(|cx| poll_connection(&mut connection, state, cx)) => result,
+        result = std::future::poll_fn(&mut poll) => result,
         () = std::future::poll_fn(|cx| poll_keep_alive(&mut keep_alive, cx)) => {
             state.close_reason.set(|| "keep-alive ping timed out".to_owned());
             Ok(())

@@ -27,6 +27,7 @@ mod custom_io;
 mod driver;
 #[cfg(test)]
 mod fake;
+mod first_response;
 mod frames;
 mod go_away;
 mod header_limits;

@@ -165,6 +165,9 @@ impl ReservedStream {
                 Reason::CANCEL.into(),
             ));
         }
+        if state.first_response.is_paused() {
+            state.first_response.wait().await;
+        }
         if let Err(error) = std::future::poll_fn(|cx| self.h2.poll_ready(cx)).await {
             // The connection is closing, or has used up its stream ids.
             state.mark_exhausted();

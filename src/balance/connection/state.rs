@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::cancelled_streams::CancelledStreams;
 use super::capacity::Capacity;
 use super::close_reason::CloseReason;
+use super::first_response::FirstResponse;
 use super::header_limits::HeaderLimits;
 use super::liveness::Liveness;
 
@@ -30,6 +31,7 @@ pub(crate) struct ConnectionState {
     data_arrived: AtomicBool,
     pub(super) liveness: Liveness,
     pub(super) header_limits: HeaderLimits,
+    pub(super) first_response: FirstResponse,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
     /// Streams in use that the peer has ended. Not exact: the end of a stream whose response was not
@@ -74,6 +76,7 @@ impl ConnectionState {
             data_arrived: AtomicBool::new(false),
             liveness: Liveness::default(),
             header_limits,
+            first_response: FirstResponse::default(),
             streams: AtomicUsize::new(0),
             ended: AtomicIsize::new(0),
             stream_limit: AtomicUsize::new(0),
@@ -98,6 +101,7 @@ impl ConnectionState {
 
     pub(crate) fn stop_accepting(&self) {
         self.accepting.store(false, Ordering::SeqCst);
+        self.first_response.resume();
     }
 
     /// Lets a call hand its request to h2 until the result is dropped, if the connection accepts
@@ -259,6 +263,8 @@ impl ConnectionState {
 
     /// Records that the peer has ended a stream. The end of a cancelled stream does not count.
     pub(super) fn record_stream_end(&self, stream: u32) {
+        self.first_response
+            .record_end(|| self.streams.load(Ordering::SeqCst) == 1);
         if !self.cancelled_streams.remove(stream) {
             self.ended.fetch_add(1, Ordering::Relaxed);
         }

@@ -1,38 +1,84 @@
 //! Connections that end without GOAWAY, after a response or while idle.
 
+use std::future::{Future, ready};
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use goo_etcd::BalancedChannel;
 use goo_etcd::balance::EndpointState;
-use tokio::time::{sleep, timeout};
+use http::Uri;
+use hyper_util::rt::TokioIo;
+use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 
-use super::channel;
 use crate::support::balanced::{call, call_with_timeout, static_channel, status_of};
 use crate::support::frames::{FrameConnection, FrameServer};
 use crate::support::wait_until;
 
-/// A proxy without GOAWAY. A call that was written before the end is read cannot be sent again,
-/// so each call starts when the end was noticed.
-#[tokio::test]
+/// Connects each time to another server, which `serve` runs. Counts the connections.
+fn piped_channel<F>(
+    accepted: &Arc<AtomicUsize>,
+    serve: impl Fn(FrameConnection) -> F + Clone + Send + Sync + 'static,
+) -> BalancedChannel
+where
+    F: Future<Output = io::Result<()>> + Send + 'static,
+{
+    let accepted = Arc::clone(accepted);
+    let connector = tower::service_fn(move |_: Uri| {
+        let (client, io) = tokio::io::duplex(64 << 10);
+        let index = accepted.fetch_add(1, Ordering::SeqCst);
+        tokio::spawn(serve(FrameConnection::new(io, index)));
+        ready(Ok::<_, io::Error>(TokioIo::new(client)))
+    });
+    static_channel(["pipe:1"], |builder| builder.connector(connector))
+}
+
+/// A proxy without GOAWAY. The end of each connection arrives 1 ms behind the response, and the next
+/// call starts at once.
+#[tokio::test(start_paused = true)]
 async fn after_each_response_it_is_replaced_at_once() {
-    let server = FrameServer::start(|mut connection| async move {
+    const CALLS: usize = 300;
+    let accepted = Arc::<AtomicUsize>::default();
+    let channel = piped_channel(&accepted, async |mut connection: FrameConnection| {
         connection.handshake(&[]).await?;
         let stream = connection.next_request().await?;
         connection.respond_ok(stream).await?;
+        sleep(Duration::from_millis(1)).await;
         connection.close().await
-    })
-    .await;
-    let channel = channel([&server]);
-    for calls in 1..=50 {
-        call(&channel).await.unwrap();
-        wait_until("the connection is replaced", async || {
-            server.accepted() > calls
-        })
-        .await;
+    });
+    let started = Instant::now();
+    for index in 0..CALLS {
+        let called = call(&channel).await;
+        assert!(called.is_ok(), "call {index}: {called:?}");
     }
-    assert_eq!(server.accepted(), 51);
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert_eq!(accepted.load(Ordering::SeqCst), CALLS);
+}
+
+/// One call waits whether the connection ends, and no other does.
+#[tokio::test(start_paused = true)]
+async fn one_that_stays_open_delays_one_call() {
+    let accepted = Arc::<AtomicUsize>::default();
+    let channel = piped_channel(&accepted, async |mut connection: FrameConnection| {
+        connection.handshake(&[]).await?;
+        loop {
+            let stream = connection.next_request().await?;
+            connection.respond_ok(stream).await?;
+        }
+    });
+    let mut delayed = Vec::new();
+    for index in 0..100 {
+        let started = Instant::now();
+        call(&channel).await.unwrap();
+        if !started.elapsed().is_zero() {
+            delayed.push(index);
+        }
+    }
+    assert_eq!(delayed, [1]);
+    assert_eq!(accepted.load(Ordering::SeqCst), 1);
 }
 
 /// Responds to requests until none comes for a time.

@@ -1,0 +1,128 @@
+//! The pause after a connection's first response.
+//!
+//! Some servers and proxies close a connection after each response, without GOAWAY. A call that is
+//! written before the end arrives is lost, because nothing proves that the server has not seen it.
+//! So after the first response, if no other call is in flight, the next call waits for a moment. If
+//! the connection ends meanwhile, the call is sent on another one.
+//!
+//! Other calls in flight would be lost with such a connection in any case, so with them there is no
+//! pause. A connection under load is never held up.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Sleep, sleep};
+
+/// How long calls wait. A server that closes after a response does so in the same moment, so the
+/// end arrives right behind the response, however far away the server is.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// The first response has not ended.
+const AWAITED: u8 = 0;
+/// Calls wait.
+const PAUSED: u8 = 1;
+/// Calls do not wait any more.
+const OVER: u8 = 2;
+
+/// The first response of a connection. Shared by the connection's task, its I/O and its calls.
+#[derive(Debug, Default)]
+pub(super) struct FirstResponse {
+    /// Relaxed, because a call that misses a change behaves as one that was sent a moment earlier.
+    phase: AtomicU8,
+    over: Notify,
+}
+
+impl FirstResponse {
+    /// Records that a response has ended. `is_alone` says whether no other call is in flight.
+    pub(super) fn record_end(&self, is_alone: impl FnOnce() -> bool) {
+        if self.phase.load(Ordering::Relaxed) == AWAITED {
+            let phase = if is_alone() { PAUSED } else { OVER };
+            self.phase.store(phase, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.phase.load(Ordering::Relaxed) == PAUSED
+    }
+
+    /// Ends the pause: the time is over, or the connection accepts no more calls.
+    pub(super) fn resume(&self) {
+        if self.phase.swap(OVER, Ordering::SeqCst) == PAUSED {
+            self.over.notify_waiters();
+        }
+    }
+
+    /// Waits until the pause is over.
+    pub(super) async fn wait(&self) {
+        let over = self.over.notified();
+        tokio::pin!(over);
+        // Registered before the look at the phase, so that no notification is lost in between.
+        over.as_mut().enable();
+        if self.phase.load(Ordering::SeqCst) == PAUSED {
+            over.await;
+        }
+    }
+}
+
+/// The timer that ends the pause. The task that drives the connection polls it, because callers may
+/// be outside of a runtime.
+#[derive(Debug, Default)]
+pub(super) struct PauseTimer(Option<Pin<Box<Sleep>>>);
+
+impl PauseTimer {
+    pub(super) fn poll(&mut self, first: &FirstResponse, cx: &mut Context<'_>) {
+        if !first.is_paused() {
+            return;
+        }
+        let timer = self.0.get_or_insert_with(|| Box::pin(sleep(PAUSE)));
+        if let Poll::Ready(()) = timer.as_mut().poll(cx) {
+            first.resume();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::Arc;
+
+    use futures::FutureExt as _;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn only_the_first_response_without_other_calls_pauses() {
+        let first = FirstResponse::default();
+        assert_eq!(first.wait().now_or_never(), Some(()));
+        first.record_end(|| true);
+        assert!(first.is_paused() && first.wait().now_or_never().is_none());
+        first.resume();
+        first.record_end(|| true);
+        assert_eq!(first.wait().now_or_never(), Some(()));
+
+        let busy = FirstResponse::default();
+        busy.record_end(|| false);
+        busy.record_end(|| true);
+        assert!(!busy.is_paused());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn timer_ends_the_pause_once() {
+        let first = Arc::new(FirstResponse::default());
+        first.record_end(|| true);
+        let started = Instant::now();
+        let mut timer = PauseTimer::default();
+        let driver = poll_fn(|cx| {
+            timer.poll(&first, cx);
+            Poll::<()>::Pending
+        });
+        tokio::select! {
+            () = first.wait() => assert_eq!(started.elapsed(), PAUSE),
+            () = driver => {}
+        }
+    }
+}
