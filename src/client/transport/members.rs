@@ -61,9 +61,6 @@ fn address(config: &Config, endpoint: &str) -> Result<String> {
 }
 
 /// A channel to these members, which follows their changes.
-///
-/// The names of members are looked up on the threads that all channels of the process share, in
-/// the share of this channel, so they do not wait for names of services that hang.
 pub(super) fn channel(
     config: &Config,
     members: watch::Receiver<Addresses>,

@@ -1,67 +1,65 @@
 //! Which names are looked up at a time, and which one is next.
-//!
-//! A look-up that hangs cannot be told from one that takes a little longer, and cannot be ended. So
-//! threads are withheld beforehand from names that are more likely to hang, and from a channel that
-//! has many look-ups running already:
-//!
-//! | look-ups at a time                                  | process | channel |
-//! |-----------------------------------------------------|---------|---------|
-//! | all                                                 |      16 |      12 |
-//! | of names that did not resolve within 1 s last time  |      12 |       8 |
-//! | of these, of names that did not resolve             |       8 |       4 |
-//!
-//! Within these limits the channels take turns, and each serves its names in the order in which
-//! they were first wanted.
-//!
-//! The longest that a name waits for a thread, if every hanging look-up takes the time T (glibc's
-//! resolver: 10 s for each name server that does not respond):
-//!
-//! - A name that resolved within 1 s last time does not wait for names that did not, because 4
-//!   threads are for such names alone, in its channel and in the process. If N of these hang now
-//!   and were wanted before it in its channel, the name waits T for every 4 of them.
-//! - A new name does not wait for names of another channel that hang, because 4 threads are for
-//!   other channels. If C channels have hanging names, the name waits T for every 12 of C + 1.
-//!   Etcd's clients have channels of their own, so that the names of services do not delay theirs.
-//! - A new name behind N new names of its channel that hang waits T for every 8 of them: 1,250 s
-//!   for 1,000 names and T = 10 s. If it is behind failing names that hang as well, for every 4.
-//!   Next time all of these are failing names, and do not delay new ones.
-//! - A failing name behind N failing names of its channel that hang waits T for every 4 of them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use super::history::{Found, History, KEPT, Rank};
+/// The most look-ups at a time of names of each [`Rank`] or a worse one. The first is the number
+/// of threads.
+pub(super) const LIMITS: [usize; 3] = [16, 12, 8];
 
-/// The most look-ups at a time of names of each [`Rank`] or a worse one.
-type Limits = [usize; 3];
+/// A look-up that takes longer does not make a name [`Quick`](Rank::Quick). Name servers that work
+/// respond within milliseconds, and resolvers repeat a lost request after seconds.
+const SLOW: Duration = Duration::from_secs(1);
 
-/// The limits for all channels together. The first is the number of threads.
-pub(super) const OF_PROCESS: Limits = [16, 12, 8];
+/// How long a name keeps its turn after a caller has asked for the name, and how long addresses
+/// that no caller has received are kept. Callers that have timed out ask again after their
+/// connect backoff, by default 36 s at most.
+const KEPT: Duration = Duration::from_secs(60);
 
-/// The limits of one channel.
-pub(super) const OF_CHANNEL: Limits = [12, 8, 4];
+/// How many names of a rank are remembered. Beyond that all are forgotten, and are like new names.
+const REMEMBERED: usize = 4_096;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct ChannelId(u64);
+/// The addresses of a name, with port 0, or why there are none.
+pub(super) type Found = Result<Arc<[SocketAddr]>, Arc<str>>;
+
+/// A caller's side of a look-up.
+pub(super) type Caller = watch::Receiver<Option<Found>>;
+
+/// The result of the last look-up of a name, from the best to the worst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rank {
+    /// The name resolved within [`SLOW`].
+    Quick,
+    /// The name resolved slowly, or has not been looked up.
+    New,
+    /// The name did not resolve.
+    Failing,
+}
+
+impl Rank {
+    const WORST_FIRST: [Self; 3] = [Self::Failing, Self::New, Self::Quick];
+
+    /// The rank after a look-up.
+    pub(super) fn after(found: &Found, took: Duration) -> Self {
+        match found {
+            Err(_) => Self::Failing,
+            Ok(_) if took > SLOW => Self::New,
+            Ok(_) => Self::Quick,
+        }
+    }
+}
 
 /// A name that is being looked up.
 #[derive(Debug, Clone)]
 pub(super) struct Job {
     pub(super) host: Arc<str>,
-    channel: ChannelId,
-    rank: Rank,
-    started: Instant,
-}
-
-/// The caller's side of a look-up.
-pub(super) enum Joined {
-    /// The addresses from a look-up that ended after its callers had given up.
-    Found(Arc<[SocketAddr]>),
-    Pending(watch::Receiver<Option<Found>>),
+    pub(super) rank: Rank,
+    /// The receivers are the callers.
+    pub(super) result: watch::Sender<Option<Found>>,
 }
 
 /// The names that are wanted. Knows neither threads nor the resolver.
@@ -69,245 +67,120 @@ pub(super) enum Joined {
 pub(super) struct Queue {
     /// The names that wait and those that are being looked up.
     pending: HashMap<Arc<str>, Pending>,
-    /// The channels that have a waiting name or a running look-up.
-    channels: HashMap<ChannelId, Channel>,
-    /// The channels that have a waiting name. The first has the next turn.
-    turns: VecDeque<ChannelId>,
-    running: Running,
-    history: History,
-    /// Counts the names that were queued.
-    queued: u64,
-    last_channel: u64,
+    /// The names that wait, in the order in which they were first wanted.
+    waiting: VecDeque<(Rank, Arc<str>)>,
+    /// How many look-ups of each [`Rank`] run.
+    running: [usize; 3],
+    /// The addresses that no caller has received, and when they were found.
+    unclaimed: HashMap<Arc<str>, (Caller, Instant)>,
+    quick: HashSet<Arc<str>>,
+    failing: HashSet<Arc<str>>,
 }
 
 struct Pending {
-    /// The receivers are the callers.
     result: watch::Sender<Option<Found>>,
-    rank: Rank,
     /// When a caller last asked for the name.
     wanted: Instant,
-    /// The channels in which the name waits. Empty once the look-up runs.
-    waits_in: Vec<ChannelId>,
-}
-
-#[derive(Default)]
-struct Channel {
-    /// The waiting names of each [`Rank`] in order, with their numbers.
-    waiting: [VecDeque<(u64, Arc<str>)>; 3],
-    running: Running,
-}
-
-/// How many look-ups of each [`Rank`] or a worse one run.
-#[derive(Debug, Default)]
-struct Running([usize; 3]);
-
-impl Running {
-    fn has_room(&self, rank: Rank, limits: Limits) -> bool {
-        let mut counts = self.0.iter().zip(limits).take(rank as usize + 1);
-        counts.all(|(running, limit)| *running < limit)
-    }
-
-    fn add(&mut self, rank: Rank) {
-        let counts = self.0.iter_mut().take(rank as usize + 1);
-        counts.for_each(|running| *running += 1);
-    }
-
-    fn remove(&mut self, rank: Rank) {
-        let counts = self.0.iter_mut().take(rank as usize + 1);
-        counts.for_each(|running| *running -= 1);
-    }
-}
-
-impl Channel {
-    fn has_waiting(&self) -> bool {
-        self.waiting.iter().any(|names| !names.is_empty())
-    }
-
-    fn is_idle(&self) -> bool {
-        self.running.0[0] == 0 && !self.has_waiting()
-    }
-
-    /// The first name for which there is room.
-    fn next(&self, of_process: &Running) -> Option<&Arc<str>> {
-        let firsts = Rank::ALL.iter().filter_map(|rank| {
-            let has_room =
-                of_process.has_room(*rank, OF_PROCESS) && self.running.has_room(*rank, OF_CHANNEL);
-            self.waiting[*rank as usize].front().filter(|_| has_room)
-        });
-        let first = firsts.min_by_key(|(number, _)| *number);
-        first.map(|(_, host)| host)
-    }
-
-    fn remove(&mut self, host: &Arc<str>, rank: Rank) {
-        let names = &mut self.waiting[rank as usize];
-        let index = names.iter().position(|(_, name)| Arc::ptr_eq(name, host));
-        index.and_then(|index| names.remove(index));
-    }
+    is_waiting: bool,
 }
 
 impl Queue {
-    pub(super) fn add_channel(&mut self) -> ChannelId {
-        self.last_channel += 1;
-        ChannelId(self.last_channel)
-    }
-
-    /// Removes the waiting names of a channel that has no callers any more.
-    pub(super) fn remove_channel(&mut self, id: ChannelId) {
-        let Some(channel) = self.channels.get_mut(&id) else {
-            return;
-        };
-        for (_, host) in channel.waiting.iter_mut().flat_map(std::mem::take) {
-            if let Some(pending) = self.pending.get_mut(&host) {
-                pending.waits_in.retain(|channel| *channel != id);
-                if pending.waits_in.is_empty() {
-                    self.pending.remove(&host);
-                }
-            }
-        }
-        self.turns.retain(|turn| *turn != id);
-        self.remove_if_idle(id);
-    }
-
     /// Joins the pending look-up of a name, or queues the name. A name that waits already keeps
     /// its turn.
-    pub(super) fn join(&mut self, host: &str, channel: ChannelId, now: Instant) -> Joined {
-        if let Some(found) = self.history.take_unclaimed(host, now) {
-            return Joined::Found(found);
+    pub(super) fn join(&mut self, host: &str, now: Instant) -> Caller {
+        if let Some((caller, ended)) = self.unclaimed.remove(host)
+            && now < ended + KEPT
+        {
+            return caller;
         }
-        if let Some((host, pending)) = self.pending.get_key_value(host) {
-            let result = pending.result.subscribe();
-            let is_waiting = !pending.waits_in.is_empty();
-            let host = Arc::clone(host);
-            self.want(&host, channel, is_waiting, now);
-            return Joined::Pending(result);
+        if let Some(pending) = self.pending.get_mut(host) {
+            pending.wanted = now;
+            return pending.result.subscribe();
         }
+        let (result, caller) = watch::channel(None);
         let host: Arc<str> = host.into();
-        let (sender, result) = watch::channel(None);
+        let rank = self.rank(&host);
+        self.waiting.push_back((rank, Arc::clone(&host)));
         let pending = Pending {
-            result: sender,
-            rank: self.history.rank(&host),
+            result,
             wanted: now,
-            waits_in: Vec::new(),
+            is_waiting: true,
         };
-        self.pending.insert(Arc::clone(&host), pending);
-        self.want(&host, channel, true, now);
-        Joined::Pending(result)
+        self.pending.insert(host, pending);
+        caller
     }
 
-    /// Records that a caller of this channel wants a pending name.
-    fn want(&mut self, host: &Arc<str>, id: ChannelId, is_waiting: bool, now: Instant) {
-        let Some(pending) = self.pending.get_mut(host) else {
-            return;
-        };
-        pending.wanted = now;
-        if !is_waiting || pending.waits_in.contains(&id) {
-            return;
-        }
-        pending.waits_in.push(id);
-        let channel = self.channels.entry(id).or_default();
-        if !channel.has_waiting() {
-            self.turns.push_back(id);
-        }
-        self.queued += 1;
-        channel.waiting[pending.rank as usize].push_back((self.queued, Arc::clone(host)));
-    }
-
-    /// Starts the next look-up for which there is room.
+    /// Starts the next look-up if there is room for one.
     pub(super) fn start_next(&mut self, now: Instant) -> Option<Job> {
-        let mut index = 0;
-        while let Some(id) = self.turns.get(index).copied() {
-            let next = self.channels.get(&id)?.next(&self.running);
-            let Some(host) = next.map(Arc::clone) else {
-                index += 1;
-                continue;
-            };
-            let rank = self.unqueue(&host)?;
-            if self.is_abandoned(&host, now) {
+        loop {
+            let worst = Rank::WORST_FIRST
+                .into_iter()
+                .find(|rank| self.has_room(*rank))?;
+            let index = self.waiting.iter().position(|(rank, _)| *rank <= worst)?;
+            let (rank, host) = self.waiting.remove(index)?;
+            let pending = self.pending.get_mut(&host)?;
+            if pending.result.receiver_count() == 0 && now >= pending.wanted + KEPT {
                 self.pending.remove(&host);
-                // A channel before this one may have lost its last waiting name, too.
-                index = 0;
                 continue;
             }
-            self.running.add(rank);
-            let channel = self.channels.entry(id).or_default();
-            channel.running.add(rank);
-            if channel.has_waiting() {
-                self.turns.retain(|turn| *turn != id);
-                self.turns.push_back(id);
-            }
-            return Some(Job {
-                host,
-                channel: id,
-                rank,
-                started: now,
-            });
+            pending.is_waiting = false;
+            self.running[rank as usize] += 1;
+            let result = pending.result.clone();
+            return Some(Job { host, rank, result });
         }
-        None
     }
 
-    /// Removes a name from the queues of its channels.
-    fn unqueue(&mut self, host: &Arc<str>) -> Option<Rank> {
-        let pending = self.pending.get_mut(host)?;
-        let rank = pending.rank;
-        for id in std::mem::take(&mut pending.waits_in) {
-            if let Some(channel) = self.channels.get_mut(&id) {
-                channel.remove(host, rank);
-                if !channel.has_waiting() {
-                    self.turns.retain(|turn| *turn != id);
-                }
-                self.remove_if_idle(id);
-            }
-        }
-        Some(rank)
+    /// Whether a name of this rank may start. If so, names of better ranks may, too.
+    fn has_room(&self, rank: Rank) -> bool {
+        let running_from = |rank: usize| self.running[rank..].iter().sum::<usize>();
+        (0..=rank as usize).all(|rank| running_from(rank) < LIMITS[rank])
     }
 
-    fn is_abandoned(&self, host: &Arc<str>, now: Instant) -> bool {
-        self.pending.get(host).is_none_or(|pending| {
-            pending.result.receiver_count() == 0 && now >= pending.wanted + KEPT
-        })
+    /// Ends a look-up, after which the name has this rank. The result is sent afterwards, because
+    /// wakers must not run under the queue's lock.
+    pub(super) fn finish(&mut self, job: &Job, found: &Found, rank: Rank, now: Instant) {
+        self.running[job.rank as usize] -= 1;
+        self.set_rank(&job.host, rank);
+        self.pending.remove(&job.host);
+        if found.is_ok() && job.result.receiver_count() == 0 {
+            self.unclaimed.retain(|_, (_, ended)| now < *ended + KEPT);
+            let unclaimed = (job.result.subscribe(), now);
+            self.unclaimed.insert(Arc::clone(&job.host), unclaimed);
+        }
     }
 
-    /// Records the result of a look-up, and returns the sender to its callers.
-    pub(super) fn finish(
-        &mut self,
-        job: &Job,
-        found: &Found,
-        now: Instant,
-    ) -> Option<watch::Sender<Option<Found>>> {
-        let rank = Rank::after(found, now - job.started);
-        self.history.set_rank(&job.host, rank);
-        let result = self.release(job)?;
-        if let (Ok(found), 0) = (found, result.receiver_count()) {
-            self.history.keep_unclaimed(&job.host, found, now);
+    fn rank(&self, host: &str) -> Rank {
+        if self.quick.contains(host) {
+            Rank::Quick
+        } else if self.failing.contains(host) {
+            Rank::Failing
+        } else {
+            Rank::New
         }
-        Some(result)
     }
 
-    /// Ends a look-up without a result.
-    pub(super) fn release(&mut self, job: &Job) -> Option<watch::Sender<Option<Found>>> {
-        self.running.remove(job.rank);
-        if let Some(channel) = self.channels.get_mut(&job.channel) {
-            channel.running.remove(job.rank);
+    fn set_rank(&mut self, host: &Arc<str>, rank: Rank) {
+        self.quick.remove(host);
+        self.failing.remove(host);
+        let names = match rank {
+            Rank::Quick => &mut self.quick,
+            Rank::Failing => &mut self.failing,
+            Rank::New => return,
+        };
+        if names.len() >= REMEMBERED {
+            names.clear();
         }
-        self.remove_if_idle(job.channel);
-        let pending = self.pending.remove(&job.host)?;
-        Some(pending.result)
+        names.insert(Arc::clone(host));
     }
 
     /// Whether a name waits for a thread.
     pub(super) fn is_waiting(&self, host: &str) -> bool {
         let pending = self.pending.get(host);
-        pending.is_some_and(|pending| !pending.waits_in.is_empty())
+        pending.is_some_and(|pending| pending.is_waiting)
     }
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        self.pending.is_empty() && self.channels.is_empty() && self.turns.is_empty()
-    }
-
-    fn remove_if_idle(&mut self, id: ChannelId) {
-        if self.channels.get(&id).is_some_and(Channel::is_idle) {
-            self.channels.remove(&id);
-        }
+        self.pending.is_empty() && self.waiting.is_empty() && self.running == [0; 3]
     }
 }
