@@ -20,6 +20,7 @@ use super::carried::Carried;
 use super::connect::{Connect, Connection, Ended};
 use super::custom_io::CustomIo;
 use super::driver;
+use super::first_response::FirstResponse;
 use super::header_limits::{self, HeaderLimits};
 use super::io::{BoxError, BoxIo};
 use super::lookup::Lookups;
@@ -194,7 +195,8 @@ impl Connector {
     /// Performs the HTTP/2 handshake, which is complete when the peer's SETTINGS have arrived.
     async fn handshake(&self, target: &Target, io: BoxIo) -> Result<Connection, String> {
         let header_limit = self.settings.max_header_list_size;
-        let state = ConnectionState::with_header_limits(HeaderLimits::new(header_limit));
+        let first_response = FirstResponse::new(target.last_end.clone());
+        let state = ConnectionState::with(HeaderLimits::new(header_limit), first_response);
         let io = Box::new(AdvertisedLimit::new(io, header_limit)) as BoxIo;
         let mut keep_alive = self.settings.keep_alive;
         let interval = PingInterval::new(&target.address, keep_alive.interval, &target.doublings);

@@ -6,10 +6,12 @@
 //! the connection ends meanwhile, the call is sent on another one.
 //!
 //! Other calls in flight would be lost with such a connection in any case, so with them there is no
-//! pause. A connection under load is never held up.
+//! pause, and calls under load are not held up. Nor is there one if the endpoint's connection before
+//! ended with GOAWAY, because such a server announces the end of each.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -33,9 +35,39 @@ pub(super) struct FirstResponse {
     /// Relaxed, because a call that misses a change behaves as one that was sent a moment earlier.
     phase: AtomicU8,
     over: Notify,
+    last_end: LastEnd,
 }
 
+/// Whether the connection of an endpoint that ended last was ended with GOAWAY. Shared by the
+/// connections of the endpoint.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LastEnd(Arc<AtomicBool>);
+
+/// All are equal, because the past is no property of a target.
+impl PartialEq for LastEnd {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for LastEnd {}
+
 impl FirstResponse {
+    /// The first response of a new connection.
+    pub(super) fn new(last_end: LastEnd) -> Self {
+        let was_announced = last_end.0.load(Ordering::Relaxed);
+        Self {
+            phase: AtomicU8::new(if was_announced { OVER } else { AWAITED }),
+            over: Notify::new(),
+            last_end,
+        }
+    }
+
+    /// Records the end of the connection, with or without GOAWAY, for the endpoint's next one.
+    pub(super) fn record_close(&self, is_announced: bool) {
+        self.last_end.0.store(is_announced, Ordering::Relaxed);
+    }
+
     /// Records that a response has ended. `is_alone` says whether no other call is in flight.
     pub(super) fn record_end(&self, is_alone: impl FnOnce() -> bool) {
         if self.phase.load(Ordering::Relaxed) == AWAITED {
@@ -108,6 +140,17 @@ mod tests {
         busy.record_end(|| false);
         busy.record_end(|| true);
         assert!(!busy.is_paused());
+    }
+
+    #[test]
+    fn end_with_goaway_excludes_a_pause_of_the_next_connection() {
+        let last_end = LastEnd::default();
+        for is_announced in [false, true, false] {
+            FirstResponse::new(last_end.clone()).record_close(is_announced);
+            let next = FirstResponse::new(last_end.clone());
+            next.record_end(|| true);
+            assert_eq!(next.is_paused(), !is_announced);
+        }
     }
 
     #[tokio::test(start_paused = true)]

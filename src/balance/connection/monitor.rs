@@ -123,6 +123,7 @@ impl<T> MonitoredIo<T> {
             }
             Frame::GoAway(go_away) => {
                 *has_go_away = true;
+                state.first_response.record_close(true);
                 state.record_last_suspect(go_away.last_suspect());
                 if go_away.last_stream > 0 && state.is_written(go_away.last_stream) {
                     state.record_served();
@@ -226,6 +227,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
                 self.state
                     .close_reason
                     .set(|| "closed by the peer".to_owned());
+                self.state.first_response.record_close(self.has_go_away);
                 self.state.stop_writing();
             }
             if self.on_read(read) {

@@ -63,10 +63,10 @@ pub(crate) struct ConnectionState {
 impl ConnectionState {
     #[cfg(test)]
     pub(crate) fn new() -> Arc<Self> {
-        Self::with_header_limits(HeaderLimits::new(u32::MAX))
+        Self::with(HeaderLimits::new(u32::MAX), FirstResponse::default())
     }
 
-    pub(super) fn with_header_limits(header_limits: HeaderLimits) -> Arc<Self> {
+    pub(super) fn with(header_limits: HeaderLimits, first_response: FirstResponse) -> Arc<Self> {
         Arc::new(Self {
             accepting: AtomicBool::new(true),
             opening: AtomicUsize::new(0),
@@ -76,7 +76,7 @@ impl ConnectionState {
             data_arrived: AtomicBool::new(false),
             liveness: Liveness::default(),
             header_limits,
-            first_response: FirstResponse::default(),
+            first_response,
             streams: AtomicUsize::new(0),
             ended: AtomicIsize::new(0),
             stream_limit: AtomicUsize::new(0),

@@ -6,6 +6,7 @@ use http::Uri;
 use http::uri::{Authority, Scheme};
 
 use super::address_order::AddressOrder;
+use super::first_response::LastEnd;
 use super::ping_interval::Doublings;
 use crate::instance::{Instance, validate_address};
 
@@ -21,6 +22,8 @@ pub(crate) struct Target {
     pub(super) address_order: AddressOrder,
     /// How often the server has asked for fewer pings.
     pub(super) doublings: Doublings,
+    /// How the server ended its last connection.
+    pub(super) last_end: LastEnd,
 }
 
 impl Target {
@@ -50,6 +53,7 @@ impl Target {
             authority,
             address_order: AddressOrder::default(),
             doublings: Doublings::default(),
+            last_end: LastEnd::default(),
         })
     }
 
