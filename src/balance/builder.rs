@@ -125,9 +125,11 @@ impl BalancedChannelBuilder {
     /// connection ended within 1 s, or with calls sent on it, without a response.
     ///
     /// At most 16 names are looked up at a time in a process; others wait. A name keeps its turn
-    /// when the time is over. Look-ups that hang, because name servers do not respond, do not delay
-    /// names that resolved within 1 s last time, and those of names that failed before do not delay
-    /// new names. A new name behind 1,000 new ones that hang for 10 s may wait for 14 minutes.
+    /// when the time is over. At most 12 of the look-ups are of names that are new or did not
+    /// resolve within 1 s last time, and at most 8 are of names that did not resolve. Look-ups that
+    /// hang, because name servers do not respond, therefore leave threads for the other names. A
+    /// new name behind 1,000 new ones that hang for 10 s may wait for 14 minutes, or for 42 if 8
+    /// names hang as well that did not resolve last time.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.settings.connect_timeout = timeout;
         self
@@ -150,6 +152,10 @@ impl BalancedChannelBuilder {
     ///
     /// After this time the call fails with `UNAVAILABLE` and the state of up to ten endpoints. Time
     /// that the call has spent at servers before a transparent retry counts as well.
+    ///
+    /// A waiting call is handed its stream when its turn comes, whether or not its future is
+    /// polled. A call that is not polled keeps that stream from other calls until it is polled or
+    /// dropped.
     ///
     /// Waiting calls do not shorten the backoff after a failed attempt to connect. For a call to
     /// survive the restart of the only server, set this to the time of a restart plus
@@ -259,9 +265,10 @@ impl BalancedChannelBuilder {
     /// channel limits them to the number that gRPC servers accept by default: after each HEADERS or
     /// DATA frame of the server two pings at the interval, then one every 5 minutes, or every 2
     /// hours while there is no call. One of the two is sent while the connection is idle. After
-    /// that, the next call is preceded by the second, and is sent when the server has responded. If
-    /// the server does not respond within the [`keep_alive_timeout`](Self::keep_alive_timeout), the
-    /// call goes to another connection.
+    /// that, the next call is preceded by the second, and is sent when the server has responded.
+    /// Without a response within an eighth of the [`keep_alive_timeout`](Self::keep_alive_timeout),
+    /// 375 ms by default, that call and later ones go to other connections until the server
+    /// responds. After the whole timeout the connection is considered lost.
     ///
     /// A server may permit fewer pings than usual. When it closes a connection because of too many
     /// pings, the interval doubles for this endpoint, up to 5 minutes, and a warning is logged.

@@ -29,8 +29,9 @@ const JITTER: std::ops::Range<f64> = 0.8..1.2;
 /// executed the call completely.
 ///
 /// Transparent retries need no policy and do not count as attempts: a call that provably reached no
-/// server application is sent to another endpoint, a bounded number of times (see
-/// [`balance`](crate::balance)). A policy does not raise that number.
+/// server application is sent to another endpoint, depending on the reason at most 5 times or until
+/// [`ready_timeout`](crate::balance::BalancedChannelBuilder::ready_timeout) has passed (see
+/// [`balance`](crate::balance)). A policy does not raise these bounds.
 ///
 /// ```
 /// use goo_etcd::balance::RetryPolicy;
