@@ -6,12 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::carried::Carried;
-
-/// A connection that lived longer speaks for its address even if no call was sent on it, as for the
-/// backoff of an endpoint. A proxy without a backend, for example, may greet each connection and
-/// close it.
-const MIN_LIFETIME: Duration = Duration::from_secs(1);
+use super::carried::{Carried, GREETING};
 
 /// Past experience with the addresses of a name. Shared by the connections of an endpoint.
 #[derive(Debug, Clone, Default)]
@@ -49,10 +44,11 @@ impl AddressOrder {
     }
 
     /// Tries an address last from now on if its connection was of no use: if the server served no
-    /// call that was sent, or the connection ended early.
+    /// call that was sent, or only greeted, as a proxy without a backend may do. A server that
+    /// closes an idle connection is not at fault.
     pub(super) fn record_end(&self, address: SocketAddr, lifetime: Duration, carried: &Carried) {
-        let lasted = !carried.has_sent() && lifetime >= MIN_LIFETIME;
-        if !carried.has_served() && !lasted {
+        let has_ignored_calls = carried.had_request() && !carried.is_draining();
+        if !carried.has_served() && (has_ignored_calls || lifetime < GREETING) {
             return self.demote(address);
         }
         let demoted = &mut self.0.lock().demoted;
@@ -136,17 +132,39 @@ mod tests {
         assert_eq!(order.of(&found), after(&[2, 1, 3, 4]));
     }
 
+    /// Whether an address that connected last is not tried first any more after the end of its
+    /// connection.
+    fn is_demoted(lifetime: Duration, state: &Arc<ConnectionState>) -> bool {
+        let found = addresses(&["10.0.0.1:1", "10.0.0.2:1"]);
+        let order = AddressOrder::default();
+        order.prefer(found[0]);
+        order.record_end(found[0], lifetime, &Carried::of(state));
+        order.of(&found)[0] != found[0]
+    }
+
+    #[tokio::test]
+    async fn graceful_end_with_calls_in_flight_speaks_against_no_address() {
+        let state = ConnectionState::new();
+        state.set_stream_limit(1);
+        assert!(state.acquire_stream());
+        state.record_written(1);
+        assert!(is_demoted(GREETING, &state));
+        state
+            .close_reason
+            .set_graceful("GOAWAY NO_ERROR".to_owned());
+        assert!(!is_demoted(GREETING, &state));
+        state.release_streams(1);
+        assert!(is_demoted(GREETING, &state), "the call has ended");
+    }
+
     #[tokio::test]
     async fn end_of_a_connection_speaks_for_or_against_its_address() {
-        let found = addresses(&["10.0.0.1:1", "10.0.0.2:1"]);
-        for (sent, served, lifetime, is_demoted) in [
+        for (sent, served, lifetime, expected) in [
             (false, false, Duration::ZERO, true),
-            (false, false, MIN_LIFETIME, false),
-            (true, false, 100 * MIN_LIFETIME, true),
+            (false, false, GREETING, false),
+            (true, false, 1_000 * GREETING, true),
             (true, true, Duration::ZERO, false),
         ] {
-            let order = AddressOrder::default();
-            order.prefer(found[0]);
             let state = ConnectionState::new();
             if sent {
                 state.record_written(1);
@@ -154,13 +172,8 @@ mod tests {
             if served {
                 state.record_served();
             }
-            order.record_end(found[0], lifetime, &Carried::of(&state));
-            let first = order.of(&found)[0];
-            assert_eq!(
-                first,
-                found[usize::from(is_demoted)],
-                "{sent} {served} {lifetime:?}"
-            );
+            let is_demoted = is_demoted(lifetime, &state);
+            assert_eq!(is_demoted, expected, "{sent} {served} {lifetime:?}");
         }
     }
 }

@@ -1,8 +1,13 @@
 //! The calls that a connection carried.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::state::ConnectionState;
+
+/// A connection that ends sooner, before any call used it, was only greeted. Proxies close idle
+/// connections after a longer time.
+pub(crate) const GREETING: Duration = Duration::from_millis(100);
 
 /// Whether the server of a connection has served a call on it. Holds the connection's state and not
 /// the connection itself.
@@ -27,9 +32,10 @@ impl Carried {
         self.0.is_written(1)
     }
 
-    /// Whether the request of a call was sent.
-    pub(super) fn has_sent(&self) -> bool {
-        self.0.is_written(1)
+    /// Whether the peer has announced the end of the connection and may still serve the calls in
+    /// flight.
+    pub(super) fn is_draining(&self) -> bool {
+        self.0.close_reason.is_graceful() && self.0.has_calls()
     }
 
     /// Resolves when the server has served a call. A connection whose peer announced its end may

@@ -24,6 +24,12 @@ impl CloseReason {
         self.0.lock().graceful.get_or_insert(go_away);
     }
 
+    /// Whether the peer ends the connection gracefully, and nothing else has ended it.
+    pub(super) fn is_graceful(&self) -> bool {
+        let reasons = self.0.lock();
+        reasons.graceful.is_some() && reasons.cause.is_none()
+    }
+
     /// For example `GOAWAY ENHANCE_YOUR_CALM: too_many_pings`, or `closed by the peer after GOAWAY
     /// NO_ERROR`.
     pub(crate) fn get(&self) -> Option<String> {
@@ -51,9 +57,12 @@ mod tests {
     #[test]
     fn graceful_goaway_does_not_hide_the_cause() {
         let reason = CloseReason::default();
+        assert!(!reason.is_graceful());
         reason.set_graceful("GOAWAY NO_ERROR".to_owned());
         assert_eq!(reason.get().unwrap(), "GOAWAY NO_ERROR");
+        assert!(reason.is_graceful());
         reason.set(|| "closed by the peer".to_owned());
+        assert!(!reason.is_graceful());
         let both = "closed by the peer after GOAWAY NO_ERROR";
         assert_eq!(reason.get().unwrap(), both);
     }

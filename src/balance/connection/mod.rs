@@ -54,7 +54,7 @@ mod upload;
 mod written;
 
 pub(super) use capacity::Capacity;
-pub(super) use carried::Carried;
+pub(super) use carried::{Carried, GREETING};
 pub(super) use connect::{Connect, Connection, Ended};
 pub(super) use connector::{Connector, CustomConnector, wrap_connector};
 #[cfg(test)]

@@ -26,6 +26,9 @@ enum Behaviour {
     HalfFrame,
     /// Completes the HTTP/2 handshake and closes the connection, as a proxy without a backend.
     Greets,
+    /// Completes the HTTP/2 handshake and ends the connection gracefully after 500 ms without a
+    /// call.
+    ClosesIdle,
 }
 
 /// The servers of one name. The n-th listens on 127.0.0.n, from 1 on.
@@ -140,6 +143,12 @@ async fn serve(mut io: TcpStream, behaviour: Behaviour) {
             io.shutdown().await.unwrap();
             b""
         }
+        Behaviour::ClosesIdle => {
+            io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            // GOAWAY with NO_ERROR.
+            &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+        }
         Behaviour::Silent => b"",
         Behaviour::Closes => return,
         Behaviour::Http1 => b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n",
@@ -201,6 +210,22 @@ async fn address_that_greets_and_closes_is_tried_last() {
     }
     connector.connect(&target).await.unwrap();
     assert_ne!(servers.accepted()[2], 0);
+}
+
+#[tokio::test]
+async fn address_that_closes_idle_connections_stays_first() {
+    for other in [Behaviour::Silent, Behaviour::Greets] {
+        let servers = Servers::start(&[other, Behaviour::ClosesIdle]).await;
+        let (connector, target) = servers.connector();
+        while servers.accepted()[1] == 0 {
+            connector.connect(&target).await.unwrap().ended.await;
+        }
+        let tried = servers.accepted()[0];
+        for count in 2..4 {
+            connector.connect(&target).await.unwrap().ended.await;
+            assert_eq!(servers.accepted(), [tried, count]);
+        }
+    }
 }
 
 #[tokio::test]

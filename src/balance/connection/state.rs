@@ -275,6 +275,11 @@ impl ConnectionState {
         self.ended.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Whether a stream is in use.
+    pub(super) fn has_calls(&self) -> bool {
+        self.streams.load(Ordering::SeqCst) > 0
+    }
+
     /// Whether as many streams are in use as the server allows.
     pub(crate) fn is_full(&self) -> bool {
         self.streams.load(Ordering::SeqCst) >= self.stream_limit()

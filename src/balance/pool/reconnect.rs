@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use crate::backoff::Backoff;
+use crate::balance::connection::GREETING;
 
 /// The first pause and the jitter of gRPC's connection backoff ("GRPC Connection Backoff
 /// Protocol").
@@ -18,10 +19,6 @@ const BACKOFF_JITTER: Range<f64> = 0.8..1.2;
 
 /// How many connections in a row that carried no response are replaced at once.
 const MAX_UNANSWERED: u32 = 2;
-
-/// A connection that ends sooner, before any call used it, was only greeted. Proxies close idle
-/// connections after a longer time.
-const GREETING: Duration = Duration::from_millis(100);
 
 /// When the next attempt to connect is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
