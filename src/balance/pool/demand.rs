@@ -3,7 +3,8 @@
 //! A waiting call cuts the pause before the next attempt to connect short, but not the pauses of
 //! all endpoints: a channel with a thousand endpoints that closed their idle connections would make
 //! a thousand connections for one call. As many attempts run at a time as calls wait. The next
-//! paused connection follows when an attempt fails, or has led to nothing for a while.
+//! paused connection follows when an attempt fails or takes long, or when other calls have taken
+//! all streams of the connection that was made.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -17,7 +18,7 @@ use tokio::time::timeout;
 use super::endpoint::Endpoint;
 use crate::balance::connection::Capacity;
 
-/// How long an attempt keeps its turn. "Connection Attempt Delay" of RFC 8305, section 5, which
+/// How long an attempt keeps its turn at most. "Connection Attempt Delay" of RFC 8305, section 5, which
 /// gRPC's pick_first uses too (gRFC A61).
 const TURN: Duration = Duration::from_millis(250);
 
@@ -35,14 +36,21 @@ struct Line {
     paused: BTreeMap<u64, Paused>,
     /// How many connections have begun to wait for a call.
     tickets: u64,
-    /// How many turns were given and have not ended.
-    turns: usize,
+    /// The connections whose turns have not ended, by the tickets that they had.
+    turns: BTreeMap<u64, ConnectionSlot>,
 }
 
 #[derive(Debug)]
 struct Paused {
-    endpoint: Arc<Endpoint>,
+    slot: ConnectionSlot,
     sender: oneshot::Sender<Turn>,
+}
+
+/// One of the connections of an endpoint.
+#[derive(Debug)]
+struct ConnectionSlot {
+    endpoint: Arc<Endpoint>,
+    index: usize,
 }
 
 impl Demand {
@@ -54,12 +62,15 @@ impl Demand {
     }
 
     /// Waits until a connection of an endpoint should be made for a waiting call.
-    pub(super) async fn wait_for_turn(self: &Arc<Self>, endpoint: &Arc<Endpoint>) -> Turn {
+    pub(super) async fn wait_for_turn(
+        self: &Arc<Self>,
+        endpoint: &Arc<Endpoint>,
+        index: usize,
+    ) -> Turn {
         let (sender, receiver) = oneshot::channel();
-        let _place = self.join(Paused {
-            endpoint: Arc::clone(endpoint),
-            sender,
-        });
+        let endpoint = Arc::clone(endpoint);
+        let slot = ConnectionSlot { endpoint, index };
+        let _place = self.join(Paused { slot, sender });
         // Calls may wait already.
         self.give_turns();
         match receiver.await {
@@ -83,25 +94,35 @@ impl Demand {
     /// Gives turns until there are as many as calls that wait. Called whenever a call waits, a
     /// connection pauses, or a turn ends.
     pub(super) fn give_turns(self: &Arc<Self>) {
-        while let Some(sender) = self.next() {
-            let turn = Turn(Arc::clone(self));
+        while let Some((ticket, sender)) = self.next() {
+            let demand = Arc::clone(self);
+            let turn = Turn { demand, ticket };
             // Fails if the pause is over. Dropping the turn then gives it to the next one.
             let _ = sender.send(turn);
         }
     }
 
     /// Takes the first connection that should be made for a call, and counts its turn.
-    fn next(&self) -> Option<oneshot::Sender<Turn>> {
-        let mut line = self.line.lock();
-        if line.turns >= self.capacity.waiting() {
+    fn next(&self) -> Option<(u64, oneshot::Sender<Turn>)> {
+        let line = &mut *self.line.lock();
+        let waiting = self.capacity.waiting();
+        if waiting == 0 || line.paused.is_empty() {
+            return None;
+        }
+        if line.turns.len() >= waiting {
+            // The calls that still wait cannot use these connections.
+            line.turns
+                .retain(|_, slot| !slot.endpoint.is_slot_full(slot.index));
+        }
+        if line.turns.len() >= waiting {
             return None;
         }
         // Draining endpoints get no calls.
         let mut paused = line.paused.iter();
-        let (&ticket, _) = paused.find(|(_, paused)| paused.endpoint.accepts_calls())?;
-        line.turns += 1;
-        let first = line.paused.remove(&ticket)?;
-        Some(first.sender)
+        let (&ticket, _) = paused.find(|(_, paused)| paused.slot.endpoint.accepts_calls())?;
+        let Paused { slot, sender } = line.paused.remove(&ticket)?;
+        line.turns.insert(ticket, slot);
+        Some((ticket, sender))
     }
 }
 
@@ -120,11 +141,14 @@ impl Drop for Place<'_> {
 
 /// The turn of a connection to be made for a waiting call. Ends when dropped.
 #[derive(Debug)]
-pub(super) struct Turn(Arc<Demand>);
+pub(super) struct Turn {
+    demand: Arc<Demand>,
+    ticket: u64,
+}
 
 impl Turn {
     /// Runs an attempt to connect, and what follows if it succeeds. The turn ends with it, or after
-    /// [`TURN`]: by then a call has taken the connection, or should not wait for it alone.
+    /// [`TURN`]. An attempt that takes longer continues beside that of the next turn.
     pub(super) async fn run<T>(turn: Option<Self>, attempt: impl Future<Output = T>) -> T {
         let mut attempt = pin!(attempt);
         if turn.is_some()
@@ -139,8 +163,9 @@ impl Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.line.lock().turns -= 1;
-        self.0.give_turns();
+        let ended = self.demand.line.lock().turns.remove(&self.ticket);
+        drop(ended);
+        self.demand.give_turns();
     }
 }
 
@@ -159,9 +184,9 @@ mod tests {
         let instance = Instance::new("echo", "host:1");
         let target = Target::new(&instance, false).unwrap();
         let endpoint = Arc::new(Endpoint::new(target, &instance, 1));
-        let mut over = Box::pin(demand.wait_for_turn(&endpoint));
-        let mut next = Box::pin(demand.wait_for_turn(&endpoint));
-        let mut last = Box::pin(demand.wait_for_turn(&endpoint));
+        let mut over = Box::pin(demand.wait_for_turn(&endpoint, 0));
+        let mut next = Box::pin(demand.wait_for_turn(&endpoint, 0));
+        let mut last = Box::pin(demand.wait_for_turn(&endpoint, 0));
         assert!((&mut over).now_or_never().is_none());
         assert!((&mut next).now_or_never().is_none());
         assert!((&mut last).now_or_never().is_none());
@@ -176,7 +201,7 @@ mod tests {
         drop(turn);
         assert!((&mut last).now_or_never().is_none());
         capacity.set_waiting(1);
-        assert!(demand.wait_for_turn(&endpoint).now_or_never().is_none());
+        assert!(demand.wait_for_turn(&endpoint, 0).now_or_never().is_none());
         assert!((&mut last).now_or_never().is_some());
     }
 }

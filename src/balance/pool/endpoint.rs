@@ -212,6 +212,14 @@ impl Endpoint {
         limits.reduce(|sum, limit| Some(sum?.saturating_add(limit?)))?
     }
 
+    /// Whether all streams of one connection are in use. The limit is 0 until h2 has read it.
+    pub(super) fn is_slot_full(&self, index: usize) -> bool {
+        let slots = self.slots.lock();
+        let sender = slots.get(index).and_then(Slot::sender);
+        let limit = sender.and_then(Sender::limit_reached);
+        limit.is_some_and(|limit| limit > 0)
+    }
+
     /// Whether a connection is open. The weight does not matter.
     pub(crate) fn is_connected(&self) -> bool {
         self.slots.lock().iter().any(|slot| slot.sender().is_some())

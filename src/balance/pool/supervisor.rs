@@ -197,7 +197,8 @@ impl<C: Connect> ConnectionTask<C> {
             return std::future::pending().await;
         };
         tokio::time::sleep_until(from).await;
-        self.demand.wait_for_turn(&self.endpoint).await
+        let turn = self.demand.wait_for_turn(&self.endpoint, self.slot);
+        turn.await
     }
 
     fn set(&self, state: SlotState) {

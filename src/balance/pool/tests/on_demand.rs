@@ -165,6 +165,19 @@ async fn endpoint_that_hangs_delays_the_next_attempt_by_250_ms() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn next_endpoint_follows_a_full_one_at_once() {
+    let harness = idle_pool(3).await;
+    let first = harness.start_call();
+    settle().await;
+    assert!(first.is_finished());
+    harness.connector.set_stream_limit("host:1", 1);
+    let second = harness.start_call();
+    settle().await;
+    assert!(second.is_finished());
+    assert_eq!(more_attempts(&harness, 3), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn next_endpoint_follows_a_failed_one_at_once() {
     let harness = idle_pool(5).await;
     for index in 1..=4 {
