@@ -12,8 +12,8 @@ use tokio::sync::Notify;
 /// Shared by the keep-alive of a connection and the connection's calls.
 #[derive(Debug, Default)]
 pub(super) struct Liveness {
-    /// Whether a call must wait for a ping. Relaxed, because a call that misses a change behaves
-    /// as a call that was sent a moment earlier.
+    /// Whether a call must wait for a ping. Looked at without ordering first, because a call that
+    /// misses a change behaves as a call that was sent a moment earlier.
     unproven: AtomicBool,
     /// Whether the response to the ping is late. Calls no longer wait for it.
     suspect: AtomicBool,
@@ -32,7 +32,8 @@ impl Liveness {
         if !self.is_unproven() {
             // A call that looked at the flag before the latest decision may have asked after it.
             self.requested.store(false, Ordering::Relaxed);
-            self.unproven.store(true, Ordering::Relaxed);
+            // Release, so that no call sees the flag and asks before the store above takes effect.
+            self.unproven.store(true, Ordering::Release);
         }
     }
 
