@@ -271,7 +271,7 @@ impl BalancedChannelBuilder {
     /// responds. After the whole timeout the connection is considered lost.
     ///
     /// A server may permit fewer pings than usual. When it closes a connection because of too many
-    /// pings, the interval doubles for this endpoint, up to 5 minutes, and a warning is logged.
+    /// pings, the interval doubles for this endpoint, up to 2 hours, and a warning is logged.
     pub fn http2_keep_alive_interval(mut self, interval: Option<Duration>) -> Self {
         self.settings.keep_alive.interval = interval;
         self

@@ -25,11 +25,11 @@ const MARGIN: Duration = Duration::from_secs(10);
 
 /// The pause between pings while a stream is open: 5 minutes in grpc-go
 /// (`EnforcementPolicy.MinTime`), gRPC Core (`min_recv_ping_interval_without_data`), and gRFC A8.
-pub(super) const WITH_STREAM: Duration = Duration::from_secs(5 * 60).saturating_add(MARGIN);
+const WITH_STREAM: Duration = Duration::from_secs(5 * 60).saturating_add(MARGIN);
 
 /// The pause between pings without a stream: 2 hours where the server does not permit pings then
 /// (`EnforcementPolicy.PermitWithoutStream`, false by default), with a margin.
-const WITHOUT_STREAM: Duration = Duration::from_secs(2 * 60 * 60 + 60);
+pub(super) const WITHOUT_STREAM: Duration = Duration::from_secs(2 * 60 * 60 + 60);
 
 /// The same margin for servers that permit a ping every few seconds.
 const SHORT_MARGIN: Duration = Duration::from_millis(500);

@@ -2,8 +2,8 @@
 //!
 //! A server may permit fewer pings than [`ping_budget`](super::ping_budget) assumes. gRFC A8 asks
 //! the client to double the interval when the server ends a connection because of "too_many_pings".
-//! The interval doubles up to the pause that servers accept by default, because a server that still
-//! complains then may do so whatever the client does.
+//! The interval doubles up to the longest pause that servers demand by default, because a server
+//! that still complains then may do so whatever the client does.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -114,7 +114,7 @@ impl PingInterval {
 
 fn doubled(interval: Duration, times: u32) -> Duration {
     let factor = 1u32.checked_shl(times).unwrap_or(u32::MAX);
-    let longest = interval.max(ping_budget::WITH_STREAM);
+    let longest = interval.max(ping_budget::WITHOUT_STREAM);
     interval.saturating_mul(factor).min(longest)
 }
 
@@ -167,18 +167,18 @@ mod tests {
     }
 
     #[test]
-    fn interval_grows_up_to_the_usual_pause() {
+    fn interval_grows_up_to_the_longest_usual_pause() {
         let too_many = go_away(Reason::ENHANCE_YOUR_CALM, TOO_MANY_PINGS);
         let endpoint = Doublings::default();
         for _ in 0..100 {
             connect(&endpoint).on_go_away(&too_many);
         }
         let interval = connect(&endpoint).get();
-        assert_eq!(interval, Some(ping_budget::WITH_STREAM));
-        // 20, 40, 80, 160, 310 s.
-        assert_eq!(endpoint.0.count.load(Ordering::Relaxed), 5);
+        assert_eq!(interval, Some(ping_budget::WITHOUT_STREAM));
+        // 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 7260 s.
+        assert_eq!(endpoint.0.count.load(Ordering::Relaxed), 10);
         // An interval that is longer already stays.
-        let configured = 3 * ping_budget::WITH_STREAM;
+        let configured = 3 * ping_budget::WITHOUT_STREAM;
         let long = PingInterval::new(&"a:1".into(), Some(configured), &endpoint);
         assert_eq!(long.get(), Some(configured));
         assert!(long.on_go_away(&too_many).is_some());
