@@ -55,8 +55,8 @@ pub(super) struct KeepAlive<'a> {
     timer: Pin<Box<Sleep>>,
 }
 
-/// The event that the keep-alive waits for. `heard` is the time of the last sign of life at the start
-/// of a phase.
+/// The event that the keep-alive waits for. `heard` is the time of the last sign of life at the
+/// start of a phase.
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     /// The timer fires when a ping is due, or earlier if there was traffic in the meantime.
@@ -214,7 +214,8 @@ impl<'a> KeepAlive<'a> {
             self.budget.on_ping(purpose, now);
         }
         self.awaits_pong = true;
-        // The ping waits behind bytes of ours. A peer that makes room slowly reads them as slowly.
+        // The ping waits behind bytes of ours. The timeout grows by the longest wait of a write,
+        // because the peer may take as long again to read up to the ping.
         let deadline = now + self.settings.timeout + self.state.longest_write_wait();
         self.phase = Phase::Waiting {
             heard: self.state.last_activity(),

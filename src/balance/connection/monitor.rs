@@ -38,12 +38,24 @@ pub(crate) struct MonitoredIo<T> {
     has_go_away: bool,
     held: Option<HeldRead>,
     written: WrittenStreams,
-    /// Since when writes have found no room.
-    blocked_since: Option<Instant>,
+    blocked: Option<Blocked>,
     /// The stream that the peer ended last.
     last_ended: u32,
     ping_interval: PingInterval,
     state: Arc<ConnectionState>,
+}
+
+/// Writes or flushes that have found no room.
+#[derive(Debug)]
+struct Blocked {
+    since: Instant,
+    by: Operation,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Write,
+    Flush,
 }
 
 /// The events of a [`MonitoredIo`].
@@ -75,7 +87,7 @@ impl<T> MonitoredIo<T> {
             has_go_away: false,
             held: None,
             written: WrittenStreams::new(),
-            blocked_since: None,
+            blocked: None,
             last_ended: 0,
             ping_interval,
             state,
@@ -152,15 +164,17 @@ impl<T> MonitoredIo<T> {
         }
     }
 
-    /// Runs a write. After the first write error, and after the end of the peer's bytes, no more are
-    /// run, and `complete`, the result of a successful write, is returned instead. Calls that were
-    /// not written before are then known to be unsent.
+    /// Runs a write or a flush. After the first write error, and after the end of the peer's bytes,
+    /// no more are run, and `complete`, the result of a successful one, is returned instead. Calls
+    /// that were not written before are then known to be unsent.
     ///
     /// A write that succeeds after one that found no room is a sign of life: the peer has taken
-    /// bytes. Other writes are none, because the bytes may only have gone to a buffer.
+    /// bytes. Other writes are none, because the bytes may only have gone to a buffer. Therefore
+    /// only a flush ends the wait of a flush, unless the buffer was full in the meantime.
     fn on_write<V>(
         &mut self,
         cx: &mut Context<'_>,
+        operation: Operation,
         write: impl FnOnce(&mut Self, &mut Context<'_>) -> Poll<io::Result<V>>,
         complete: V,
     ) -> Poll<io::Result<V>> {
@@ -176,9 +190,12 @@ impl<T> MonitoredIo<T> {
                 Poll::Ready(Ok(complete))
             }
             Poll::Ready(Ok(done)) => {
-                if let Some(since) = self.blocked_since.take() {
+                let ends_wait = |blocked: &mut Blocked| {
+                    operation == Operation::Flush || blocked.by == Operation::Write
+                };
+                if let Some(blocked) = self.blocked.take_if(ends_wait) {
                     self.state.record_activity();
-                    self.state.record_write_wait(since.elapsed());
+                    self.state.record_write_wait(blocked.since.elapsed());
                     // h2 has written its requests and may read the GOAWAY now.
                     if self.held.is_some() {
                         cx.waker().wake_by_ref();
@@ -187,7 +204,13 @@ impl<T> MonitoredIo<T> {
                 Poll::Ready(Ok(done))
             }
             Poll::Pending => {
-                self.blocked_since.get_or_insert_with(Instant::now);
+                let blocked = self.blocked.get_or_insert_with(|| Blocked {
+                    since: Instant::now(),
+                    by: operation,
+                });
+                if operation == Operation::Write {
+                    blocked.by = Operation::Write;
+                }
                 Poll::Pending
             }
         }
@@ -210,7 +233,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for MonitoredIo<T> {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if let Some(held) = &mut this.held {
-            let polled = held.poll(cx, buf, &this.state, this.blocked_since.is_some());
+            let polled = held.poll(cx, buf, &this.state, this.blocked.is_some());
             if held.is_empty() {
                 this.held = None;
             }
@@ -257,11 +280,12 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
             }
             written
         };
-        self.on_write(cx, write, buf.len())
+        self.on_write(cx, Operation::Write, write, buf.len())
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.on_write(cx, |this, cx| Pin::new(&mut this.io).poll_flush(cx), ())
+        let flush = |this: &mut Self, cx: &mut Context<'_>| Pin::new(&mut this.io).poll_flush(cx);
+        self.on_write(cx, Operation::Flush, flush, ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -290,6 +314,6 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for MonitoredIo<T> {
             }
             written
         };
-        self.on_write(cx, write, length)
+        self.on_write(cx, Operation::Write, write, length)
     }
 }

@@ -34,8 +34,8 @@ pub(crate) struct ConnectionState {
     pub(super) first_response: FirstResponse,
     /// Streams in use, cancelled ones included until h2 has reset them.
     streams: AtomicUsize,
-    /// Streams in use that the peer has ended. Not exact: the end of a stream whose response was not
-    /// read to the end counts until no stream is in use.
+    /// Streams in use that the peer has ended. Not exact: the end of a stream whose response was
+    /// not read to the end counts until no stream is in use.
     ended: AtomicIsize,
     /// The server's limit on concurrent streams.
     stream_limit: AtomicUsize,
@@ -250,8 +250,8 @@ impl ConnectionState {
         }
     }
 
-    /// Whether a stream is open for the peer, too. A stream may be in use for much longer, while its
-    /// response waits to be read. Only the driver's task calls this.
+    /// Whether a stream is open for the peer, too. A stream may be in use for much longer, while
+    /// its response waits to be read. Only the driver's task calls this.
     pub(super) fn has_open_stream(&self) -> bool {
         let streams = self.streams.load(Ordering::SeqCst);
         if streams == 0 {

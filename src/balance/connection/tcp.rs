@@ -14,10 +14,10 @@ use super::settings::ConnectionSettings;
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 const PROBES: u32 = 3;
 
-/// The system takes no more bytes while it has this many that it has not sent yet. Without the limit
-/// it takes as much as its send buffer holds, which is megabytes, and a ping waits behind all of
-/// them. h2's frames are as large, so at most about two of them are unsent. Bytes in flight do not
-/// count, so the limit does not bound the throughput.
+/// The system takes no more bytes while it has this many that it has not sent yet. Without the
+/// limit it takes as much as its send buffer holds, which is megabytes, and a ping waits behind all
+/// of them. h2's frames are as large, so at most about two of them are unsent. Bytes in flight do
+/// not count, so the limit does not bound the throughput.
 #[cfg(any(target_os = "android", target_os = "linux"))]
 const MAX_UNSENT: u32 = 16 * 1024;
 

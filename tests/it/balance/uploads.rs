@@ -1,6 +1,6 @@
 //! Keep-alive while a request is sent that takes long.
 
-use std::future::ready;
+use std::future::{Future, ready};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use helloworld::echo::echo_client::EchoClient;
 use http::Uri;
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::Signal;
+use tokio::io::BufStream;
 use tokio::net::TcpSocket;
 use tokio::time::sleep;
 use tonic::{Code, Status};
@@ -222,4 +223,76 @@ async fn server_that_stops_reading_is_found_in_mid_upload() {
     assert_eq!(error.code(), Code::Unavailable, "{error:?}");
     assert!(error.message().contains("keep-alive"), "{error:?}");
     assert!(took <= FOUND_WITHIN, "{took:?}");
+}
+
+/// A connector's I/O may take bytes into a buffer of its own, as TLS does, while the server takes
+/// none. Such writes are no signs of life. Over a pipe in paused time.
+#[tokio::test(start_paused = true)]
+async fn hung_server_behind_a_buffer_is_found() {
+    let channel = buffered_channel(hang_in_mid_upload);
+    wait_until_ready(&channel, 1).await;
+    let started = tokio::time::Instant::now();
+    let error = upload(&channel, 100_000).await.unwrap_err();
+    let took = started.elapsed();
+    assert!(error.message().contains("keep-alive"), "{error:?}");
+    assert!(took < Duration::from_secs(14), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn small_messages_into_a_buffer_are_no_signs_of_life() {
+    let channel = buffered_channel(hang_in_mid_upload);
+    wait_until_ready(&channel, 1).await;
+    // The first message fills the pipe, and the others fit in the buffer.
+    let messages = futures::stream::unfold(100_000, |size| async move {
+        let payload = vec![7; size];
+        if size == 100 {
+            sleep(Duration::from_secs(2)).await;
+        }
+        let message = EchoRequest {
+            payload,
+            ..EchoRequest::default()
+        };
+        Some((message, 100))
+    });
+    let started = tokio::time::Instant::now();
+    let mut client = EchoClient::new(channel.clone());
+    let error = client.client_stream(messages).await.unwrap_err();
+    let took = started.elapsed();
+    assert!(error.message().contains("keep-alive"), "{error:?}");
+    assert!(took < Duration::from_secs(14), "{took:?}");
+}
+
+/// Writes that a full buffer lets wait are signs of life when they succeed.
+#[tokio::test(start_paused = true)]
+async fn slow_upload_through_a_buffer_ends() {
+    let channel = buffered_channel(|connection| {
+        // 16 KiB/s.
+        answer_slowly(connection, Duration::from_secs(1))
+    });
+    wait_until_ready(&channel, 1).await;
+    let started = tokio::time::Instant::now();
+    upload(&channel, 512 * KIB).await.unwrap();
+    let took = started.elapsed();
+    assert!(took > Duration::from_secs(26), "not slow: {took:?}");
+}
+
+/// A channel to a server at the other end of a pipe, behind a buffer as large as the pipe.
+fn buffered_channel<F>(serve: fn(FrameConnection) -> F) -> BalancedChannel
+where
+    F: Future<Output = io::Result<()>> + Send + 'static,
+{
+    let connector = tower::service_fn(move |_: Uri| {
+        let (client, io) = tokio::io::duplex(64 * KIB);
+        tokio::spawn(serve(FrameConnection::new(io, 0)));
+        let buffered = BufStream::with_capacity(8 * KIB, 64 * KIB, client);
+        ready(Ok::<_, io::Error>(TokioIo::new(buffered)))
+    });
+    static_channel(["pipe:1"], |builder| builder.connector(connector))
+}
+
+/// Reads until the first request begins.
+async fn hang_in_mid_upload(mut connection: FrameConnection) -> io::Result<()> {
+    open_windows(&mut connection).await?;
+    while connection.read_frame().await?.kind != DATA {}
+    std::future::pending().await
 }
