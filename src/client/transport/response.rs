@@ -113,8 +113,8 @@ impl UnaryResponse {
 }
 
 /// Gives a response that comes from something between this client and etcd, such as the page of a
-/// proxy with HTTP status 200, the code of a member that cannot be reached. No member has seen the
-/// call.
+/// proxy with HTTP status 200, the code of a member that cannot be reached, so that the call is sent
+/// to another member. Not for writes: a proxy may have passed the call to a member before.
 pub(super) fn map_not_grpc(status: Status) -> Status {
     if status.code() == Code::Unknown && is_not_grpc(&status) {
         return Status::unavailable(status.message());

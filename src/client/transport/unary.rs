@@ -183,7 +183,11 @@ impl UnaryCall<'_> {
         *request.headers_mut() = self.head.headers.clone();
         let attempted = self.attempted.as_ref();
         let response = self.channel.call_avoiding(request, attempted).await;
-        UnaryResponse::read(response.map_err(map_not_grpc)?, &self.codec).await
+        let response = response.map_err(|status| match self.kind {
+            CallKind::Write => status,
+            _ => map_not_grpc(status),
+        });
+        UnaryResponse::read(response?, &self.codec).await
     }
 }
 

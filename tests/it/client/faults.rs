@@ -362,49 +362,6 @@ async fn stream_refused_by_all_members_reports_their_error() -> TestResult {
     Ok(())
 }
 
-/// A gateway whose etcd is unavailable, and which responds with an HTML page.
-async fn start_gateway() -> RawServer {
-    RawServer::start(async |_, mut respond| {
-        let head = http::Response::builder()
-            .status(503)
-            .header("content-type", "text/html");
-        if let Ok(mut page) = respond.send_response(head.body(()).unwrap(), false) {
-            let text = "<html><body>Service Unavailable</body></html>";
-            page.send_data(text.into(), true).ok();
-        }
-    })
-    .await
-}
-
-#[tokio::test]
-async fn gateway_without_etcd_is_avoided() -> TestResult {
-    let (etcd, gateway) = (Etcd::start().await?, start_gateway().await);
-    let lease = crate::support::connect(etcd.endpoint())
-        .await
-        .grant(600)
-        .await?
-        .id();
-    let endpoints = [gateway.address().to_owned(), etcd.endpoint()];
-    for _ in 0..4 {
-        let config = Config::builder().endpoints(endpoints.clone()).build()?;
-        let client = Client::new("main", config).await?;
-        for _ in 0..20 {
-            client.get("key", None).await?;
-            drop(client.watch("key", None).await?);
-            client.keep_alive_once(lease).await?;
-        }
-    }
-    // With the gateway alone, etcd is unreachable.
-    let config = Config::builder()
-        .endpoints([gateway.address()])
-        .dial_timeout(Duration::from_secs(1))
-        .build()?;
-    let error = Client::new("main", config).await.unwrap_err();
-    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
-    assert!(error.to_string().contains("HTTP 503"), "{error}");
-    Ok(())
-}
-
 #[tokio::test]
 async fn isolated_member_fails_no_write() -> TestResult {
     let cluster = Etcd::builder().start_partitionable_cluster(3).await?;
@@ -462,24 +419,6 @@ async fn details_that_are_not_base64_do_not_panic() -> TestResult {
     for result in [got, put, watched] {
         let error = result.unwrap_err().to_string();
         assert!(error.contains("caf\u{fffd}"), "{error}");
-    }
-    Ok(())
-}
-
-/// A proxy may respond with a page and HTTP status 200.
-#[tokio::test]
-async fn page_with_status_200_is_avoided() -> TestResult {
-    let etcd = Etcd::start().await?;
-    let proxy = RawServer::start(async |_, mut respond| {
-        let head = http::Response::builder().header("content-type", "text/html");
-        respond.send_response(head.body(()).unwrap(), true).ok();
-    })
-    .await;
-    let endpoints = [proxy.address().to_owned(), etcd.endpoint()];
-    let config = Config::builder().endpoints(endpoints).build()?;
-    let client = Client::new("main", config).await?;
-    for _ in 0..20 {
-        client.get("key", None).await?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 mod auth;
 mod call_log;
 mod faults;
+mod gateways;
 mod idle_connections;
 mod limits;
 mod locks;
