@@ -49,8 +49,9 @@ pub(super) enum Frame {
     /// A whole GOAWAY has arrived.
     GoAway(GoAway),
     /// The headers of a stream have become larger than [`LARGE_BLOCK`]: the header of that frame
-    /// has arrived, HEADERS or CONTINUATION.
-    LargeHeaders { stream: u32 },
+    /// has arrived, HEADERS or CONTINUATION. `ends_stream` says whether they are the last of their
+    /// stream.
+    LargeHeaders { stream: u32, ends_stream: bool },
     /// The header of any other frame has arrived.
     Other,
 }
@@ -84,6 +85,8 @@ pub(super) struct Scanner {
     payload_left: usize,
     /// How many bytes HEADERS and the CONTINUATION frames after it take.
     header_block: usize,
+    /// Whether they end their stream, which HEADERS say.
+    header_block_ends_stream: bool,
     /// Whether the latest frame of them is the last.
     ends_header_block: bool,
     /// The payload of a SETTINGS, PING or GOAWAY frame so far, up to [`MAX_KEPT`] bytes.
@@ -122,6 +125,7 @@ impl Scanner {
             match kind {
                 HEADERS => {
                     self.header_block = 0;
+                    self.header_block_ends_stream = flags & END_STREAM != 0;
                     found(Frame::Headers);
                     self.add_to_header_block(stream, flags, found);
                 }
@@ -148,7 +152,11 @@ impl Scanner {
         let before = self.header_block;
         self.header_block += self.payload_left;
         if before <= LARGE_BLOCK && self.header_block > LARGE_BLOCK {
-            found(Frame::LargeHeaders { stream });
+            let ends_stream = self.header_block_ends_stream;
+            found(Frame::LargeHeaders {
+                stream,
+                ends_stream,
+            });
         }
     }
 
@@ -247,22 +255,28 @@ mod tests {
 
     #[test]
     fn large_headers_are_found_once_with_their_stream() {
-        let piece = |kind, length: usize| {
-            let mut bytes = frame(kind, 0, &vec![0; length]);
+        let piece = |kind, flags, length: usize| {
+            let mut bytes = frame(kind, flags, &vec![0; length]);
             bytes[8] = 5;
             bytes
         };
-        let mut bytes = piece(HEADERS, LARGE_BLOCK - 1);
-        bytes.extend(piece(CONTINUATION, 1));
-        assert_eq!(scan(&bytes), [Frame::Headers, Frame::Other]);
-        for _ in 0..2 {
-            bytes.extend(piece(CONTINUATION, 1));
+        for (flags, ends_stream) in [(0, false), (END_STREAM, true)] {
+            let mut bytes = piece(HEADERS, flags, LARGE_BLOCK - 1);
+            bytes.extend(piece(CONTINUATION, 0, 1));
+            let is_large = |found: &Frame| matches!(found, Frame::LargeHeaders { .. });
+            assert!(!scan(&bytes).iter().any(is_large));
+            for _ in 0..2 {
+                bytes.extend(piece(CONTINUATION, 0, 1));
+            }
+            let large = Frame::LargeHeaders {
+                stream: 5,
+                ends_stream,
+            };
+            assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
+            // Each stream's headers count from zero.
+            bytes.extend(piece(HEADERS, flags, LARGE_BLOCK));
+            assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
         }
-        let large = Frame::LargeHeaders { stream: 5 };
-        assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
-        // Each stream's headers count from zero.
-        bytes.extend(piece(HEADERS, LARGE_BLOCK));
-        assert_eq!(scan(&bytes).iter().filter(|f| **f == large).count(), 1);
     }
 
     #[test]

@@ -38,6 +38,9 @@ pub(crate) struct HeaderLimits {
     large: AtomicU32,
     /// Whether h2 has not shown yet that it could read those.
     is_reading_large: AtomicBool,
+    /// The stream with the latest headers of that size that end their stream, as all trailers do; 0
+    /// before the first.
+    large_trailers: AtomicU32,
 }
 
 /// Headers that are larger than a limit.
@@ -66,6 +69,7 @@ impl HeaderLimits {
             peer: AtomicU32::new(u32::MAX),
             large: AtomicU32::new(0),
             is_reading_large: AtomicBool::new(false),
+            large_trailers: AtomicU32::new(0),
         }
     }
 
@@ -73,8 +77,11 @@ impl HeaderLimits {
         self.peer.store(limit, Ordering::Relaxed);
     }
 
-    pub(super) fn record_large(&self, stream: u32) {
+    pub(super) fn record_large(&self, stream: u32, ends_stream: bool) {
         self.large.store(stream, Ordering::Relaxed);
+        if ends_stream {
+            self.large_trailers.store(stream, Ordering::Relaxed);
+        }
         self.is_reading_large.store(true, Ordering::Relaxed);
     }
 
@@ -97,6 +104,11 @@ impl HeaderLimits {
     /// Whether a stream had large headers, the latest of the connection.
     pub(super) fn is_large(&self, stream: u32) -> bool {
         self.large.load(Ordering::Relaxed) == stream
+    }
+
+    /// Whether a stream, whose head was read, had large trailers, the latest of the connection.
+    pub(super) fn has_large_trailers(&self, stream: u32) -> bool {
+        self.large_trailers.load(Ordering::Relaxed) == stream
     }
 
     /// Checks a request against the peer's limit.

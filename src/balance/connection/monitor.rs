@@ -126,7 +126,10 @@ impl<T> MonitoredIo<T> {
             Frame::StreamEnd(stream) if std::mem::replace(last_ended, stream) != stream => {
                 state.record_stream_end(stream);
             }
-            Frame::LargeHeaders { stream } => state.header_limits.record_large(stream),
+            Frame::LargeHeaders {
+                stream,
+                ends_stream,
+            } => state.header_limits.record_large(stream, ends_stream),
             Frame::Settings(sent) => {
                 if let Some(limit) = sent.max_header_list_size {
                     state.header_limits.set_peer(limit);

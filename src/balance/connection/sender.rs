@@ -355,7 +355,7 @@ impl Incoming {
         };
         permit.state.header_limits.check_trailers(trailers)?;
         // The status is looked for last, because usually no headers were too large.
-        match self.headers_too_large() {
+        match self.trailers_too_large() {
             Some(too_large) if !trailers.contains_key(GRPC_STATUS) => Err(too_large),
             _ => Ok(()),
         }
@@ -363,16 +363,18 @@ impl Incoming {
 
     /// The cause of an error of the stream, if headers that are too large to be read are it.
     pub(crate) fn cause_in_headers(&self, error: &h2::Error) -> Option<HeadersTooLarge> {
-        self.headers_too_large().filter(|_| error.is_library())
+        self.trailers_too_large().filter(|_| error.is_library())
     }
 
-    /// The error of headers of this stream that h2 may not have read to their end.
-    fn headers_too_large(&self) -> Option<HeadersTooLarge> {
+    /// The error of trailers of this stream that h2 may not have read to their end. The head was
+    /// read, since the response has begun.
+    fn trailers_too_large(&self) -> Option<HeadersTooLarge> {
         let limits = &self.permit.as_ref()?.state.header_limits;
         if !limits.has_large() {
             return None;
         }
         let stream = self.stream.as_ref()?.stream_id().as_u32();
-        limits.is_large(stream).then(|| limits.unreadable())
+        let is_large = limits.has_large_trailers(stream);
+        is_large.then(|| limits.unreadable())
     }
 }

@@ -243,6 +243,29 @@ async fn larger_own_limit_lets_large_headers_pass() {
     assert_eq!(server.accepted(), 1);
 }
 
+/// The status is missing, and not in trailers that are too large.
+#[tokio::test]
+async fn large_head_that_was_read_is_no_cause_of_a_later_error() {
+    let server = FrameServer::start(|mut connection| async move {
+        connection.handshake(&[]).await?;
+        loop {
+            let stream = connection.next_request().await?;
+            let large = vec![b'x'; 100_000];
+            let head = [GRPC_HEAD, &[("x-large", &large[..])]].concat();
+            connection.send_headers(stream, &head, false).await?;
+            connection.write_frame(DATA, 0, stream, &[0; 5]).await?;
+            let trailers: [(&str, &[u8]); 1] = [("x-more", b"1")];
+            connection.send_headers(stream, &trailers, true).await?;
+        }
+    })
+    .await;
+    let channel = static_channel([server.address()], |channel| {
+        channel.http2_max_header_list_size(200_000)
+    });
+    let status = call(&channel).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unknown, "{status}");
+}
+
 /// HEADERS and CONTINUATION frames of 1 KiB each.
 fn in_small_frames(stream: u32, headers: &[(&str, &[u8])]) -> Vec<u8> {
     let whole = header_frames(stream, headers, true);
