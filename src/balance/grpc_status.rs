@@ -29,6 +29,13 @@ pub(super) fn status_of_error(
     }
 }
 
+/// The status of a call of which nothing was sent to `address`. `reason` is why the connection takes
+/// no calls, if that is known.
+pub(super) fn status_of_unsent(address: &str, reason: Option<&str>) -> Status {
+    let reason = reason.unwrap_or("the connection accepts no more calls");
+    Status::unavailable(format!("{address}: the request was not sent: {reason}"))
+}
+
 /// gRPC's code for a stream that was reset ("gRPC over HTTP2", Errors).
 fn code_of_reset(reason: Reason) -> Code {
     match reason {

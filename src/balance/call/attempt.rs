@@ -212,7 +212,13 @@ impl<'a> Attempt<'a> {
 
 fn send_status(endpoint: &Endpoint, error: &SendError) -> Status {
     let address = &endpoint.target.address;
-    grpc_status::status_of_error(address, &error.error, error.close_reason.as_deref())
+    let reason = error.close_reason.as_deref();
+    match error.kind {
+        SendErrorKind::Unprocessed(Unprocessed::NotSent) => {
+            grpc_status::status_of_unsent(address, reason)
+        }
+        _ => grpc_status::status_of_error(address, &error.error, reason),
+    }
 }
 
 #[cfg(test)]

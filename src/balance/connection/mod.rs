@@ -62,7 +62,9 @@ pub(super) use fake::{FakeConnector, STREAM_LIMIT, Script};
 pub(super) use header_limits::HeadersTooLarge;
 pub(super) use io::BoxError;
 pub(crate) use ping_budget::PingPolicy;
-pub(super) use sender::{Incoming, ReservedStream, SendError, SendErrorKind, Sender};
+pub(super) use sender::{
+    Incoming, LATE_RESPONSE_TO_PING, ReservedStream, SendError, SendErrorKind, Sender,
+};
 pub(super) use settings::ConnectionSettings;
 pub(super) use target::Target;
 pub(super) use tls::Tls;

@@ -16,6 +16,9 @@ use super::upload::{Upload, upload};
 use crate::balance::replay::AttemptBody;
 use crate::balance::status_headers::GRPC_STATUS;
 
+/// Why a connection takes no calls that has not responded to a ping before a call in time.
+pub(crate) const LATE_RESPONSE_TO_PING: &str = "no response to a ping";
+
 /// Sends calls on a connection. Cheap to clone. The connection closes when the last sender and the
 /// last call are dropped.
 #[derive(Clone)]
@@ -36,8 +39,9 @@ impl fmt::Debug for Sender {
 #[derive(Debug)]
 pub(crate) struct SendError {
     pub(crate) kind: SendErrorKind,
+    /// CANCEL if h2 knows of no error, because the request was not handed to h2.
     pub(crate) error: h2::Error,
-    /// Why the connection closed, if it did.
+    /// Why the connection closed or takes no calls, if it does so.
     pub(crate) close_reason: Option<String>,
 }
 
@@ -75,6 +79,11 @@ impl Sender {
     pub(crate) fn limit_reached(&self) -> Option<usize> {
         let limit = self.state.stream_limit();
         self.state.is_full().then_some(limit)
+    }
+
+    /// Whether the connection takes no calls until the peer responds to a ping.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.state.liveness.is_suspect()
     }
 
     /// Whether the connection is open and has a free stream.
@@ -159,11 +168,7 @@ impl ReservedStream {
     ) -> Result<(ResponseFuture, SendStream<Bytes>), SendError> {
         let state = &self.permit.state;
         if state.liveness.is_unproven() && !state.prove().await {
-            return Err(send_error(
-                state,
-                SendErrorKind::Unprocessed(Unprocessed::NotSent),
-                Reason::CANCEL.into(),
-            ));
+            return Err(not_sent(state));
         }
         if state.first_response.is_paused() {
             state.first_response.wait().await;
@@ -179,11 +184,7 @@ impl ReservedStream {
         }
         // A GOAWAY may have been read since the stream was reserved.
         let Some(opening) = state.begin_opening() else {
-            return Err(send_error(
-                state,
-                SendErrorKind::Unprocessed(Unprocessed::NotSent),
-                Reason::CANCEL.into(),
-            ));
+            return Err(not_sent(state));
         };
         let opened = self.h2.send_request(request, false);
         drop(opening);
@@ -267,6 +268,16 @@ fn send_error(state: &ConnectionState, kind: SendErrorKind, error: h2::Error) ->
         error,
         close_reason: state.close_reason.get(),
     }
+}
+
+/// The error of a call that was not handed to h2.
+fn not_sent(state: &ConnectionState) -> SendError {
+    let kind = SendErrorKind::Unprocessed(Unprocessed::NotSent);
+    let mut error = send_error(state, kind, Reason::CANCEL.into());
+    if error.close_reason.is_none() && state.liveness.is_suspect() {
+        error.close_reason = Some(LATE_RESPONSE_TO_PING.to_owned());
+    }
+    error
 }
 
 /// A stream in use. Dropping the permit gives the stream back: at once if the stream has ended,

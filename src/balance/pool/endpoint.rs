@@ -203,12 +203,22 @@ impl Endpoint {
         })
     }
 
-    /// The sum of the stream limits of the connections, if all of them are reached; `None` without
-    /// a connection.
+    /// Whether all connections take no calls until the server responds to a ping; false without a
+    /// connection.
+    pub(crate) fn is_suspect(&self) -> bool {
+        let slots = self.slots.lock();
+        let mut open = slots.iter().filter_map(Slot::sender).peekable();
+        open.peek().is_some() && open.all(Sender::is_suspect)
+    }
+
+    /// The sum of the stream limits of the connections that take calls, if all of them are reached;
+    /// `None` without such a connection.
     pub(crate) fn limit_reached(&self) -> Option<usize> {
         let slots = self.slots.lock();
         let open = slots.iter().filter_map(Slot::sender);
-        let limits = open.map(Sender::limit_reached);
+        let limits = open
+            .filter(|sender| !sender.is_suspect())
+            .map(Sender::limit_reached);
         limits.reduce(|sum, limit| Some(sum?.saturating_add(limit?)))?
     }
 

@@ -12,7 +12,7 @@ use super::demand::Demand;
 use super::endpoint::{Endpoint, EndpointState, EndpointStatus, ReadyEndpoint};
 use super::wait_queue::WaitQueue;
 use super::waiting::{AssignedStream, WaitingCall};
-use crate::balance::connection::{Capacity, ReservedStream};
+use crate::balance::connection::{Capacity, LATE_RESPONSE_TO_PING, ReservedStream};
 use crate::balance::pick::{BalancePolicy, Cursor, Picker};
 use crate::snapshot::Freshness;
 
@@ -304,6 +304,7 @@ fn describe(endpoint: &Endpoint) -> String {
         (Some(error), EndpointState::Connecting | EndpointState::Backoff) => {
             format!("{address} ({state}: {error})")
         }
+        _ if endpoint.is_suspect() => format!("{address} ({state}, {LATE_RESPONSE_TO_PING})"),
         _ => match endpoint.limit_reached() {
             Some(limit) => {
                 format!("{address} ({state}, its limit of {limit} streams is reached)")

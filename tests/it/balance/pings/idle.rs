@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use goo_etcd::balance::BalancedChannelBuilder;
 use tokio::time::{Instant, sleep};
+use tonic::Code;
 
 use super::server::{Answer, Event, Server};
 use super::{HOUR, MINUTE, SECOND, address, channel};
@@ -118,6 +119,32 @@ async fn only_server_that_hung_meanwhile_gets_the_call_again() {
     assert!(started.elapsed() < 5 * SECOND, "{:?}", started.elapsed());
     assert_eq!(server.accepted(), 2);
     assert_eq!(server.calls(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn message_names_the_ping_without_a_response() {
+    let server = Server::new(Answer::Ok);
+    let settings = |builder: BalancedChannelBuilder| builder.ready_timeout(SECOND);
+    let channel = channel(&[&server], settings).await;
+    sleep(HOUR).await;
+    server.freeze();
+    let status = call(&channel).await.unwrap_err();
+    let text = "s0:1 (ready, no response to a ping)";
+    assert!(status.message().contains(text), "{status}");
+}
+
+/// The time of the call is over when the second server has not responded either.
+#[tokio::test(start_paused = true)]
+async fn call_that_was_never_sent_says_so() {
+    let servers = [Server::new(Answer::Ok), Server::new(Answer::Ok)];
+    let settings = |builder: BalancedChannelBuilder| builder.ready_timeout(SECOND / 2);
+    let channel = channel(&servers.each_ref(), settings).await;
+    sleep(HOUR).await;
+    servers.iter().for_each(|server| server.freeze());
+    let status = call(&channel).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    let text = "the request was not sent: no response to a ping";
+    assert!(status.message().contains(text), "{status}");
 }
 
 #[tokio::test(start_paused = true)]
