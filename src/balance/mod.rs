@@ -36,10 +36,10 @@
 //! - **Picking.** A [`BalancePolicy`] picks the endpoint. Every policy honours weights. An instance
 //!   that is draining or has weight 0 gets no new calls.
 //! - **Retrying.** A call that provably reached no server application is sent to another endpoint
-//!   without the caller's notice (a transparent retry, gRFC A6). After GOAWAY(NO_ERROR) that goes
-//!   on until `ready_timeout`. After REFUSED_STREAM, or GOAWAY with an error, the call is sent again
-//!   at most 5 times, but once if it is the first that such a GOAWAY excludes and so may be its
-//!   reason. A call that a server may have seen is repeated only by a [`RetryPolicy`].
+//!   without the caller's notice (a transparent retry, gRFC A6): until `ready_timeout` after
+//!   GOAWAY(NO_ERROR), at most 5 times after REFUSED_STREAM, and once after GOAWAY with an error,
+//!   because the call may be the reason. A call that a server may have seen is repeated only by a
+//!   [`RetryPolicy`].
 //! - **Ending.** A call is in flight until the body of its response ends or is dropped. An endpoint
 //!   that leaves the set, and a connection whose server is shutting down, get no new calls and
 //!   finish the calls in flight on them. The connection closes after the last of these calls, and

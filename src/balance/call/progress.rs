@@ -17,17 +17,15 @@ use crate::balance::pool::Endpoint;
 /// that refuse streams while they restart, one after the other.
 const MAX_REFUSALS: u32 = 5;
 
-/// Transparent retries of a call that GOAWAY with an error excludes after another call, which is
-/// the likely reason. That call's own retry may go to the same server first and break its next
-/// connection, too.
-const MAX_EXCLUSIONS: u32 = 5;
-
-/// Transparent retries of the first call that GOAWAY with an error excludes, because that call may
+/// Transparent retries after GOAWAY with an error, because each call that the GOAWAY excludes may
 /// be the reason and would break the connection of each further endpoint (gRFC A6).
-const MAX_SUSPICIONS: u32 = 1;
+const MAX_EXCLUSIONS: u32 = 1;
 
-/// The pause before the second transparent retry after REFUSED_STREAM or after GOAWAY with an
-/// error, which doubles before each further one. Four pauses together take about 300 ms.
+/// The pause before the second transparent retry after REFUSED_STREAM, which doubles before each
+/// further one. Four pauses together take about 300 ms.
+///
+/// Also the pause before the retry of the first call that GOAWAY with an error excludes, the likely
+/// reason. The others are sent before, so that they are not excluded once more.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 
 /// The jitter of that pause, gRPC's for retries (gRFC A6).
@@ -185,9 +183,7 @@ impl<'a> Progress<'a> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct UnprocessedAttempts {
     refused: u32,
-    /// Excluded by a GOAWAY with an error, as the first call.
-    suspected: u32,
-    /// Excluded by a GOAWAY with an error, after another call.
+    /// Excluded by a GOAWAY with an error.
     excluded: u32,
     /// Excluded by GOAWAY(NO_ERROR), or never sent.
     going_away: u32,
@@ -199,15 +195,17 @@ impl UnprocessedAttempts {
         match why {
             Unprocessed::Refused => {
                 self.refused += 1;
-                growing_pause(self.refused, MAX_REFUSALS)
+                (self.refused <= MAX_REFUSALS).then(|| match self.refused {
+                    1 => Duration::ZERO,
+                    refused => jittered(FIRST_PAUSE * (1 << (refused - 2))),
+                })
             }
-            Unprocessed::GoAwayError { is_suspect: true } => {
-                self.suspected += 1;
-                growing_pause(self.suspected, MAX_SUSPICIONS)
-            }
-            Unprocessed::GoAwayError { is_suspect: false } => {
+            Unprocessed::GoAwayError { is_suspect } => {
                 self.excluded += 1;
-                growing_pause(self.excluded, MAX_EXCLUSIONS)
+                (self.excluded <= MAX_EXCLUSIONS).then(|| match is_suspect {
+                    true => jittered(FIRST_PAUSE),
+                    false => Duration::ZERO,
+                })
             }
             Unprocessed::GoingAway | Unprocessed::NotSent => {
                 self.going_away = self.going_away.saturating_add(1);
@@ -222,22 +220,15 @@ impl UnprocessedAttempts {
     }
 }
 
-/// The pause before a retry, counted from 1: none before the first, then [`FIRST_PAUSE`], twice
-/// that, and so on. `None` after `max` retries.
-fn growing_pause(retry: u32, max: u32) -> Option<Duration> {
-    if retry > max {
-        return None;
-    }
-    let Some(doublings) = retry.checked_sub(2) else {
-        return Some(Duration::ZERO);
-    };
+fn jittered(pause: Duration) -> Duration {
     let Range { start, end } = PAUSE_JITTER;
-    let jitter = start + (end - start) * fastrand::f64();
-    Some((FIRST_PAUSE * (1 << doublings)).mul_f64(jitter))
+    pause.mul_f64(start + (end - start) * fastrand::f64())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ops::RangeInclusive;
+
     use super::*;
 
     const READY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -261,26 +252,37 @@ mod tests {
                 .collect()
         }
 
-        #[test]
-        fn five_with_growing_pauses_of_a_call_that_is_not_the_reason() {
-            for why in [Unprocessed::Refused, EXCLUDED] {
-                let decisions = decisions(why, 7);
-                assert_eq!(decisions[0], Decision::Retry);
-                let ranges = [16..=24, 32..=48, 64..=96, 128..=192];
-                for (decision, range) in decisions[1..5].iter().zip(ranges) {
-                    let Decision::RetryAfter(pause) = decision else {
-                        panic!("{decisions:?}");
-                    };
-                    assert!(range.contains(&pause.as_millis()), "{decisions:?}");
-                }
-                assert_eq!(decisions[5..], [Decision::GiveUp; 2]);
+        /// The pauses in milliseconds before the decision to give up.
+        fn pauses(why: Unprocessed) -> Vec<u128> {
+            let decisions = decisions(why, 7);
+            let retries = decisions.iter().map_while(|decision| match decision {
+                Decision::Retry => Some(0),
+                Decision::RetryAfter(pause) => Some(pause.as_millis()),
+                Decision::GiveUp => None,
+            });
+            retries.collect()
+        }
+
+        fn assert_within(pauses: &[u128], ranges: &[RangeInclusive<u128>]) {
+            assert_eq!(pauses.len(), ranges.len(), "{pauses:?}");
+            for (pause, range) in pauses.iter().zip(ranges) {
+                assert!(range.contains(pause), "{pauses:?}");
             }
         }
 
         #[test]
-        fn one_of_the_suspect_of_a_goaway_with_an_error() {
-            let decisions = decisions(SUSPECT, 2);
-            assert_eq!(decisions, [Decision::Retry, Decision::GiveUp]);
+        fn five_with_growing_pauses_after_refusals() {
+            let ranges = [0..=0, 16..=24, 32..=48, 64..=96, 128..=192];
+            assert_within(&pauses(Unprocessed::Refused), &ranges);
+        }
+
+        #[test]
+        fn one_after_goaway_with_an_error_and_the_likely_reason_is_last() {
+            assert_within(&pauses(EXCLUDED), &[0..=0]);
+            assert_within(&pauses(SUSPECT), &[16..=24]);
+            let (mut progress, now) = progress(None);
+            progress.on_unprocessed(EXCLUDED, now);
+            assert_eq!(progress.on_unprocessed(SUSPECT, now), Decision::GiveUp);
         }
 
         #[test]
@@ -303,9 +305,7 @@ mod tests {
                 let decision = progress.on_unprocessed(Unprocessed::Refused, now);
                 assert_ne!(decision, Decision::GiveUp);
             }
-            for why in [EXCLUDED, SUSPECT] {
-                assert_eq!(progress.on_unprocessed(why, now), Decision::Retry);
-            }
+            assert_eq!(progress.on_unprocessed(EXCLUDED, now), Decision::Retry);
         }
 
         #[test]

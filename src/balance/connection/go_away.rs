@@ -7,14 +7,6 @@ use h2::Reason;
 /// How many bytes of the debug data a message shows. The peer chooses the data.
 const MAX_SHOWN: usize = 256;
 
-/// Debug data that names the connection as the reason, with ENHANCE_YOUR_CALM: gRPC's text (gRFC
-/// A8), and those of h2's servers.
-const ABOUT_THE_CONNECTION: [&[u8]; 3] = [
-    b"too_many_pings",
-    b"too_many_resets",
-    b"too_many_internal_resets",
-];
-
 /// A GOAWAY of the peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct GoAway {
@@ -36,17 +28,6 @@ impl GoAway {
             code: Reason::from(number(4)),
             debug_data: payload.get(8..).unwrap_or_default().to_vec(),
         }
-    }
-
-    /// The last stream that may be the reason, if the code is an error: the first after the last
-    /// that the peer may have acted on. 0 if the text says that no stream is. h2 writes the HEADERS
-    /// of calls that are cancelled before as well, so the ids on the wire are odd and consecutive.
-    pub(super) fn last_suspect(&self) -> u32 {
-        let is_calm = self.code == Reason::ENHANCE_YOUR_CALM;
-        if is_calm && ABOUT_THE_CONNECTION.contains(&&*self.debug_data) {
-            return 0;
-        }
-        self.last_stream.saturating_add(2)
     }
 }
 
@@ -86,17 +67,6 @@ mod tests {
         let text = parse(0, 2, b"a\nb\xff").to_string();
         assert_eq!(text, "GOAWAY INTERNAL_ERROR: a\\nb\u{fffd}");
         assert!(parse(0, 2, &[b'x'; 4000]).to_string().len() < 300);
-    }
-
-    #[test]
-    fn suspect_is_the_first_excluded_stream_if_any() {
-        assert_eq!(parse(5, 11, b"").last_suspect(), 7);
-        assert_eq!(parse(0, 1, b"too_many_pings").last_suspect(), 2);
-        assert_eq!(parse(5, 11, b"too_many_continuations").last_suspect(), 7);
-        assert_eq!(parse(0x7fff_ffff, 2, b"").last_suspect(), 0x8000_0001);
-        for text in ABOUT_THE_CONNECTION {
-            assert_eq!(parse(5, 11, text).last_suspect(), 0);
-        }
     }
 
     #[test]

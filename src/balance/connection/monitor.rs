@@ -139,7 +139,7 @@ impl<T> MonitoredIo<T> {
             Frame::GoAway(go_away) => {
                 *has_go_away = true;
                 state.first_response.record_close(true);
-                state.record_last_suspect(go_away.last_suspect());
+                state.record_go_away(go_away.last_stream);
                 if go_away.last_stream > 0 && state.is_written(go_away.last_stream) {
                     state.record_served();
                 }

@@ -230,7 +230,7 @@ async fn await_response(
 
 /// How far a call got whose stream failed.
 fn kind_of(state: &ConnectionState, stream: u32, error: &h2::Error) -> SendErrorKind {
-    if let Some(unprocessed) = Unprocessed::of(error, || state.is_suspect(stream)) {
+    if let Some(unprocessed) = Unprocessed::of(error, || state.is_first_excluded(stream)) {
         return SendErrorKind::Unprocessed(unprocessed);
     }
     if !error.is_reset() && state.is_never_written(stream) {

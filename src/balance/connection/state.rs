@@ -49,8 +49,8 @@ pub(crate) struct ConnectionState {
     exhausted: Notify,
     /// The last stream whose HEADERS were handed to the system.
     last_written: AtomicU32,
-    /// The last stream that may be the reason of the peer's latest GOAWAY.
-    last_suspect: AtomicU32,
+    /// The last stream that the peer may act on, by its latest GOAWAY; `u32::MAX` before the first.
+    last_accepted: AtomicU32,
     /// Whether nothing is written any more.
     stopped_writing: AtomicBool,
     /// Whether the server has served a call: the head of a response has arrived, or a GOAWAY says
@@ -86,7 +86,7 @@ impl ConnectionState {
             capacity: OnceLock::new(),
             exhausted: Notify::new(),
             last_written: AtomicU32::new(0),
-            last_suspect: AtomicU32::new(u32::MAX),
+            last_accepted: AtomicU32::new(u32::MAX),
             stopped_writing: AtomicBool::new(false),
             has_served: AtomicBool::new(false),
             served: Notify::new(),
@@ -193,15 +193,17 @@ impl ConnectionState {
         stream <= self.last_written.load(Ordering::Acquire)
     }
 
-    /// Records the last stream that may be the reason of a GOAWAY. The latest GOAWAY counts: a
-    /// graceful shutdown begins with the largest stream id (RFC 9113, section 6.8).
-    pub(super) fn record_last_suspect(&self, stream: u32) {
-        self.last_suspect.store(stream, Ordering::Release);
+    /// Records the last stream of a GOAWAY. The latest counts: a graceful shutdown begins with the
+    /// largest stream id (RFC 9113, section 6.8).
+    pub(super) fn record_go_away(&self, last_stream: u32) {
+        self.last_accepted.store(last_stream, Ordering::Release);
     }
 
-    /// Whether a stream, which the peer's GOAWAY excludes, may be the reason.
-    pub(super) fn is_suspect(&self, stream: u32) -> bool {
-        stream <= self.last_suspect.load(Ordering::Acquire)
+    /// Whether no stream lies between the last that the peer's GOAWAY accepts and this one, which
+    /// the GOAWAY excludes. Ids of streams are odd and consecutive.
+    pub(super) fn is_first_excluded(&self, stream: u32) -> bool {
+        let last_accepted = self.last_accepted.load(Ordering::Acquire);
+        stream <= last_accepted.saturating_add(2)
     }
 
     /// Records that nothing is written any more.

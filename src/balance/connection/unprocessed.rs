@@ -13,15 +13,14 @@ pub(crate) enum Unprocessed {
     /// call has no part in the reason.
     GoingAway,
     /// The server ended the connection with an error before it processed the stream. The first
-    /// such stream is the suspect: a server that breaks on a call names the stream before as its
-    /// last. The others only came later. There is no suspect if the GOAWAY says that the pings or
-    /// resets of the connection were too many.
+    /// such stream is the suspect, because a server that breaks on a call usually names the stream
+    /// before as its last.
     GoAwayError { is_suspect: bool },
 }
 
 impl Unprocessed {
     /// Classifies the error of a stream. `None` if a server application may have seen the call.
-    /// `is_suspect` says whether the stream may be the reason of the peer's GOAWAY.
+    /// `is_suspect` says whether the stream is the first that the peer's GOAWAY excludes.
     pub(super) fn of(error: &h2::Error, is_suspect: impl FnOnce() -> bool) -> Option<Self> {
         if !error.is_remote() {
             return None;
