@@ -26,6 +26,12 @@ impl Carried {
         self.0.has_served()
     }
 
+    /// Whether the server has announced the end of the connection, and has accepted calls before. It
+    /// may still serve them.
+    pub(crate) fn has_accepted(&self) -> bool {
+        self.0.has_accepted()
+    }
+
     /// Whether the server was sent a request.
     pub(crate) fn had_request(&self) -> bool {
         // Stream ids begin with 1.

@@ -140,9 +140,7 @@ impl<T> MonitoredIo<T> {
                 *has_go_away = true;
                 state.first_response.record_close(true);
                 state.record_go_away(go_away.last_stream);
-                if go_away.last_stream > 0 && state.is_written(go_away.last_stream) {
-                    state.record_served();
-                }
+                state.record_accepted(go_away.last_stream);
                 let text = match ping_interval.on_go_away(&go_away) {
                     Some(advice) => format!("{go_away}; {advice}"),
                     None => go_away.to_string(),

@@ -16,6 +16,11 @@ use super::first_response::FirstResponse;
 use super::header_limits::HeaderLimits;
 use super::liveness::Liveness;
 
+/// A server that has accepted this stream or a later one has served calls, even if it has responded
+/// to none: 16 calls were sent, which may all have been cancelled. A connection that accepts fewer
+/// must carry a response to count as one that worked.
+const LAST_OF_SERVED: u32 = 2 * 16 - 1;
+
 /// The state of one connection.
 #[derive(Debug)]
 pub(crate) struct ConnectionState {
@@ -53,9 +58,11 @@ pub(crate) struct ConnectionState {
     last_accepted: AtomicU32,
     /// Whether nothing is written any more.
     stopped_writing: AtomicBool,
-    /// Whether the server has served a call: the head of a response has arrived, or a GOAWAY says
-    /// that the server has acted on a stream.
+    /// Whether the server has served calls: the head of a response has arrived, or a GOAWAY says
+    /// that the server has acted on several streams.
     has_served: AtomicBool,
+    /// Whether a GOAWAY says that the server has accepted a call.
+    has_accepted: AtomicBool,
     served: Notify,
     pub(crate) close_reason: CloseReason,
 }
@@ -89,6 +96,7 @@ impl ConnectionState {
             last_accepted: AtomicU32::new(u32::MAX),
             stopped_writing: AtomicBool::new(false),
             has_served: AtomicBool::new(false),
+            has_accepted: AtomicBool::new(false),
             served: Notify::new(),
             close_reason: CloseReason::default(),
         })
@@ -219,6 +227,21 @@ impl ConnectionState {
     pub(super) fn is_never_written(&self, stream: u32) -> bool {
         // In this order, because streams may be written until then.
         self.has_stopped_writing() && !self.is_written(stream)
+    }
+
+    /// Records that a GOAWAY accepts calls up to this stream, if the calls are ours.
+    pub(super) fn record_accepted(&self, last_stream: u32) {
+        if last_stream == 0 || !self.is_written(last_stream) {
+            return;
+        }
+        self.has_accepted.store(true, Ordering::SeqCst);
+        if last_stream >= LAST_OF_SERVED {
+            self.record_served();
+        }
+    }
+
+    pub(super) fn has_accepted(&self) -> bool {
+        self.has_accepted.load(Ordering::SeqCst)
     }
 
     /// Records that the server has served a call.

@@ -69,7 +69,25 @@ impl Reconnect {
         if lifetime >= BACKOFF_BASE {
             return self.on_answered();
         }
+        self.count_unanswered();
+        self.after_unanswered(lifetime, had_request)
+    }
+
+    /// A connection has ended earlier and has carried no response after all.
+    pub(super) fn count_unanswered(&mut self) {
         self.unanswered += 1;
+    }
+
+    /// The server has announced the end of a connection and may still respond to calls on it. The
+    /// connection is not counted.
+    pub(super) fn on_accepted(&mut self, lifetime: Duration) -> Next {
+        if lifetime >= BACKOFF_BASE {
+            return self.on_answered();
+        }
+        self.after_unanswered(lifetime, true)
+    }
+
+    fn after_unanswered(&mut self, lifetime: Duration, had_request: bool) -> Next {
         let was_on_demand = std::mem::take(&mut self.was_on_demand);
         if self.unanswered <= MAX_UNANSWERED {
             return Next::Now;

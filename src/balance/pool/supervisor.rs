@@ -83,7 +83,14 @@ struct ConnectionTask<C> {
     demand: Arc<Demand>,
     /// Ended connections that carried no response so far. A server that announced the end of a
     /// connection may still respond on it.
-    unanswered: Vec<Carried>,
+    unanswered: Vec<Unanswered>,
+}
+
+/// An ended connection that carried no response so far.
+struct Unanswered {
+    carried: Carried,
+    /// Whether the connection was counted when it ended.
+    is_counted: bool,
 }
 
 impl<C: Connect> ConnectionTask<C> {
@@ -124,14 +131,7 @@ impl<C: Connect> ConnectionTask<C> {
         };
         let connected = Instant::now();
         let ended = self.hold(connection).await;
-        let lifetime = connected.elapsed();
-        let had_request = ended.carried.had_request();
-        let next = if self.is_answered(ended.carried) {
-            self.unanswered.clear();
-            reconnect.on_answered()
-        } else {
-            reconnect.on_unanswered(lifetime, had_request)
-        };
+        let next = self.after_end(ended.carried, connected.elapsed(), reconnect);
         (ended.reason, next)
     }
 
@@ -149,14 +149,35 @@ impl<C: Connect> ConnectionTask<C> {
         connection.ended.await
     }
 
-    /// Whether the connection that has just ended, or one of those before that were thought to be
-    /// unanswered, has carried a response.
-    fn is_answered(&mut self, carried: Carried) -> bool {
-        self.unanswered.push(carried);
-        let answered = self.unanswered.iter().any(Carried::has_served);
+    /// Decides when to connect again after a connection has ended.
+    fn after_end(
+        &mut self,
+        carried: Carried,
+        lifetime: Duration,
+        reconnect: &mut Reconnect,
+    ) -> Next {
+        let before = self.unanswered.iter().map(|ended| &ended.carried);
+        if before.chain([&carried]).any(Carried::has_served) {
+            self.unanswered.clear();
+            return reconnect.on_answered();
+        }
         // A connection without a call can carry nothing any more.
-        self.unanswered.retain(Carried::may_change);
-        answered
+        self.unanswered.retain(|ended| {
+            let may_change = ended.carried.may_change();
+            if !may_change && !ended.is_counted {
+                reconnect.count_unanswered();
+            }
+            may_change
+        });
+        let (had_request, has_accepted) = (carried.had_request(), carried.has_accepted());
+        self.unanswered.push(Unanswered {
+            carried,
+            is_counted: !has_accepted,
+        });
+        match has_accepted {
+            true => reconnect.on_accepted(lifetime),
+            false => reconnect.on_unanswered(lifetime, had_request),
+        }
     }
 
     /// Waits until a time, or shorter: for a call that waits at `on_demand` or later, or until an
@@ -208,8 +229,10 @@ impl<C: Connect> ConnectionTask<C> {
 }
 
 /// Resolves when one of the connections carries a response. Never resolves without connections.
-async fn wait_until_served(connections: &[Carried]) {
-    let responses = connections.iter().map(Carried::wait_until_served);
+async fn wait_until_served(connections: &[Unanswered]) {
+    let responses = connections
+        .iter()
+        .map(|ended| ended.carried.wait_until_served());
     let mut responses: FuturesUnordered<_> = responses.collect();
     if responses.next().await.is_none() {
         std::future::pending().await

@@ -30,6 +30,7 @@ pub const END_HEADERS: u8 = 0x4;
 
 pub const NO_ERROR: u32 = 0x0;
 pub const PROTOCOL_ERROR: u32 = 0x1;
+pub const INTERNAL_ERROR: u32 = 0x2;
 pub const REFUSED_STREAM: u32 = 0x7;
 pub const ENHANCE_YOUR_CALM: u32 = 0xb;
 

@@ -7,12 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tonic::Code;
 
 use super::{ANY_STREAM, channel};
 use crate::support::balanced::{call, is_ready, static_channel, wait_until_ready};
-use crate::support::frames::{FrameConnection, FrameServer, NO_ERROR, settings_frame};
+use crate::support::frames::{
+    FrameConnection, FrameServer, INTERNAL_ERROR, NO_ERROR, settings_frame,
+};
 use crate::support::wait_until;
 
 /// Calls a server that ends each connection, and checks that few connections were made.
@@ -58,6 +60,34 @@ async fn settings_and_announced_goaway_make_no_tight_loop() {
         connection.close().await
     })
     .await;
+}
+
+/// The server accepts a call each time and responds to none.
+#[tokio::test]
+async fn accepted_calls_without_a_response_make_no_tight_loop() {
+    for code in [NO_ERROR, INTERNAL_ERROR] {
+        let server = FrameServer::start(move |mut connection| async move {
+            connection.handshake(&[]).await?;
+            let stream = connection.next_request().await?;
+            connection.send_go_away(stream, code, "").await?;
+            connection.close().await
+        })
+        .await;
+        let channel = static_channel([server.address()], |channel| {
+            channel.ready_timeout(Duration::from_secs(1))
+        });
+        wait_until_ready(&channel, 1).await;
+        let calling = async {
+            loop {
+                futures::future::join_all((0..4).map(|_| call(&channel))).await;
+            }
+        };
+        let called: Result<(), _> = timeout(Duration::from_secs(2), calling).await;
+        assert!(called.is_err());
+        // Three or four at once, one on demand, and those after pauses of 1 s and 1.6 s.
+        let accepted = server.accepted();
+        assert!((3..=10).contains(&accepted), "{accepted}");
+    }
 }
 
 /// Nobody opened the stream, so the headers are no response, and h2 ends the connection.
