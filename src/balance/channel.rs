@@ -89,8 +89,8 @@ impl BalancedChannel {
     ///
     /// The stream does not keep the channel open, and ends when the last clone of the channel is
     /// dropped. When the channel's runtime ends, the stream ends after an item in which all
-    /// endpoints are [`Shutdown`](super::EndpointState::Shutdown). Dropping the stream has no effect
-    /// on the channel.
+    /// endpoints are [`Shutdown`](super::EndpointState::Shutdown). Dropping the stream has no
+    /// effect on the channel.
     ///
     /// ```no_run
     /// # async fn example(channel: goo_etcd::BalancedChannel) {

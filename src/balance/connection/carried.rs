@@ -26,8 +26,8 @@ impl Carried {
         self.0.has_served()
     }
 
-    /// Whether the server has announced the end of the connection, and has accepted calls before. It
-    /// may still serve them.
+    /// Whether the server has announced the end of the connection and has accepted calls on it, which
+    /// may still be served.
     pub(crate) fn has_accepted(&self) -> bool {
         self.0.has_accepted()
     }

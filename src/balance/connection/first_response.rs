@@ -6,8 +6,8 @@
 //! the connection ends meanwhile, the call is sent on another one.
 //!
 //! Other calls in flight would be lost with such a connection in any case, so with them there is no
-//! pause, and calls under load are not held up. Nor is there one if the endpoint's connection before
-//! ended with GOAWAY, because such a server announces the end of each.
+//! pause, and calls under load are not held up. Nor is there one if the connection of the endpoint
+//! before ended with GOAWAY, because such a server announces the end of each.
 
 use std::pin::Pin;
 use std::sync::Arc;
