@@ -426,6 +426,16 @@ mod outside_of_a_runtime {
         }
     }
 
+    /// A ready channel, one with a limit of concurrent calls, and one without a ready endpoint.
+    pub(super) async fn channels(server: &EchoServer) -> [BalancedChannel; 3] {
+        let channel = static_channel([server.address()], |b| b);
+        let limited = static_channel([server.address()], |b| b.concurrency_limit(1));
+        wait_until_ready(&channel, 1).await;
+        wait_until_ready(&limited, 1).await;
+        let address = unused_address();
+        [channel, limited, static_channel([&*address], |b| b)]
+    }
+
     pub(super) fn assert_refused<T>(result: Result<T, Status>) {
         let status = result.err().expect("there is no runtime");
         assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
@@ -437,14 +447,7 @@ mod outside_of_a_runtime {
     fn call_that_needs_a_timer_or_a_task_is_an_error() {
         let runtime = runtime();
         let server = EchoServer::start();
-        let [channel, limited, lonely] = runtime.block_on(async {
-            let channel = static_channel([server.address()], |b| b);
-            let limited = static_channel([server.address()], |b| b.concurrency_limit(1));
-            wait_until_ready(&channel, 1).await;
-            wait_until_ready(&limited, 1).await;
-            let address = unused_address();
-            [channel, limited, static_channel([&*address], |b| b)]
-        });
+        let [channel, limited, lonely] = runtime.block_on(channels(&server));
         assert_refused(block_on(call_with_timeout(&channel, LONG)));
         assert_refused(block_on(call(&limited)));
         assert_refused(block_on(call(&lonely)));
@@ -491,7 +494,7 @@ mod outside_of_a_runtime {
 
 /// Runtimes that were built without `enable_all`.
 mod without_drivers {
-    use super::outside_of_a_runtime::assert_refused;
+    use super::outside_of_a_runtime::{assert_refused, channels};
     use super::*;
 
     fn bare() -> tokio::runtime::Builder {
@@ -536,14 +539,7 @@ mod without_drivers {
     fn calls_that_need_a_timer_are_errors() {
         let own = runtime();
         let server = EchoServer::start();
-        let [channel, limited, lonely] = own.block_on(async {
-            let channel = static_channel([server.address()], |b| b);
-            let limited = static_channel([server.address()], |b| b.concurrency_limit(1));
-            wait_until_ready(&channel, 1).await;
-            wait_until_ready(&limited, 1).await;
-            let address = unused_address();
-            [channel, limited, static_channel([&*address], |b| b)]
-        });
+        let [channel, limited, lonely] = own.block_on(channels(&server));
         bare().build().unwrap().block_on(async {
             assert_refused(call_with_timeout(&channel, LONG).await);
             assert_refused(call(&limited).await);

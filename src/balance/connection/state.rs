@@ -482,4 +482,16 @@ mod tests {
         state.record_stream_end(3);
         assert!(!state.has_open_stream());
     }
+
+    #[test]
+    fn first_excluded_stream_follows_the_last_of_the_latest_goaway() {
+        let state = ConnectionState::new();
+        for (last_stream, first, second) in
+            [(0x7fff_ffff, 3, None), (5, 7, Some(9)), (0, 1, Some(3))]
+        {
+            state.record_go_away(last_stream);
+            assert!(state.is_first_excluded(first));
+            assert!(second.is_none_or(|second| !state.is_first_excluded(second)));
+        }
+    }
 }

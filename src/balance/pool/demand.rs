@@ -18,8 +18,8 @@ use tokio::time::timeout;
 use super::endpoint::Endpoint;
 use crate::balance::connection::Capacity;
 
-/// How long an attempt keeps its turn at most. "Connection Attempt Delay" of RFC 8305, section 5, which
-/// gRPC's pick_first uses too (gRFC A61).
+/// How long an attempt keeps its turn at most. "Connection Attempt Delay" of RFC 8305, section 5,
+/// which gRPC's pick_first uses too (gRFC A61).
 const TURN: Duration = Duration::from_millis(250);
 
 /// The connections that pause until a call waits, and the attempts that are made for waiting calls.

@@ -165,6 +165,14 @@ mod headers_of_http1 {
         );
     }
 
+    /// The latency of a server that has failed a call with INTERNAL.
+    async fn latency_after_internal(server: &RawServer) -> Option<Duration> {
+        let channel = static_channel([server.address()], |builder| builder);
+        let status = call(&channel).await.unwrap_err();
+        assert_eq!(status.code(), Code::Internal, "{status}");
+        status_of(&channel, server.address()).unwrap().latency
+    }
+
     /// A server refuses a malformed request with RST_STREAM(PROTOCOL_ERROR).
     #[tokio::test]
     async fn malformed_request_is_no_sample_of_its_server() {
@@ -172,11 +180,7 @@ mod headers_of_http1 {
             respond.send_reset(h2::Reason::PROTOCOL_ERROR);
         })
         .await;
-        let channel = static_channel([server.address()], |builder| builder);
-        let status = call(&channel).await.unwrap_err();
-        assert_eq!(status.code(), Code::Internal, "{status}");
-        let latency = status_of(&channel, server.address()).unwrap().latency;
-        assert_eq!(latency, None);
+        assert_eq!(latency_after_internal(&server).await, None);
 
         // The same after the response has begun.
         let server = RawServer::start(async |_, mut respond: SendResponse<Bytes>| {
@@ -189,10 +193,7 @@ mod headers_of_http1 {
             body.send_reset(h2::Reason::PROTOCOL_ERROR);
         })
         .await;
-        let channel = static_channel([server.address()], |builder| builder);
-        let status = call(&channel).await.unwrap_err();
-        assert_eq!(status.code(), Code::Internal, "{status}");
-        let latency = status_of(&channel, server.address()).unwrap().latency;
+        let latency = latency_after_internal(&server).await;
         // A failure counts as one second.
         assert!(latency < Some(Duration::from_millis(900)), "{latency:?}");
 
@@ -202,10 +203,7 @@ mod headers_of_http1 {
             respond.send_response(bad_request, true).unwrap();
         })
         .await;
-        let channel = static_channel([server.address()], |builder| builder);
-        let status = call(&channel).await.unwrap_err();
-        assert_eq!(status.code(), Code::Internal, "{status}");
-        let latency = status_of(&channel, server.address()).unwrap().latency;
+        let latency = latency_after_internal(&server).await;
         assert!(latency < Some(Duration::from_millis(900)), "{latency:?}");
     }
 }
