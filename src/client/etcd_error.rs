@@ -11,6 +11,9 @@ use crate::error::Error;
 /// The text of the error of a token that is older than its users and roles (`ErrAuthOldRevision`).
 const OLD_TOKEN: &str = "revision of auth store is old";
 
+/// The text with which a learner refuses a call (`ErrGRPCNotSupportedForLearner`).
+const LEARNER_REFUSAL: &str = "rpc not supported for learner";
+
 /// An error of etcd's, decoded from its gRPC code and its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum EtcdError {
@@ -33,6 +36,12 @@ pub(crate) enum EtcdError {
     NoSpace,
     /// No lease with this id exists.
     LeaseNotFound,
+    /// A lease with the id chosen for a grant exists.
+    LeaseExists,
+    /// The member is a learner and executes only `Status` and serializable reads. A learner refuses
+    /// before it looks at the request: up to 3.5 as unavailable, from 3.6 on as a failed
+    /// precondition.
+    Learner,
     /// A message is larger than the client's limit, or would be.
     TooLarge,
     /// Any other error.
@@ -40,7 +49,7 @@ pub(crate) enum EtcdError {
 }
 
 /// Each error with its code and a part of its text.
-const KNOWN: [(Code, &str, EtcdError); 6] = [
+const KNOWN: [(Code, &str, EtcdError); 9] = [
     (Code::OutOfRange, "has been compacted", EtcdError::Compacted),
     (
         Code::Unavailable,
@@ -59,6 +68,17 @@ const KNOWN: [(Code, &str, EtcdError); 6] = [
         EtcdError::NoSpace,
     ),
     (Code::NotFound, "lease not found", EtcdError::LeaseNotFound),
+    (
+        Code::FailedPrecondition,
+        "lease already exists",
+        EtcdError::LeaseExists,
+    ),
+    (
+        Code::FailedPrecondition,
+        LEARNER_REFUSAL,
+        EtcdError::Learner,
+    ),
+    (Code::Unavailable, LEARNER_REFUSAL, EtcdError::Learner),
 ];
 
 impl EtcdError {
@@ -135,7 +155,7 @@ pub(super) fn cancel_status(reason: &str) -> Status {
 mod tests {
     use super::*;
 
-    const TABLE: [(Code, &str, EtcdError); 16] = [
+    const TABLE: [(Code, &str, EtcdError); 17] = [
         (
             Code::OutOfRange,
             "etcdserver: mvcc: required revision has been compacted",
@@ -189,12 +209,17 @@ mod tests {
         (
             Code::FailedPrecondition,
             "etcdserver: lease already exists",
-            EtcdError::Other,
+            EtcdError::LeaseExists,
         ),
         (
             Code::FailedPrecondition,
             "etcdserver: rpc not supported for learner",
-            EtcdError::Other,
+            EtcdError::Learner,
+        ),
+        (
+            Code::Unavailable,
+            "etcdserver: rpc not supported for learner",
+            EtcdError::Learner,
         ),
         (
             Code::NotFound,

@@ -12,7 +12,6 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Code;
 
 use super::etcd_error::EtcdError;
 use super::handle::{Client, STREAM_OPEN_TIMEOUT};
@@ -152,7 +151,7 @@ impl Client {
     async fn confirm_gone(&self, id: i64) -> Error {
         match self.grant_raw(PROBE_TTL, id).await {
             Ok(_) => self.revoke_probe(id).await,
-            Err(refused) if refused.code() == Some(Code::FailedPrecondition) => {
+            Err(refused) if EtcdError::of(&refused) == EtcdError::LeaseExists => {
                 Error::LeaseNotApplied { id }
             }
             // An etcd without space grants nothing until it has space again, so the probe says

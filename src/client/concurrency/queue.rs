@@ -17,7 +17,6 @@ use futures::StreamExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Code;
 
 use crate::backoff::Backoff;
 use crate::client::etcd_error::EtcdError;
@@ -212,11 +211,12 @@ impl QueueKey {
     /// The entry before this one, if there is one, and etcd's revision at that time.
     ///
     /// Fails if this key is missing, because an entry that lost its key must not be taken for the
-    /// first of the queue.
+    /// first of the queue. The values are read too, because from etcd 3.7 on the response to a
+    /// keys-only range carries no lease (etcd#22209), and the lease tells whether another client has
+    /// put the key.
     async fn predecessor(&self) -> Result<(Option<KeyValue>, i64)> {
         let options = GetOptions::new()
             .with_prefix()
-            .with_keys_only()
             .with_max_create_revision(self.revision)
             .with_sort(SortTarget::Create, SortOrder::Descend)
             .with_limit(2);
@@ -354,7 +354,7 @@ async fn grant_lease(client: &Client, ttl: i64) -> Result<i64> {
         match client.grant_with_id(id, ttl).await {
             Ok(_) => return Ok(id),
             // The lease exists. No other client chose the same of 2^63 ids.
-            Err(error) if error.code() == Some(Code::FailedPrecondition) => return Ok(id),
+            Err(error) if EtcdError::of(&error) == EtcdError::LeaseExists => return Ok(id),
             Err(error)
                 if error.is_permanent() || started_at.elapsed() >= client.request_timeout() * 2 =>
             {
