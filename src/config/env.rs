@@ -1,10 +1,11 @@
 //! Reads a configuration from environment variables.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::service_variable::is_service_variable;
 use super::{Config, TlsConfig};
 use crate::error::{Error, Result};
 
@@ -24,7 +25,9 @@ impl Config {
     ///
     /// Fails if a value cannot be parsed; the error names the variable, and shows the value unless
     /// it is a secret. Fails for an unknown variable that starts with `GOO_ETCD_`, which is most
-    /// likely a typing mistake. Fails if [`Config::validate`] does.
+    /// likely a typing mistake; only the variables that Kubernetes writes for a service named
+    /// `goo-etcd` or `goo-etcd-...`, such as `GOO_ETCD_SERVICE_HOST`, are ignored. Fails if
+    /// [`Config::validate`] does.
     pub fn from_env() -> Result<Self> {
         Self::from_vars(std::env::vars_os())
     }
@@ -95,11 +98,7 @@ fn set(config: &mut Config, tls: &mut TlsConfig, name: &str, value: OsString) ->
     }
     let mut fields = fields(config, tls).into_iter();
     let Some((name, field)) = fields.find(|(known, _)| *known == name) else {
-        return Err(Error::invalid(
-            "environment variable",
-            name,
-            "unknown setting",
-        ));
+        return refuse_unless_of_service(name, &value);
     };
     match field {
         Field::List(field) => *field = parse_list(&text(name, value)?),
@@ -111,6 +110,22 @@ fn set(config: &mut Config, tls: &mut TlsConfig, name: &str, value: OsString) ->
         Field::Time(field) => *field = parse_duration(name, value)?,
     }
     Ok(())
+}
+
+/// Ignores a variable that Kubernetes writes for a service. Any other variable is a mistake.
+fn refuse_unless_of_service(name: &str, value: &OsStr) -> Result<()> {
+    if value
+        .to_str()
+        .is_some_and(|value| is_service_variable(name, value))
+    {
+        tracing::debug!(name, "ignoring a variable of a Kubernetes service");
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "environment variable",
+        name,
+        "unknown setting",
+    ))
 }
 
 fn text(variable: &'static str, value: OsString) -> Result<String> {
@@ -219,6 +234,25 @@ mod tests {
             .server_name("etcd");
         assert_eq!(config.tls_config, Some(expected));
         assert!(config.enable_tls);
+    }
+
+    #[test]
+    fn variables_of_kubernetes_services_are_ignored() {
+        let variables = [
+            ("GOO_ETCD_SERVICE_HOST", "10.96.0.7"),
+            ("GOO_ETCD_SERVICE_PORT", "2379"),
+            ("GOO_ETCD_SERVICE_PORT_CLIENT", "2379"),
+            ("GOO_ETCD_PORT", "tcp://10.96.0.7:2379"),
+            ("GOO_ETCD_PORT_2379_TCP", "tcp://10.96.0.7:2379"),
+            ("GOO_ETCD_PORT_2379_TCP_PROTO", "tcp"),
+            ("GOO_ETCD_PORT_2379_TCP_PORT", "2379"),
+            ("GOO_ETCD_PORT_2379_TCP_ADDR", "10.96.0.7"),
+            ("GOO_ETCD_HEADLESS_SERVICE_HOST", "10.96.0.8"),
+        ];
+        assert_eq!(from(&variables).unwrap(), Config::default());
+        // The user's mistake, because Kubernetes writes a URL.
+        let error = from(&[("GOO_ETCD_PORT", "2379")]).unwrap_err().to_string();
+        assert!(error.contains("GOO_ETCD_PORT"), "{error}");
     }
 
     #[test]

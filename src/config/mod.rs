@@ -6,6 +6,7 @@ mod env;
 #[cfg(feature = "_tls")]
 mod pem;
 mod secret;
+mod service_variable;
 mod tls;
 mod validate;
 
