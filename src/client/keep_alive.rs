@@ -9,13 +9,14 @@ use etcd_client::{LeaseKeepAliveResponse, LeaseKeepAliveStream, LeaseKeeper};
 use futures::stream::{Stream, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::etcd_error::EtcdError;
 use super::handle::{Client, STREAM_OPEN_TIMEOUT};
 use super::lease::{ID_NOT_POSITIVE, PROBE_TTL, lease_error, validate_id};
+use super::renewal::LeaseClock;
 use super::transport::CallOptions;
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
@@ -47,11 +48,13 @@ impl Client {
             id,
             stream: Some(stream),
             ttl: granted_ttl(&first),
-            renewed_at: sent_at,
+            clock: LeaseClock::new(sent_at, granted_ttl(&first)),
         };
+        let clock = renewer.clock.clone();
         let (responses, latest) = watch::channel(Ok(first));
         Ok(KeepAlive {
             responses: WatchStream::new(latest),
+            clock,
             _renewer: AbortOnDropHandle::new(tokio::spawn(renewer.run(responses))),
         })
     }
@@ -212,7 +215,16 @@ impl RenewalStream {
 #[must_use = "dropping a `KeepAlive` stops the renewals, and the lease expires"]
 pub struct KeepAlive {
     responses: WatchStream<Result<LeaseKeepAliveResponse>>,
+    clock: LeaseClock,
     _renewer: AbortOnDropHandle<()>,
+}
+
+impl KeepAlive {
+    /// How long the lease certainly lasts. The clock goes on with the renewals of this value.
+    #[allow(dead_code, reason = "locks will use it")]
+    pub(super) fn clock(&self) -> LeaseClock {
+        self.clock.clone()
+    }
 }
 
 impl Stream for KeepAlive {
@@ -235,8 +247,7 @@ struct Renewer {
     id: i64,
     stream: Option<RenewalStream>,
     ttl: Duration,
-    /// When the last confirmed renewal was sent. The lease lasts at least a TTL from then on.
-    renewed_at: Instant,
+    clock: LeaseClock,
 }
 
 impl Renewer {
@@ -261,23 +272,22 @@ impl Renewer {
         &mut self,
         responses: &watch::Sender<Result<LeaseKeepAliveResponse>>,
     ) -> Result<LeaseKeepAliveResponse> {
-        let (id, renewed_at, ttl) = (self.id, self.renewed_at, self.ttl);
+        let (id, ttl, expires_at) = (self.id, self.ttl, self.clock.expires_at());
         let last_error = Mutex::new("no response to a renewal".to_owned());
         let mut renewal = pin!(async {
             sleep(ttl / 3).await;
             self.renew_until_final(&last_error).await
         });
         // The renewal keeps running: at the same moment etcd hands the keys of the lease to others.
-        let expired = sleep(ttl.saturating_sub(renewed_at.elapsed()));
         tokio::select! {
             biased;
             result = &mut renewal => return result,
-            () = expired => {}
+            () = sleep_until(expires_at) => {}
         }
         let reason = last_error.lock().clone();
         drop(responses.send_replace(Err(Error::LeaseUnconfirmed {
             id,
-            after: renewed_at.elapsed(),
+            after: ttl + expires_at.elapsed(),
             reason,
         })));
         renewal.await
@@ -303,7 +313,7 @@ impl Renewer {
                 Ok(Ok((response, stream))) => {
                     self.stream = Some(stream);
                     self.ttl = granted_ttl(&response);
-                    self.renewed_at = sent_at;
+                    self.clock.renew(sent_at, self.ttl);
                     return Ok(response);
                 }
                 Ok(Err(error)) => error,

@@ -25,6 +25,7 @@ mod handle;
 mod keep_alive;
 mod kv;
 mod lease;
+mod renewal;
 mod transport;
 mod txn;
 mod watch;

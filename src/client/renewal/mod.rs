@@ -1,0 +1,5 @@
+//! Renewing leases.
+
+mod clock;
+
+pub(in crate::client) use clock::LeaseClock;
