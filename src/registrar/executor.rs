@@ -61,14 +61,13 @@ impl Executor {
             Action::Delete {
                 keys, own_leases, ..
             } => {
-                let is_deleted = self.delete(keys, own_leases).await?;
-                is_deleted
-                    .then_some(ActionOutcome::Done)
-                    .ok_or_else(|| conflict_error(action))
+                let deleted = self.delete(keys, own_leases).await?;
+                let revision = deleted.ok_or_else(|| conflict_error(action))?;
+                Ok(ActionOutcome::Deleted { revision })
             }
             Action::Revoke { lease } => {
                 self.client.revoke(*lease).await?;
-                Ok(ActionOutcome::Done)
+                Ok(ActionOutcome::Revoked)
             }
         }
     }
@@ -119,24 +118,28 @@ impl Executor {
         Ok(None)
     }
 
-    /// Deletes the keys that this registrar owns; `false` after too many conflicts.
-    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<bool> {
+    /// Deletes the keys that this registrar owns. Returns the revision without the keys; `None`
+    /// after too many conflicts.
+    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<Option<i64>> {
         let keys: Vec<&String> = keys.iter().collect();
         let is_own = |stored: &Option<StoredKey>| {
             let stored = stored.as_ref();
             stored.is_some_and(|stored| stored.is_own(own_leases))
         };
         for _ in 0..MAX_CONFLICTS {
-            let (_, found) = self.read(&keys).await?;
+            let (revision, found) = self.read(&keys).await?;
             let found = keys.iter().zip(&found);
             let own: Vec<_> = found.filter(|(_, stored)| is_own(stored)).collect();
+            if own.is_empty() {
+                return Ok(Some(revision));
+            }
             let deletes = own.iter().map(|(key, _)| TxnOp::delete(key.as_str(), None));
             let as_read = own.iter().copied();
-            if own.is_empty() || self.commit(as_read, deletes).await?.is_some() {
-                return Ok(true);
+            if let Some(revision) = self.commit(as_read, deletes).await? {
+                return Ok(Some(revision));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Reads the keys in one linearizable transaction. Returns the revision of the read, and the

@@ -50,9 +50,9 @@ pub(in crate::registrar) struct Ensure {
     pub(in crate::registrar) lease: i64,
     /// Every lease that this registrar was granted.
     pub(in crate::registrar) own_leases: Vec<i64>,
-    /// Whether to take keys from another registration. Set for a new entry, because the later
-    /// registration wins.
-    pub(in crate::registrar) take_over: bool,
+    /// The latest revision at which the entry had its keys; `None` for a new entry. Only a newer key
+    /// of another registration is a successor's.
+    pub(in crate::registrar) owned_revision: Option<i64>,
     /// The generation of `records`.
     pub(in crate::registrar) generation: u64,
 }
@@ -62,8 +62,7 @@ pub(in crate::registrar) struct Ensure {
 pub(in crate::registrar) enum WritePlan {
     /// All keys are as they should be.
     UpToDate,
-    /// Another registration, which has the lease `by`, owns one of the keys, so no key is
-    /// written.
+    /// A later registration, which has the lease `by`, owns one of the keys, so no key is written.
     Superseded { by: i64 },
     /// Put the records with the indexes `put`, and delete the stale keys with the indexes `delete`.
     Write { put: Vec<usize>, delete: Vec<usize> },
@@ -78,10 +77,10 @@ impl Ensure {
         stale: &[Option<StoredKey>],
     ) -> WritePlan {
         let mut stored = found.iter().flatten();
-        if !self.take_over
-            && let Some(other) = stored.find(|key| key.is_foreign(&self.own_leases))
-        {
-            return WritePlan::Superseded { by: other.lease };
+        if let Some(successor) = stored.find(|key| self.is_successor(key)) {
+            return WritePlan::Superseded {
+                by: successor.lease,
+            };
         }
         let is_up_to_date = |index: usize, value: &[u8]| {
             let stored = found.get(index).and_then(Option::as_ref);
@@ -102,6 +101,15 @@ impl Ensure {
             WritePlan::Write { put, delete }
         }
     }
+
+    /// Whether `stored` belongs to a later registration. A new entry is the latest registration
+    /// itself. In one history, another registration's key is always newer than the revision at
+    /// which the entry had the keys; an older key comes from a snapshot that etcd was restored
+    /// from, and the process that wrote it may have ended since.
+    fn is_successor(&self, stored: &StoredKey) -> bool {
+        let is_newer = |owned| stored.mod_revision > owned;
+        stored.is_foreign(&self.own_leases) && self.owned_revision.is_some_and(is_newer)
+    }
 }
 
 #[cfg(test)]
@@ -116,7 +124,7 @@ mod tests {
         })
     }
 
-    fn ensure(take_over: bool) -> Ensure {
+    fn ensure(owned_revision: Option<i64>) -> Ensure {
         Ensure {
             entry: EntryId {
                 key: "a".into(),
@@ -126,7 +134,7 @@ mod tests {
             stale_keys: vec!["old".into()],
             lease: 2,
             own_leases: vec![1, 2],
-            take_over,
+            owned_revision,
             generation: 0,
         }
     }
@@ -140,7 +148,7 @@ mod tests {
 
     #[test]
     fn only_records_that_differ_are_written() {
-        let plan = |a, b| ensure(false).plan(&[a, b], &[None]);
+        let plan = |a, b| ensure(Some(1)).plan(&[a, b], &[None]);
         assert_eq!(
             plan(stored_key(2, "v"), stored_key(2, "w")),
             WritePlan::UpToDate
@@ -157,19 +165,20 @@ mod tests {
     }
 
     #[test]
-    fn only_a_new_entry_takes_keys_from_others() {
+    fn only_newer_keys_of_others_are_successors() {
         let found = [stored_key(2, "v"), stored_key(9, "w")];
-        assert_eq!(
-            ensure(false).plan(&found, &[None]),
-            WritePlan::Superseded { by: 9 }
-        );
-        assert_eq!(ensure(true).plan(&found, &[None]), put(&[1]));
+        let plan = |owned_revision| ensure(owned_revision).plan(&found, &[None]);
+        assert_eq!(plan(Some(6)), WritePlan::Superseded { by: 9 });
+        // The entry had the key at the revision at which the other registration wrote it, so etcd
+        // has gone back to an earlier history.
+        assert_eq!(plan(Some(7)), put(&[1]));
+        assert_eq!(plan(None), put(&[1]));
     }
 
     #[test]
     fn only_own_stale_keys_are_deleted() {
         let found = [stored_key(2, "v"), stored_key(2, "w")];
-        let plan = |stale| ensure(false).plan(&found, &[stale]);
+        let plan = |stale| ensure(Some(1)).plan(&found, &[stale]);
         assert_eq!(plan(stored_key(9, "")), WritePlan::UpToDate);
         assert_eq!(
             plan(stored_key(1, "")),

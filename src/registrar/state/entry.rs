@@ -21,9 +21,10 @@ pub(super) struct Entry {
     /// The revision at which the keys were last found as they should be. Watch events up to this
     /// revision are old news. 0 after the watch restarted, because etcd may have lost its history.
     pub(super) seen_revision: i64,
-    /// Whether the keys have been in etcd. An established entry takes its keys from no other
-    /// registration; a new one does, because the later registration wins.
-    pub(super) established: bool,
+    /// The latest revision at which the entry had its keys: a later registration's keys are newer.
+    /// 0 after a later registration was found. `None` for a new entry, which takes its keys from
+    /// other registrations, because the later registration wins.
+    pub(super) owned_revision: Option<i64>,
     /// Whether the keys must be read again because another client may have changed them.
     pub(super) needs_check: bool,
     /// Whether a write with a lost response can still arrive. A paused process or network can
@@ -71,7 +72,7 @@ impl Entry {
                 Presence::Absent
             },
             seen_revision: 0,
-            established: false,
+            owned_revision: None,
             needs_check: false,
             late_write: inherited.late_write,
             retry_schedule: RetrySchedule::default(),
@@ -135,7 +136,7 @@ impl Entry {
             stale_keys: self.stale_keys.clone(),
             lease,
             own_leases,
-            take_over: !self.established,
+            owned_revision: self.owned_revision,
             generation: self.generation,
         })
     }

@@ -44,8 +44,10 @@ pub(in crate::registrar) enum ActionOutcome {
     /// Another registration, which has the lease `by`, owns one of the keys, so no key was
     /// written.
     Superseded { by: i64 },
-    /// The keys are deleted, or the lease is revoked.
-    Done,
+    /// The keys of the entry were deleted, or did not exist, at this revision.
+    Deleted { revision: i64 },
+    /// The lease is revoked.
+    Revoked,
     /// The lease does not exist: it expired or was revoked.
     LeaseGone,
     /// The action failed; etcd may have applied it or not.

@@ -34,7 +34,7 @@ impl Reconciler {
             }
         } else {
             // Written by this registrar, perhaps with a lost response.
-            entry.established = true;
+            entry.owned_revision = Some(*revision);
         }
     }
 }

@@ -15,6 +15,8 @@ pub(super) struct Lease {
     expires_at: Instant,
     /// Whether `expires_at` has passed without a confirmed renewal.
     overdue: bool,
+    /// Whether etcd has gone back to an earlier history since the grant.
+    outdated: bool,
 }
 
 impl Lease {
@@ -26,6 +28,7 @@ impl Lease {
             renew_at: sent_at + ttl / 3,
             expires_at: sent_at + ttl,
             overdue: false,
+            outdated: false,
         }
     }
 
@@ -41,7 +44,9 @@ impl Lease {
 
     /// Records that etcd confirmed the renewal sent at `sent_at`.
     pub(super) fn on_renewed(&mut self, sent_at: Instant) {
+        let outdated = self.outdated;
         *self = Self::new(self.id, self.ttl, sent_at);
+        self.outdated = outdated;
     }
 
     /// Schedules another renewal after a failed one.
@@ -60,5 +65,15 @@ impl Lease {
         let is_newly_overdue = !self.overdue && now >= self.expires_at;
         self.overdue |= is_newly_overdue;
         is_newly_overdue
+    }
+
+    /// Records that etcd has gone back to an earlier history. Keys that were deleted since then may
+    /// be back under this lease, so another lease must replace it, and this one must expire.
+    pub(super) fn mark_outdated(&mut self) {
+        self.outdated = true;
+    }
+
+    pub(super) fn is_outdated(&self) -> bool {
+        self.outdated
     }
 }

@@ -59,13 +59,16 @@
 //! 10 s, the pauses grow to 1 s.
 //!
 //! **Key owned by another registration.** A key under a lease that this registrar was never granted
-//! belongs to another process. The later registration wins: a new entry takes such a key over; an
-//! established one, which was in etcd before, becomes `Superseded`. A superseded entry waits until
-//! its watch reports that the key changed, and then checks the key again. Two processes that
-//! recover at the same time are both established, so the first to write keeps the key.
+//! belongs to another process. The later registration wins: a new entry takes such a key over; one
+//! that had the keys before becomes `Superseded`. A superseded entry waits until its watch reports
+//! that the key changed, and then checks the key again. If two processes lose their leases at the
+//! same time, the first to write keeps the key.
 //!
-//! **etcd wiped or restored.** The watches start again, and every entry is checked. The lease is
-//! unknown to etcd, which is a lost lease, as above.
+//! **etcd wiped or restored.** The watches start again, and every entry is checked. If the lease is
+//! unknown to etcd, it is lost, as above. A key of another process that is older than the revision
+//! at which the entry had the keys comes from the restored snapshot. That process may have ended
+//! since, so the entry takes the key over. If etcd has the lease, keys that were deleted since the
+//! snapshot may be back under it. Another lease replaces it, and such keys expire with it.
 //!
 //! **Watch lost.** The new watch may have missed changes, so its start causes a check.
 //!

@@ -52,6 +52,10 @@ enum Op {
     EndLease,
     /// Wipe etcd.
     Wipe,
+    /// Take a snapshot of etcd.
+    TakeSnapshot,
+    /// Restore etcd from the last snapshot.
+    Restore,
     /// Advance the clock by this number of milliseconds.
     Advance(u16),
 }
@@ -89,6 +93,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => key.prop_map(EndForeign),
         1 => Just(EndLease),
         1 => Just(Wipe),
+        1 => Just(TakeSnapshot),
+        1 => Just(Restore),
         4 => (1u16..5_000).prop_map(Advance),
     ]
 }
@@ -112,6 +118,8 @@ struct Harness {
     revision: i64,
     keys: BTreeMap<String, StoredKey>,
     leases: BTreeSet<i64>,
+    /// The revision, the keys and the leases of the last snapshot.
+    snapshot: (i64, BTreeMap<String, StoredKey>, BTreeSet<i64>),
     next_lease: i64,
     late_writes: Vec<Write>,
     /// Watch events that are not delivered yet.
@@ -151,6 +159,7 @@ impl Harness {
             revision: 1,
             keys: BTreeMap::new(),
             leases: BTreeSet::new(),
+            snapshot: (1, BTreeMap::new(), BTreeSet::new()),
             next_lease: 1,
             late_writes: Vec::new(),
             events: VecDeque::new(),
@@ -252,7 +261,8 @@ impl Harness {
                 let is_own = |key: &&String| stored(key).is_some_and(|k| k.is_own(own_leases));
                 let own: Vec<String> = keys.iter().filter(is_own).cloned().collect();
                 if own.is_empty() {
-                    return Ok(ActionOutcome::Done);
+                    let revision = self.revision;
+                    return Ok(ActionOutcome::Deleted { revision });
                 }
                 Err(Write {
                     unchanged: self.comparisons(own.iter().cloned()),
@@ -261,7 +271,7 @@ impl Harness {
                     lease: 0,
                 })
             }
-            _ => Ok(ActionOutcome::Done),
+            _ => Ok(ActionOutcome::Revoked),
         }
     }
 
@@ -277,13 +287,15 @@ impl Harness {
             Action::Renew { .. } => ActionOutcome::LeaseGone,
             Action::Revoke { lease } => {
                 self.end_lease(*lease);
-                ActionOutcome::Done
+                ActionOutcome::Revoked
             }
             Action::Ensure(_) | Action::Delete { .. } => match self.plan(action) {
                 Ok(outcome) => outcome,
                 Err(write) => match self.apply_write(&write) {
                     None => ActionOutcome::LeaseGone,
-                    Some(_) if matches!(action, Action::Delete { .. }) => ActionOutcome::Done,
+                    Some(_) if matches!(action, Action::Delete { .. }) => ActionOutcome::Deleted {
+                        revision: self.revision,
+                    },
                     Some(_) => ActionOutcome::Ensured {
                         revision: self.revision,
                     },
@@ -432,7 +444,11 @@ impl Harness {
                     self.end_lease(lease);
                 }
             }
-            Op::Wipe => self.wipe(),
+            Op::Wipe => self.restore((1, BTreeMap::new(), BTreeSet::new())),
+            Op::TakeSnapshot => {
+                self.snapshot = (self.revision, self.keys.clone(), self.leases.clone());
+            }
+            Op::Restore => self.restore(self.snapshot.clone()),
             Op::Advance(millis) => self.advance(Duration::from_millis(millis.into())),
         }
     }
@@ -453,16 +469,26 @@ impl Harness {
         }
     }
 
-    fn wipe(&mut self) {
-        self.keys.clear();
-        self.leases.clear();
-        self.revision = 1;
+    fn restore(&mut self, snapshot: (i64, BTreeMap<String, StoredKey>, BTreeSet<i64>)) {
+        (self.revision, self.keys, self.leases) = snapshot;
         self.late_writes.clear();
         self.restart_watches();
     }
 
-    /// Lets time pass without faults, until everything has settled.
+    /// Lets time pass without faults, until everything has settled and the leases that the
+    /// reconciler does not renew have expired.
     fn quiesce(&mut self) {
+        self.settle();
+        let renewed = self.reconciler.lease.map(|lease| lease.id());
+        let is_expired = |lease: &&i64| **lease < FOREIGN && Some(**lease) != renewed;
+        let expired: Vec<i64> = self.leases.iter().filter(is_expired).copied().collect();
+        for lease in expired {
+            self.end_lease(lease);
+        }
+        self.settle();
+    }
+
+    fn settle(&mut self) {
         for _ in 0..60 {
             self.work(50);
             self.apply_late_writes();

@@ -29,7 +29,7 @@ impl Reconciler {
     fn on_grant_finished(&mut self, outcome: ActionOutcome, started: Instant, now: Timestamp) {
         match outcome {
             ActionOutcome::Granted { lease, ttl } => {
-                self.set_lease(Lease::new(lease, ttl, started));
+                self.set_lease(Lease::new(lease, ttl, started), now);
                 self.on_success();
             }
             ActionOutcome::Failed(error) => self.on_failure(&error, now),
@@ -72,7 +72,10 @@ impl Reconciler {
         let lease = self.lease.as_ref().map(Lease::id);
         let is_current = lease == Some(ensure.lease);
         match outcome {
-            ActionOutcome::Ensured { revision } => self.on_ensured(ensure, revision, is_current),
+            ActionOutcome::Ensured { revision } => {
+                self.on_ensured(ensure, revision, is_current);
+                self.on_revision(revision, now);
+            }
             ActionOutcome::Superseded { by } => self.on_superseded(ensure, by, now),
             ActionOutcome::LeaseGone if is_current => self.on_lease_lost(now),
             ActionOutcome::Failed(error) => self.on_ensure_failed(ensure, error, now),
@@ -89,16 +92,29 @@ impl Reconciler {
                 generation: ensure.generation,
             };
             entry.seen_revision = revision;
-            entry.established = true;
+            entry.owned_revision = Some(revision);
             entry.report_present();
         }
         self.on_success();
+    }
+
+    /// Notices that etcd has gone back to an earlier history. All reads and writes of the entries
+    /// are linearizable, so within one history their revisions never decrease.
+    fn on_revision(&mut self, revision: i64, now: Timestamp) {
+        if revision < self.latest_revision
+            && let Some(lease) = &mut self.lease
+        {
+            lease.mark_outdated();
+            self.jitter_recovery(now.instant);
+        }
+        self.latest_revision = revision;
     }
 
     fn on_superseded(&mut self, ensure: &Ensure, by: i64, now: Timestamp) {
         if let Some(entry) = self.entry_mut(&ensure.entry) {
             entry.retry_schedule.clear_refusal();
             entry.presence.mark_superseded();
+            entry.owned_revision = Some(0);
             entry.report_superseded(by, now);
         }
         self.on_success();
@@ -124,15 +140,16 @@ impl Reconciler {
 
     fn on_delete_finished(&mut self, key: &str, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
-            ActionOutcome::Done => {
+            ActionOutcome::Deleted { revision } => {
                 if let Some(entry) = self.entries.get_mut(key) {
                     entry.presence.mark_deleted();
                     // A later return counts as a new registration, which takes the keys from
                     // others.
-                    entry.established = false;
+                    entry.owned_revision = None;
                     entry.stale_keys.clear();
                 }
                 self.on_success();
+                self.on_revision(revision, now);
             }
             ActionOutcome::Failed(error) if is_entry_error(&error) => {
                 self.on_refused(key, error, now)
@@ -144,12 +161,12 @@ impl Reconciler {
 
     fn on_revoke_finished(&mut self, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
-            ActionOutcome::Done | ActionOutcome::LeaseGone => {
+            ActionOutcome::Revoked | ActionOutcome::LeaseGone => {
                 self.drop_lease();
                 for entry in self.entries.values_mut() {
                     if !entry.should_exist() {
                         // A later return counts as a new registration, as after a deletion.
-                        entry.established = false;
+                        entry.owned_revision = None;
                     }
                 }
                 self.on_success();

@@ -100,6 +100,13 @@ impl Presence {
         }
     }
 
+    /// Records that another lease replaced the one that the keys are under.
+    pub(super) fn mark_lease_replaced(&mut self) {
+        if let Self::Present { .. } = self {
+            *self = Self::InDoubt;
+        }
+    }
+
     /// Records that the lease is gone, and with it every key under it.
     pub(super) fn mark_lease_lost(&mut self) {
         *self = match self {

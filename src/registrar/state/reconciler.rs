@@ -30,6 +30,8 @@ pub(in crate::registrar) struct Reconciler {
     /// The registrations by their first key.
     pub(super) entries: BTreeMap<String, Entry>,
     pub(super) lease: Option<Lease>,
+    /// The revision at which an entry was last found, written or deleted in etcd.
+    pub(super) latest_revision: i64,
     /// The leases granted to this registrar, the newest last.
     pub(super) own_leases: VecDeque<i64>,
     /// When the current mutation started. At most one grant, write, deletion or revocation runs at
@@ -54,6 +56,7 @@ impl Reconciler {
         Self {
             entries: BTreeMap::new(),
             lease: None,
+            latest_revision: 0,
             own_leases: VecDeque::new(),
             mutation_started: None,
             renewal_started: None,
@@ -149,11 +152,10 @@ impl Reconciler {
         if !self.any_should_exist() {
             return self.release_lease();
         }
-        let Some(lease) = self.lease.as_ref().map(Lease::id) else {
-            self.settle_removed(|_| true);
+        self.settle_removed(|entry| !entry.has_leftovers());
+        let Some(lease) = self.lease_for_writes() else {
             return Some(Action::Grant);
         };
-        self.settle_removed(|entry| !entry.has_leftovers());
         let own_leases = Vec::from_iter(self.own_leases.iter().copied());
         let entry = self
             .entries
@@ -165,6 +167,15 @@ impl Reconciler {
         } else {
             entry.begin_delete(own_leases, now)
         })
+    }
+
+    /// The lease to put keys under, unless it must be granted first. An outdated lease is replaced
+    /// when no entry has keys under it that must be deleted.
+    fn lease_for_writes(&self) -> Option<i64> {
+        let lease = self.lease.as_ref()?;
+        let is_leaving = |entry: &Entry| !entry.should_exist() && entry.has_leftovers();
+        let is_usable = !lease.is_outdated() || self.entries.values().any(is_leaving);
+        is_usable.then(|| lease.id())
     }
 
     /// Revokes the lease once no entry needs it. Without a lease, no write can arrive any more, so
@@ -220,8 +231,14 @@ impl Reconciler {
         [renewal, overdue, mutation].into_iter().flatten().min()
     }
 
-    /// Records a granted lease.
-    pub(super) fn set_lease(&mut self, lease: Lease) {
+    /// Records a granted lease. Keys under an outdated lease, which it replaces, must be put again.
+    pub(super) fn set_lease(&mut self, lease: Lease, now: Timestamp) {
+        if self.lease.is_some() {
+            self.report_recovering("etcd was restored from an earlier state", now);
+            for entry in self.entries.values_mut() {
+                entry.presence.mark_lease_replaced();
+            }
+        }
         self.own_leases.push_back(lease.id());
         if self.own_leases.len() > KNOWN_LEASES {
             self.own_leases.pop_front();

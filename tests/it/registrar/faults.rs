@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use crate::support::backup::Backup;
 use crate::support::balanced::{Load, wait_until_ready};
 use crate::support::history::history;
 use crate::support::registered_process::RegisteredProcess;
@@ -466,6 +467,41 @@ async fn two_that_recover_together_do_not_fight() -> TestResult {
     tokio::time::sleep(TTL).await;
     let after = client.get(one.key(), None).await?.kvs()[0].mod_revision();
     assert_eq!(before, after, "the key was written again");
+    Ok(())
+}
+
+/// The other process ended after the snapshot. Its key and its lease are back in the restored etcd,
+/// and the lease counts from zero.
+#[tokio::test]
+async fn older_key_of_a_restored_etcd_does_not_supersede() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let registrar = registrar(&client, TTL);
+    let _stays = registrar.register(instance("stays")).await?;
+    let gone = registrar.register(instance("gone")).await?;
+    let theirs = etcd.client().await?.lease_grant(600, None).await?.id();
+    let key = key("same");
+    let with_theirs = PutOptions::new().with_lease(theirs);
+    etcd.client()
+        .await?
+        .put(key.as_str(), "theirs", Some(with_theirs))
+        .await?;
+    let backup = Backup::take(&etcd).await?;
+
+    gone.deregister().await?;
+    let registration = registrar.register(instance("same")).await?;
+    etcd.client().await?.lease_revoke(theirs).await?;
+    backup.restore(&etcd).await?;
+    wait_until("it is back", async || {
+        let lease = lease_of(&etcd, &key).await.unwrap();
+        lease.is_some_and(|lease| lease != theirs) && is_registered(&registration)
+    })
+    .await;
+    // Its key was under the lease of the instance that stays.
+    wait_until("the deregistered instance is gone again", async || {
+        stored_value(&etcd, gone.key()).await.unwrap().is_none()
+    })
+    .await;
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "_tls")]
 pub mod authority;
+pub mod backup;
 pub mod balanced;
 pub mod echo;
 pub mod echo_process;

@@ -29,7 +29,7 @@ fn change_during_a_check_causes_another_check() {
     let (mut harness, [handle]) = Harness::with_lease(["a"]);
     let put = harness.action();
     harness.key_changed("a", 11, None);
-    harness.finish(&put, ENSURED);
+    harness.finish(&put, harness.ensured());
     // The caller of `register` gets its confirmation.
     assert_eq!(handle.status.borrow().written, Some(0));
     assert_eq!(harness.settle(1), ["put a @1 #0"]);
@@ -60,7 +60,7 @@ fn repeated_conflicts_back_off_and_delay_no_other() {
                 }
                 Step::Perform(action) => {
                     assert_eq!(short(&action), "put a @1 #0");
-                    harness.finish(&action, ActionOutcome::Ensured { revision });
+                    harness.finish(&action, harness.ensured());
                     revision += 1;
                     break;
                 }

@@ -47,7 +47,7 @@ fn arrival_during_the_deletion_is_deleted_as_well() {
     assert_eq!(short(&delete), "delete a");
     // The write arrives after etcd has executed the deletion, but before its response.
     harness.key_changed("a", 11, stored_key(1, "a"));
-    harness.finish(&delete, ActionOutcome::Done);
+    harness.finish(&delete, harness.deleted());
     assert_eq!(harness.settle(1), ["take b @1 #0", "delete a"]);
     assert_eq!(state(&a), RegistrationState::Deregistered);
 }

@@ -65,7 +65,7 @@ fn write_under_a_lost_lease_is_repeated_under_the_next() {
     let (mut harness, [handle]) = Harness::with_lease(["a"]);
     let slow_put = harness.action();
     harness.lose_lease();
-    harness.finish(&slow_put, ENSURED);
+    harness.finish(&slow_put, harness.ensured());
     assert_ne!(state(&handle), RegistrationState::Registered);
     harness.advance(MAX_BACKOFF);
     assert_eq!(harness.settle(2), ["grant", "take a @2 #0"]);

@@ -24,12 +24,12 @@ const TTL: Duration = Duration::from_secs(9);
 /// The longest backoff.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
-const ENSURED: ActionOutcome = ActionOutcome::Ensured { revision: 10 };
-
 /// A reconciler, and the current time.
 struct Harness {
     reconciler: Reconciler,
     now: Timestamp,
+    /// etcd's revision.
+    revision: i64,
 }
 
 impl Harness {
@@ -40,6 +40,7 @@ impl Harness {
                 instant: Instant::now(),
                 wall: SystemTime::UNIX_EPOCH,
             },
+            revision: 10,
         }
     }
 
@@ -110,6 +111,16 @@ impl Harness {
         self.reconciler.on_event(event, self.now);
     }
 
+    fn ensured(&self) -> ActionOutcome {
+        let revision = self.revision;
+        ActionOutcome::Ensured { revision }
+    }
+
+    fn deleted(&self) -> ActionOutcome {
+        let revision = self.revision;
+        ActionOutcome::Deleted { revision }
+    }
+
     fn fail(&mut self, action: &Action) {
         let (operation, after) = ("test".into(), Duration::ZERO);
         let error = Error::Timeout { operation, after };
@@ -132,8 +143,9 @@ impl Harness {
             let outcome = match action {
                 Action::Grant => ActionOutcome::Granted { lease, ttl: TTL },
                 Action::Renew { .. } => ActionOutcome::Renewed,
-                Action::Ensure(_) => ENSURED,
-                _ => ActionOutcome::Done,
+                Action::Ensure(_) => self.ensured(),
+                Action::Delete { .. } => self.deleted(),
+                Action::Revoke { .. } => ActionOutcome::Revoked,
             };
             self.finish(&action, outcome);
             performed.push(short(&action));
@@ -142,6 +154,7 @@ impl Harness {
     }
 
     fn key_changed(&mut self, key: &str, revision: i64, stored: Option<StoredKey>) {
+        self.revision = revision;
         self.key_event(key, KeyEvent::Changed { revision, stored });
     }
 
@@ -172,7 +185,8 @@ fn short(action: &Action) -> String {
         Action::Delete { keys, .. } => format!("delete {}", keys.join(" ")),
         Action::Ensure(ensure) => {
             let keys: Vec<_> = ensure.records.iter().map(|(key, _)| key.as_str()).collect();
-            let verb = if ensure.take_over { "take" } else { "put" };
+            let is_new = ensure.owned_revision.is_none();
+            let verb = if is_new { "take" } else { "put" };
             let (lease, generation) = (ensure.lease, ensure.generation);
             format!("{verb} {} @{lease} #{generation}", keys.join(" "))
         }

@@ -58,7 +58,11 @@ fn brief_loss_keeps_the_entry_registered_and_checks_it() {
         harness.set_ready(&a, true);
         assert_eq!(state(&a), RegistrationState::Registering);
         assert_eq!(a.status.borrow().written, None);
-        harness.finish(&remove, ActionOutcome::Done);
+        let outcome = match remove {
+            Action::Delete { .. } => harness.deleted(),
+            _ => ActionOutcome::Revoked,
+        };
+        harness.finish(&remove, outcome);
         assert_eq!(harness.settle(2), then);
         assert_eq!(state(&a), RegistrationState::Registered);
     }

@@ -94,3 +94,53 @@ fn write_with_a_lost_response_establishes_the_entry() {
     harness.finish(&check, ActionOutcome::Superseded { by: 9 });
     assert!(is_superseded(&handle));
 }
+
+/// etcd was restored from a snapshot that was taken while another process held the key.
+#[test]
+fn older_key_in_a_restored_history_is_no_successor() {
+    let (mut harness, [handle]) = Harness::with_registered(["a"]);
+    harness.watch_started("a");
+    let check = harness.action();
+    let Action::Ensure(ensure) = &check else {
+        panic!("{check:?}");
+    };
+    let found_at = |mod_revision| {
+        let key = stored_key(9, "theirs").map(|key| StoredKey {
+            mod_revision,
+            ..key
+        });
+        ensure.plan(&[key], &[])
+    };
+    let (put, delete) = (vec![0], Vec::new());
+    assert_eq!(found_at(10), WritePlan::Write { put, delete });
+    assert_eq!(found_at(11), WritePlan::Superseded { by: 9 });
+    // A superseded registration takes the key from no other one, whatever the revisions are.
+    harness.finish(&check, ActionOutcome::Superseded { by: 9 });
+    harness.watch_started("a");
+    let Action::Ensure(ensure) = harness.action() else {
+        panic!("no check");
+    };
+    let key = stored_key(9, "theirs").map(|key| StoredKey {
+        mod_revision: 1,
+        ..key
+    });
+    assert_eq!(ensure.plan(&[key], &[]), WritePlan::Superseded { by: 9 });
+    assert!(is_superseded(&handle));
+}
+
+/// Keys that were deleted after the snapshot are back under the lease, which must expire.
+#[test]
+fn lease_is_replaced_after_a_restore() {
+    let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
+    harness.revision = 9;
+    harness.watch_started("a");
+    let check = harness.action();
+    harness.deregister(&b);
+    harness.finish(&check, harness.ensured());
+    assert_eq!(state(&a), RegistrationState::Registered);
+    harness.advance(MAX_BACKOFF);
+    assert_eq!(harness.settle(2), ["delete b", "grant", "put a @2 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    harness.advance(TTL / 3);
+    assert_eq!(harness.settle(2), ["renew 2"]);
+}
