@@ -104,6 +104,7 @@ mod config;
 mod directory;
 mod error;
 pub mod format;
+mod host_port;
 mod instance;
 mod panics;
 mod registrar;

@@ -151,6 +151,11 @@ impl BalancedChannel {
         self.inner.dispatcher.call(request, attempted).await
     }
 
+    /// Why instances of the set cannot be called, with their addresses.
+    pub(crate) fn unusable(&self) -> Vec<String> {
+        self.view().status().unusable.clone()
+    }
+
     /// Whether the runtime has ended on which the channel was built.
     pub(crate) fn has_ended(&self) -> bool {
         self.view().has_ended()

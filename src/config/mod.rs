@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use builder::ConfigBuilder;
-pub(crate) use endpoint::endpoint_uri;
+pub(crate) use endpoint::endpoint_address;
 use endpoint::redact_userinfo;
 #[cfg(feature = "_tls")]
 pub(crate) use pem::Pem;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Config, TlsConfig, endpoint_uri};
+use super::{Config, TlsConfig, endpoint_address};
 use crate::error::{Error, Result};
 
 /// The shortest keep-alive interval that etcd accepts (`--grpc-keepalive-min-time`, default 5 s).
@@ -28,7 +28,7 @@ impl Config {
             ));
         }
         for endpoint in &self.endpoints {
-            endpoint_uri(endpoint, self.enable_tls)?;
+            endpoint_address(endpoint, self.enable_tls)?;
         }
         self.validate_user()?;
         self.validate_times()?;

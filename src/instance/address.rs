@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::error::{Error, Result};
+use crate::host_port::check_host_port;
 
 const UNSPECIFIED: &str = "this is every address of a machine and names no server, so each client \
     would call itself; use the server's own address, which `Instance::advertise` finds";
@@ -25,50 +26,9 @@ pub(crate) fn check_address(address: &str) -> std::result::Result<(), &'static s
             Err("a Unix socket is written unix:/absolute/path")
         };
     }
-    if address.contains("://") {
-        return Err("expected host:port without a scheme, such as 10.0.0.5:50051");
-    }
-    if address.contains('/') {
-        return Err("expected host:port without a path, such as 10.0.0.5:50051");
-    }
-    let (host, port) = address
-        .rsplit_once(':')
-        .ok_or("the port is missing; expected host:port")?;
-    check_host_form(host)?;
-    if let Some(reason) = uncallable_reason(address) {
-        return Err(reason);
-    }
-    match port.parse::<u16>() {
-        Ok(0) => Err("port 0 cannot be called; register the actual port"),
-        // `parse` also accepts a leading `+`.
-        Ok(_) if port.bytes().all(|byte| byte.is_ascii_digit()) => Ok(()),
-        _ => Err("the port must be a number from 1 to 65535"),
-    }
-}
-
-fn check_host_form(host: &str) -> std::result::Result<(), &'static str> {
-    if let Some(inside) = host.strip_prefix('[') {
-        return inside
-            .strip_suffix(']')
-            // Fails for a scope (`%eth0`), which is local to a machine and not allowed in URIs.
-            .filter(|inside| inside.parse::<Ipv6Addr>().is_ok())
-            .map(|_| ())
-            .ok_or("the part in brackets must be an IPv6 address");
-    }
-    let of_ipv6 = |byte: u8| byte.is_ascii_hexdigit() || matches!(byte, b':' | b'.');
-    let of_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
-    if host.contains(':') {
-        // Also `dns:host:1`, and other names of resolvers that gRPC writes before a target.
-        Err(match host.split('%').next() {
-            Some(host) if host.bytes().all(of_ipv6) => {
-                "an IPv6 host must be in brackets: [::1]:50051"
-            }
-            _ => "expected host:port without a scheme, such as 10.0.0.5:50051",
-        })
-    } else if host.bytes().all(of_name) {
-        Ok(())
-    } else {
-        Err("the host must be a name or an IP address, without a scheme, path or user")
+    match uncallable_reason(address) {
+        Some(reason) => Err(reason),
+        None => check_host_port(address),
     }
 }
 
@@ -108,7 +68,7 @@ pub(crate) fn uncallable_ip_reason(ip: IpAddr) -> Option<&'static str> {
 }
 
 /// The IP address that a host is, in every form that the system's resolver takes for an address.
-pub(super) fn parse_ip(host: &str) -> Option<IpAddr> {
+pub(crate) fn parse_ip(host: &str) -> Option<IpAddr> {
     let inside = host.trim_start_matches('[').trim_end_matches(']');
     let without_scope = inside.split('%').next().unwrap_or_default();
     let ipv6 = without_scope.parse().map(IpAddr::V6);
@@ -194,6 +154,8 @@ mod tests {
             "user@host:80",
             "a b:80",
             "",
+            "a!b:80",
+            "a..b:80",
             "unix:relative",
             "unix:/",
         ] {

@@ -6,7 +6,7 @@ mod advertise;
 use std::collections::BTreeMap;
 
 pub(crate) use address::{
-    check_address, uncallable_ip_reason, uncallable_reason, validate_address,
+    check_address, parse_ip, uncallable_ip_reason, uncallable_reason, validate_address,
 };
 
 use crate::error::{Error, Result};

@@ -1,7 +1,7 @@
 //! The members of the cluster as the endpoints of a channel, and keeping them up to date.
 
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -11,9 +11,9 @@ use tokio_stream::wrappers::WatchStream;
 
 use crate::balance::{BalancedChannel, EndpointState, PingPolicy, Source};
 use crate::client::etcd_error::EtcdError;
-use crate::config::{Config, MIN_KEEP_ALIVE_INTERVAL, endpoint_uri};
+use crate::config::{Config, MIN_KEEP_ALIVE_INTERVAL, endpoint_address};
 use crate::error::{Error, Result};
-use crate::instance::{Instance, uncallable_reason};
+use crate::instance::{Instance, parse_ip, uncallable_reason};
 
 /// The longest backoff between attempts to connect to a member: 50 ms per member, from 250 ms to
 /// 1 s. Everything that depends on etcd has to recover within two seconds of etcd's return. Fewer
@@ -41,23 +41,15 @@ pub(super) fn configured_addresses(config: &Config) -> Result<Addresses> {
 /// The address of a configured endpoint. An unspecified host is this machine, as for etcdctl and
 /// Go: etcd's examples listen on `http://0.0.0.0:2379`, and that is what their users configure.
 fn configured_address(config: &Config, endpoint: &str) -> Result<String> {
-    let address = address(config, endpoint)?;
-    Ok(match address.parse::<SocketAddr>() {
-        Ok(ip) if ip.ip().to_canonical() == Ipv4Addr::UNSPECIFIED => {
-            SocketAddr::from((Ipv4Addr::LOCALHOST, ip.port())).to_string()
-        }
-        Ok(ip) if ip.ip() == Ipv6Addr::UNSPECIFIED => {
-            SocketAddr::from((Ipv6Addr::LOCALHOST, ip.port())).to_string()
-        }
-        _ => address,
+    let address = endpoint_address(endpoint, config.enable_tls)?;
+    let Some((host, port)) = address.rsplit_once(':') else {
+        return Ok(address.to_owned());
+    };
+    Ok(match parse_ip(host).map(|ip| ip.to_canonical()) {
+        Some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => format!("{}:{port}", Ipv4Addr::LOCALHOST),
+        Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => format!("[{}]:{port}", Ipv6Addr::LOCALHOST),
+        _ => address.to_owned(),
     })
-}
-
-fn address(config: &Config, endpoint: &str) -> Result<String> {
-    let uri = endpoint_uri(endpoint, config.enable_tls)?;
-    Ok(uri
-        .authority()
-        .map_or_else(String::new, ToString::to_string))
 }
 
 /// A channel to these members, which follows their changes.
@@ -111,7 +103,8 @@ pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
         let reason = member.last_error.as_deref().unwrap_or("not connected yet");
         format!("{}: {reason}", member.address)
     });
-    Some(reasons.collect::<Vec<_>>().join("; "))
+    let reasons: Vec<String> = reasons.chain(channel.unusable()).collect();
+    Some(reasons.join("; "))
 }
 
 /// Keeps `members` up to date: lists the cluster's members every `auto_sync_interval`, until the
@@ -215,10 +208,10 @@ fn usable<'a>(config: &Config, members: impl Iterator<Item = MemberInfo<'a>>) ->
 /// The address of a member's client URL. A member whose `--advertise-client-urls` has `0.0.0.0` is
 /// left out, because each client would call its own machine.
 fn client_address(config: &Config, url: &str) -> Result<String> {
-    let address = address(config, url)?;
-    match uncallable_reason(&address) {
+    let address = endpoint_address(url, config.enable_tls)?;
+    match uncallable_reason(address) {
         Some(reason) => Err(Error::invalid("client URL", address, reason)),
-        None => Ok(address),
+        None => Ok(address.to_owned()),
     }
 }
 
@@ -265,6 +258,7 @@ mod tests {
             "0.0.0.0:1",
             "http://[::]:1",
             "[::ffff:0.0.0.0]:2",
+            "0:3",
             "10.0.0.5:1",
             "etcd:1",
         ];
@@ -277,6 +271,7 @@ mod tests {
             "127.0.0.1:1",
             "[::1]:1",
             "127.0.0.1:2",
+            "127.0.0.1:3",
             "10.0.0.5:1",
             "etcd:1",
         ];
