@@ -2,13 +2,14 @@
 # Rust.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help tools demo chaos test check fuzz
+.PHONY: help tools demo chaos test test-etcds check fuzz
 
 # The start of a recipe, in the same shell as its commands.
-WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; export PROTOC ETCD ETCD_3_4 ETCD_NEWEST;
+WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; \
+	export PROTOC ETCD ETCD_3_4 ETCD_NEWEST ETCD_3_6 ETCD_3_7;
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 tools: ## find or fetch protoc and etcd, and print where they are
 	@scripts/tools
@@ -23,9 +24,22 @@ chaos: ## random faults on etcd, servers and clients, and a verdict; SEED=, SECO
 
 # Most tests wait for servers, so more of them run at once than there are cores.
 TEST_THREADS ?= 12
+WITH_THREADS = export RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$(TEST_THREADS)};
 
 test: ## all tests, against real etcd servers
-	@$(WITH_TOOLS) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$(TEST_THREADS)} cargo test --workspace --all-features
+	@$(WITH_TOOLS) $(WITH_THREADS) cargo test --workspace --all-features
+
+# The tests of the promises that depend on etcd.
+ETCD_TESTS = client:: registrar:: directory:: testing:: end_to_end:: migration:: named_clients:: \
+	idle_etcd::
+
+test-etcds: ## the tests that depend on etcd, on the etcds that `make test` does not use
+	@$(WITH_TOOLS) $(WITH_THREADS) for variable in ETCD_3_4 ETCD_3_6 ETCD_3_7; do \
+	etcd=$${!variable}; \
+	if [ "$$etcd" = none ]; then echo "== left out: $$variable is none"; continue; fi; \
+	echo "== $$variable: $$("$$etcd" --version | head -n 1)"; \
+	ETCD=$$etcd cargo test --workspace --all-features --test it -- $(ETCD_TESTS); \
+	done
 
 check: ## formatting, lints and documentation, warnings as errors
 	@$(WITH_TOOLS) cargo fmt --all --check; \

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::support::{PATIENCE, TestResult, connect};
+use crate::support::{PATIENCE, TestResult, connect, version};
 use futures::StreamExt;
 use goo_etcd::client::WatchFilterType;
 use goo_etcd::testing::{Etcd, Proxy};
@@ -131,10 +131,11 @@ async fn watch_options_work_as_in_etcd() -> TestResult {
 
 #[tokio::test]
 async fn progress_is_yielded_only_on_request() -> TestResult {
-    let etcd = Etcd::builder()
-        .args(["--experimental-watch-progress-notify-interval", "1s"])
-        .start()
-        .await?;
+    let flag = match version() {
+        (3, ..6) => "--experimental-watch-progress-notify-interval",
+        _ => "--watch-progress-notify-interval",
+    };
+    let etcd = Etcd::builder().args([flag, "1s"]).start().await?;
     let client = connect(etcd.endpoint()).await;
     let options = WatchOptions::new().with_progress_notify();
     let mut notified = client.watch("n", options).await?;

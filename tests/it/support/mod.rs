@@ -18,7 +18,8 @@ pub mod registered_process;
 
 use std::error::Error;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::process::Command;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -171,6 +172,22 @@ pub fn find_etcd(variable: &str, name: &str) -> Option<PathBuf> {
         found.display()
     );
     Some(found)
+}
+
+/// The version of the etcd under test, such as `(3, 5)`: of the one that tests start without
+/// choosing another program.
+pub fn version() -> (u32, u32) {
+    static VERSION: LazyLock<(u32, u32)> = LazyLock::new(|| {
+        let program = find_etcd("ETCD", "etcd").expect("ETCD names a program");
+        let output = Command::new(program).arg("--version").output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let mut numbers = text
+            .split(['.', ':', '\n'])
+            .filter_map(|part| part.trim().parse().ok());
+        let mut next = || numbers.next().expect("the version has two numbers");
+        (next(), next())
+    });
+    *VERSION
 }
 
 /// The usual etcd and, if available, the newest one, which behaves differently.

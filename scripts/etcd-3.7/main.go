@@ -1,0 +1,12 @@
+// Starts etcd, as the program of etcd's releases does.
+package main
+
+import (
+	"os"
+
+	"go.etcd.io/etcd/server/v3/etcdmain"
+)
+
+func main() {
+	etcdmain.Main(os.Args)
+}
