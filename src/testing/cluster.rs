@@ -9,6 +9,7 @@ use tokio::time::{sleep, timeout};
 
 use super::error::{Result, TestingError};
 use super::etcd::Etcd;
+use super::leader::query_leader;
 use super::peers::PeerNetwork;
 use super::timing::{POLL_INTERVAL, PROBE_TIMEOUT};
 
@@ -58,7 +59,9 @@ impl EtcdCluster {
         self.members.iter().map(Etcd::endpoint).collect()
     }
 
-    /// The index of the leader, according to the first running member that knows it.
+    /// The index of the leader, according to the first running member that knows it. Needs no
+    /// user, except on etcd 3.6.16 and later with `--cert-file`: there
+    /// [`connect_options`](super::EtcdBuilder::connect_options) must have one.
     ///
     /// # Errors
     ///
@@ -68,14 +71,15 @@ impl EtcdCluster {
         loop {
             let mut last = TestingError::NoLeader;
             for member in self.members.iter().filter(|member| member.is_running()) {
-                match query_leader(member).await {
-                    Ok(Some(name)) => {
+                // A paused member does not respond; then the next one is asked.
+                match timeout(PROBE_TIMEOUT, query_leader(member)).await {
+                    Ok(Ok(Some(name))) => {
                         if let Some(index) = self.members.iter().position(|m| m.name() == name) {
                             return Ok(index);
                         }
                     }
-                    Ok(None) => {}
-                    Err(error) => last = error,
+                    Ok(Err(error)) => last = error,
+                    Ok(Ok(None)) | Err(_) => {}
                 }
             }
             if Instant::now() > deadline {
@@ -231,23 +235,4 @@ impl EtcdCluster {
         }
         Err(TestingError::NoLeader)
     }
-}
-
-async fn query_leader(member: &Etcd) -> Result<Option<String>> {
-    let query = async {
-        let mut client = member.client().await?;
-        let leader = client
-            .status()
-            .await
-            .map_err(TestingError::client("reading the status"))?
-            .leader();
-        let members = client
-            .member_list()
-            .await
-            .map_err(TestingError::client("listing members"))?;
-        let found = members.members().iter().find(|m| m.id() == leader);
-        Ok(found.map(|m| m.name().to_owned()))
-    };
-    // A paused member does not respond; the caller then asks the next member.
-    timeout(PROBE_TIMEOUT, query).await.unwrap_or(Ok(None))
 }

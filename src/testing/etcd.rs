@@ -103,6 +103,11 @@ impl Etcd {
         self.inner.member.peer_url()
     }
 
+    /// Where the member itself listens for its peers, also behind a proxy.
+    pub(super) fn peer_endpoint(&self) -> String {
+        self.inner.member.peer.endpoint()
+    }
+
     /// The process id; `None` while the server is down.
     pub fn pid(&self) -> Option<u32> {
         self.process().as_ref().map(Process::id)

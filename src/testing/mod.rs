@@ -43,6 +43,7 @@ mod builder;
 mod cluster;
 mod error;
 mod etcd;
+mod leader;
 mod member;
 mod options;
 mod peers;

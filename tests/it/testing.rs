@@ -225,6 +225,24 @@ async fn server_with_authentication_becomes_ready() -> TestResult {
     Ok(())
 }
 
+/// From etcd 3.6.16 on a status call needs a user.
+#[tokio::test]
+async fn leader_is_found_without_a_user() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let before = cluster.leader().await?;
+    let mut client = cluster.member(before).client().await?;
+    client.user_add("root", "secret", None).await?;
+    client.user_grant_role("root", "root").await?;
+    client.auth_enable().await?;
+    assert_eq!(cluster.leader().await?, before);
+    cluster.member(before).kill().await?;
+    wait_until("another leader is found", async || {
+        cluster.leader().await.unwrap() != before
+    })
+    .await;
+    Ok(())
+}
+
 #[tokio::test]
 async fn server_with_tls_becomes_ready() -> TestResult {
     let etcd = Etcd::builder().args(["--auto-tls"]).start().await?;

@@ -133,6 +133,7 @@ async fn mutual_tls_survives_the_loss_of_a_member() -> TestResult {
     let authority = Authority::new("ours")?;
     let shown = authority.sign(Flaws::default())?;
     let cluster = authority.cluster(folder.path(), &shown, 3).await?;
+    assert!(cluster.leader().await? < 3);
     let mut config = tls_config(cluster.endpoints(), authority.client()?);
     config.dial_timeout = crate::support::PATIENCE;
     let client = Client::new("main", config.clone()).await?;
