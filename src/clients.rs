@@ -21,6 +21,7 @@
 
 use std::collections::BTreeMap;
 
+use futures::future::join_all;
 use parking_lot::RwLock;
 
 use crate::client::Client;
@@ -117,8 +118,8 @@ pub fn get_default_client() -> Result<etcd_client::Client> {
     Ok(default()?.client())
 }
 
-/// Removes and closes all clients, including clients that are still connecting. A client that fails
-/// to close does not keep the others open.
+/// Removes and closes all clients at the same time, including clients that are still connecting. A
+/// client that fails to close does not keep the others open.
 ///
 /// # Errors
 ///
@@ -171,17 +172,16 @@ impl NamedClients {
     }
 }
 
-/// Closes one client after the other, whether or not earlier ones fail.
+/// Closes all clients at the same time, whether or not some of them fail.
 async fn close_each<C>(
     clients: BTreeMap<String, C>,
     close: impl AsyncFn(C) -> Result<()>,
 ) -> Result<()> {
-    let mut failures = Vec::new();
-    for (name, client) in clients {
-        if let Err(error) = close(client).await {
-            failures.push((name, error));
-        }
-    }
+    let closing = clients.into_iter().map(async |(name, client)| {
+        let failure = close(client).await.err()?;
+        Some((name, failure))
+    });
+    let failures: Vec<_> = join_all(closing).await.into_iter().flatten().collect();
     match failures.is_empty() {
         true => Ok(()),
         false => Err(Error::CloseAll { failures }),

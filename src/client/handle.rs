@@ -1,4 +1,4 @@
-//! [`Client`]: how it is created and closed, and the bounds that every call gets.
+//! [`Client`]: how it is created, and the bounds that every call gets.
 
 use std::fmt;
 use std::future::Future;
@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::held_leases::HeldLeases;
 use super::transport::{self, CallOptions, Transport};
 use crate::backoff::Backoff;
 use crate::balance::AttemptedEndpoints;
@@ -56,6 +57,7 @@ pub(super) struct Inner {
     pub(super) config: Config,
     pub(super) transport: Transport,
     pub(super) closed: CancellationToken,
+    pub(super) held_leases: HeldLeases,
     extensions: Mutex<http::Extensions>,
 }
 
@@ -134,6 +136,7 @@ impl Client {
                 config,
                 transport,
                 closed,
+                held_leases: HeldLeases::default(),
                 extensions: Mutex::default(),
             }),
         }
@@ -165,24 +168,6 @@ impl Client {
     /// [`close`](Self::close) its calls fail and its open streams end.
     pub fn client(&self) -> etcd_client::Client {
         self.inner.transport.raw.clone()
-    }
-
-    /// Closes the connections of this client and all its clones. Calls in progress, open watches
-    /// and keep-alives, and everything tried later end with [`Error::Closed`]. Closing twice is
-    /// harmless.
-    ///
-    /// # Errors
-    ///
-    /// None today. The signature allows for a farewell that takes a round trip.
-    pub async fn close(&self) -> Result<()> {
-        self.inner.closed.cancel();
-        self.inner.transport.rpc.close();
-        Ok(())
-    }
-
-    /// Whether [`close`](Self::close) was called on this client or a clone.
-    pub fn is_closed(&self) -> bool {
-        self.inner.closed.is_cancelled()
     }
 
     /// Tests the connection with one round trip to a member.
@@ -344,22 +329,6 @@ impl Client {
                 }
             }
             sleep(backoff.next()).await;
-        }
-    }
-
-    /// The result of `work`, or [`Error::Closed`] as soon as the client is closed.
-    pub(super) async fn or_closed<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
-        let mut work = pin!(work);
-        tokio::select! {
-            biased;
-            () = self.inner.closed.cancelled() => Err(self.closed_error()),
-            result = &mut work => result,
-        }
-    }
-
-    pub(super) fn closed_error(&self) -> Error {
-        Error::Closed {
-            name: self.inner.name.clone(),
         }
     }
 }

@@ -18,10 +18,12 @@
 //! A call that may change something is repeated only if it provably reached no member. Members are
 //! picked by peak EWMA, so that a hung or distant member gets few calls.
 
+mod close;
 mod cluster;
 mod concurrency;
 pub(crate) mod etcd_error;
 mod handle;
+mod held_leases;
 mod keep_alive;
 mod kv;
 mod lease;

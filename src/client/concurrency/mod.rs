@@ -1,6 +1,7 @@
 //! Locks and elections, compatible with Go's `go.etcd.io/etcd/client/v3/concurrency`.
 
 mod election;
+mod entry_lease;
 mod lock;
 mod queue;
 

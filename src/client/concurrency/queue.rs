@@ -15,28 +15,26 @@ use etcd_client::{
 };
 use futures::StreamExt;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::entry_lease::EntryLease;
 use crate::backoff::Backoff;
 use crate::client::etcd_error::EtcdError;
 use crate::client::handle::Client;
 use crate::client::keep_alive::KeepAlive;
-use crate::client::lease::ttl_in_seconds;
 use crate::client::watch::WatchOptions;
 use crate::error::{Error, Result};
 
-/// An entry in a queue, until it is released or lost. Dropping it releases it in the background, on
-/// a best-effort basis.
+/// An entry in a queue, until it is released or lost. Dropping it releases it, as dropping its lease
+/// does.
 pub(super) struct QueueEntry {
     key: QueueKey,
-    /// The TTL of the lease.
-    ttl: Duration,
+    lease: EntryLease,
     /// Why the entry cannot be relied on any more.
     lost: watch::Receiver<Option<Error>>,
     /// The tasks that renew the lease and watch the key.
     tasks: Vec<AbortOnDropHandle<()>>,
-    released: bool,
 }
 
 /// The key of an entry, and its place in the queue.
@@ -59,24 +57,23 @@ impl QueueEntry {
         value: Vec<u8>,
         ttl: Duration,
     ) -> Result<Self> {
-        let ttl = ttl_in_seconds(ttl)?;
-        let lease = Box::pin(grant_lease(client, ttl)).await?;
+        let lease = Box::pin(EntryLease::grant(client, ttl)).await?;
+        let id = lease.id();
         let prefix = queue_prefix(name);
         let mut entry = Self {
             key: QueueKey {
-                bytes: [&prefix[..], format!("{lease:x}").as_bytes()].concat(),
+                bytes: [&prefix[..], format!("{id:x}").as_bytes()].concat(),
                 prefix,
                 client: client.clone(),
-                lease,
+                lease: id,
                 revision: 0,
             },
-            ttl: Duration::from_secs(ttl.unsigned_abs()),
+            lease,
             lost: watch::channel(None).1,
             tasks: Vec::new(),
-            released: false,
         };
         let (lost_tx, lost) = watch::channel(None);
-        let keep_alive = Box::pin(client.keep_alive(lease)).await?;
+        let keep_alive = Box::pin(client.keep_alive(id)).await?;
         entry.lost = lost;
         let renewing = tokio::spawn(report_lost_lease(keep_alive, lost_tx.clone()));
         entry.tasks.push(AbortOnDropHandle::new(renewing));
@@ -131,7 +128,8 @@ impl QueueEntry {
 
     pub(super) fn is_held(&self) -> bool {
         // The tasks that would report a loss end with their runtime.
-        self.lost.borrow().is_none() && self.lost.has_changed().is_ok()
+        let is_lost = self.lost.borrow().is_some() || self.lost.has_changed().is_err();
+        !is_lost && !self.key.client.is_closed()
     }
 
     /// Resolves when the entry is lost, or may be.
@@ -157,12 +155,8 @@ impl QueueEntry {
     }
 
     /// Removes the entry from the queue.
-    pub(super) async fn release(mut self) -> Result<()> {
-        let QueueKey { client, lease, .. } = &self.key;
-        let limit = client.request_timeout() * 2;
-        Box::pin(revoke_lease(client, *lease, limit)).await?;
-        self.released = true;
-        Ok(())
+    pub(super) async fn release(self) -> Result<()> {
+        Box::pin(self.lease.revoke()).await
     }
 }
 
@@ -309,23 +303,6 @@ impl QueueKey {
     }
 }
 
-impl Drop for QueueEntry {
-    fn drop(&mut self) {
-        if self.released || self.key.client.is_closed() {
-            return;
-        }
-        // Outside of a runtime the lease expires after its TTL.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let (client, lease, ttl) = (self.key.client.clone(), self.key.lease, self.ttl);
-            runtime.spawn(async move {
-                if let Err(error) = revoke_lease(&client, lease, ttl).await {
-                    tracing::debug!(%error, "cannot release a queue entry, leaving it to expire");
-                }
-            });
-        }
-    }
-}
-
 impl fmt::Debug for QueueEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("QueueEntry")
@@ -339,48 +316,6 @@ impl fmt::Debug for QueueEntry {
 /// The prefix of the keys of a queue.
 pub(super) fn queue_prefix(name: &[u8]) -> Vec<u8> {
     [name, b"/"].concat()
-}
-
-/// Grants the lease of an entry, and retries for twice the `request_timeout`.
-///
-/// The id is chosen here, so that a grant can be repeated after its response was lost: it then
-/// fails because the lease exists. An attempt that is lost with a leader takes a whole
-/// `request_timeout`, so there is time for a second and a third.
-async fn grant_lease(client: &Client, ttl: i64) -> Result<i64> {
-    let id = fastrand::i64(1..=i64::MAX);
-    let started_at = Instant::now();
-    let mut backoff = Backoff::for_etcd();
-    loop {
-        match client.grant_with_id(id, ttl).await {
-            Ok(_) => return Ok(id),
-            // The lease exists. No other client chose the same of 2^63 ids.
-            Err(error) if EtcdError::of(&error) == EtcdError::LeaseExists => return Ok(id),
-            Err(error)
-                if error.is_permanent() || started_at.elapsed() >= client.request_timeout() * 2 =>
-            {
-                return Err(error);
-            }
-            Err(error) => tracing::debug!(%error, "cannot grant a lease, retrying"),
-        }
-        sleep(backoff.next()).await;
-    }
-}
-
-/// Revokes a lease. Repeating it is harmless, so an attempt that was lost with a leader is
-/// repeated. The last attempt starts within `limit`.
-async fn revoke_lease(client: &Client, lease: i64, limit: Duration) -> Result<()> {
-    let started_at = Instant::now();
-    let mut backoff = Backoff::for_etcd();
-    loop {
-        match client.revoke(lease).await {
-            Ok(_) | Err(Error::LeaseNotFound { .. }) => return Ok(()),
-            Err(error) if error.is_permanent() || started_at.elapsed() >= limit => {
-                return Err(error);
-            }
-            Err(error) => tracing::debug!(%error, "cannot revoke a lease, retrying"),
-        }
-        sleep(backoff.next()).await;
-    }
 }
 
 /// Drives a keep-alive, and reports when the lease cannot be relied on any more.

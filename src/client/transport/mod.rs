@@ -26,16 +26,14 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use members::Addresses;
-use rpc::RpcService;
-
 use crate::backoff::Backoff;
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::{Error, Result};
+use members::Addresses;
 
 pub(super) use members::single_member;
-pub(super) use rpc::CallOptions;
+pub(super) use rpc::{CallOptions, RpcService};
 pub(super) use unary::is_transient;
 
 /// The connections of one client, and the clients of etcd-client that use them.

@@ -115,6 +115,11 @@ impl RpcService {
         self.state.channel.store(None);
     }
 
+    /// Whether the connections were closed.
+    pub(in crate::client) fn is_closed(&self) -> bool {
+        self.state.channel.load().is_none()
+    }
+
     /// Renews the user's token by `renew`, unless etcd has issued one after `since`, the start of
     /// the call that was refused. Callers that wait at the same time share one renewal.
     pub(in crate::client) async fn renew_token<E>(

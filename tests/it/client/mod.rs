@@ -2,6 +2,7 @@
 
 mod auth;
 mod call_log;
+mod close;
 mod faults;
 mod gateways;
 mod idle_connections;
