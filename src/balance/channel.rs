@@ -14,7 +14,7 @@ use tonic::Status;
 use tonic::body::Body;
 use tower_service::Service;
 
-use super::call::{AttemptedEndpoints, Dispatcher};
+use super::call::{CallContext, Dispatcher};
 use super::pool::{EndpointStatus, PoolStatus, View};
 
 /// A channel over a changing set of endpoints, for any generated tonic client.
@@ -141,14 +141,13 @@ impl BalancedChannel {
             .await;
     }
 
-    /// Makes a call that avoids the endpoints in `attempted`, and adds the endpoints that it is
-    /// sent to.
-    pub(crate) async fn call_avoiding(
+    /// Makes a call that is part of a larger operation.
+    pub(crate) async fn call_within(
         &self,
         request: Request<Body>,
-        attempted: Option<&AttemptedEndpoints>,
+        context: CallContext<'_>,
     ) -> Result<Response<Body>, Status> {
-        self.inner.dispatcher.call(request, attempted).await
+        self.inner.dispatcher.call(request, context).await
     }
 
     /// Why instances of the set cannot be called, with their addresses.
@@ -227,7 +226,7 @@ impl Service<Request<Body>> for BalancedChannel {
     fn call(&mut self, request: Request<Body>) -> ResponseFuture {
         let inner = Arc::clone(&self.inner);
         ResponseFuture(Box::pin(async move {
-            inner.dispatcher.call(request, None).await
+            inner.dispatcher.call(request, CallContext::default()).await
         }))
     }
 }

@@ -75,7 +75,7 @@ mod status_headers;
 mod tests;
 
 pub use builder::BalancedChannelBuilder;
-pub(crate) use call::AttemptedEndpoints;
+pub(crate) use call::{AttemptRecord, AttemptedEndpoints, CallContext};
 pub use call::{RetryPolicy, ServedBy};
 pub use channel::{BalancedChannel, EndpointStatuses, ResponseFuture};
 pub(crate) use connection::PingPolicy;

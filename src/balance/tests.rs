@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::call::Dispatcher;
+use super::call::{CallContext, Dispatcher};
 use super::connection::{FakeConnector, STREAM_LIMIT, Script};
 use super::pick::BalancePolicy;
 use super::pool::{ConnectPlan, DEFAULT_WINDOW, EndpointState, MassDeletionGuard, Pool, View};
@@ -80,7 +80,7 @@ impl Channel {
             request.headers_mut().insert("grpc-timeout", value);
         }
         let dispatcher = Arc::clone(&self.dispatcher);
-        tokio::spawn(async move { dispatcher.call(request, None).await })
+        tokio::spawn(async move { dispatcher.call(request, CallContext::default()).await })
     }
 
     /// The status that a call ends with, and how long the call took.

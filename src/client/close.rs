@@ -70,8 +70,8 @@ impl Client {
     /// Revokes a lease, although the client is closed. Asks one member after the other.
     async fn give_back(&self, id: i64) {
         let options = CallOptions {
-            pinned: None,
             attempted: Some(AttemptedEndpoints::default()),
+            ..CallOptions::default()
         };
         let mut lease = self.inner.transport.lease.clone();
         let mut backoff = Backoff::for_etcd();

@@ -28,10 +28,11 @@ impl Client {
         let options = CallOptions {
             // The connection is closed after the call.
             pinned: Some(transport::single_member(&self.inner.config, endpoint)?),
-            attempted: None,
+            ..CallOptions::default()
         };
         let mut maintenance = self.inner.transport.maintenance.clone();
-        self.call(operation, options.scope(maintenance.status()))
+        options
+            .scope(self.call(operation, maintenance.status()))
             .await
     }
 

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::held_leases::HeldLeases;
 use super::transport::{self, CallOptions, Transport};
 use crate::backoff::Backoff;
-use crate::balance::AttemptedEndpoints;
+use crate::balance::{AttemptRecord, AttemptedEndpoints};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::runtime;
@@ -219,10 +219,7 @@ impl Client {
                     .await?;
                 work.await
             };
-            match timeout(limit, work).await {
-                Ok(result) => result,
-                Err(_) => Err(self.timeout_error(operation(), limit)),
-            }
+            self.within(limit, &operation, work).await
         });
         result.await.map_err(|error| {
             if self.has_runtime_ended() {
@@ -246,16 +243,51 @@ impl Client {
         }
     }
 
-    /// The error of a call without a response: the reason why no member is connected, if none is.
-    fn timeout_error(&self, operation: String, after: Duration) -> Error {
-        match self.inner.transport.rpc.disconnected_reason() {
-            Some(reason) => Error::NotConnected {
-                operation,
-                after,
-                reason,
-            },
-            None => Error::Timeout { operation, after },
+    /// The result of `work` within `limit`, or an error that names the members which the calls of
+    /// `work` tried, with the last failure of each.
+    ///
+    /// Within another limit, the calls count for both.
+    pub(crate) async fn within<T>(
+        &self,
+        limit: Duration,
+        operation: impl Fn() -> String,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let record = CallOptions::current().record.unwrap_or_default();
+        self.within_recorded(limit, operation, record, work).await
+    }
+
+    /// [`within`](Self::within), where `record` gets the attempts.
+    pub(crate) async fn within_recorded<T>(
+        &self,
+        limit: Duration,
+        operation: impl Fn() -> String,
+        record: AttemptRecord,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let options = CallOptions {
+            record: Some(record.clone()),
+            ..CallOptions::current()
+        };
+        let pinned = options.pinned.clone();
+        match timeout(limit, options.scope(work)).await {
+            Ok(result) => result,
+            Err(_) => Err(match &pinned {
+                Some(_) => transport::timeout_error(operation(), limit, &record, pinned.as_ref()),
+                None => self.timeout_error(operation(), limit, &record),
+            }),
         }
+    }
+
+    /// The error of an operation whose time is over.
+    pub(crate) fn timeout_error(
+        &self,
+        operation: String,
+        after: Duration,
+        record: &AttemptRecord,
+    ) -> Error {
+        let transport = &self.inner.transport;
+        transport.timeout_error(operation, after, record)
     }
 
     /// Opens a stream within `request_timeout`. Moves on to another member when one fails
@@ -277,8 +309,8 @@ impl Client {
         open: impl Fn() -> F,
     ) -> Result<T> {
         let options = CallOptions {
-            pinned: None,
             attempted: Some(AttemptedEndpoints::default()),
+            ..CallOptions::default()
         };
         let opened = pin!(options.scope(self.open_on_any_member(per_member, &operation, open)));
         self.with_timeout(&operation, opened).await
@@ -297,6 +329,7 @@ impl Client {
     ) -> Result<T> {
         let mut backoff = Backoff::for_etcd();
         let started = Instant::now();
+        let record = CallOptions::current().record.unwrap_or_default();
         loop {
             // Boxed, because the future is large and opening a stream is rare.
             let failure = match timeout(per_member, Box::pin(open())).await {
@@ -306,6 +339,7 @@ impl Client {
                 }
                 Ok(result) => return result,
                 Err(_) => {
+                    record.abandon_waiting();
                     let operation = operation();
                     tracing::debug!(
                         operation,
@@ -322,8 +356,8 @@ impl Client {
                     Some(error) if error.code() != Some(tonic::Code::Unavailable) => {
                         return Err(error);
                     }
-                    _ if self.inner.transport.rpc.disconnected_reason().is_some() => {
-                        return Err(self.timeout_error(operation(), started.elapsed()));
+                    _ if self.inner.transport.rpc.is_disconnected() => {
+                        return Err(self.timeout_error(operation(), started.elapsed(), &record));
                     }
                     _ => {}
                 }

@@ -302,25 +302,24 @@ impl Renewer {
         // A hung member must leave time for others within the TTL.
         let limit = (self.ttl / 3).min(self.client.request_timeout());
         let options = CallOptions {
-            pinned: None,
             attempted: Some(AttemptedEndpoints::default()),
+            ..CallOptions::default()
         };
         let mut backoff = Backoff::for_etcd();
+        let id = self.id;
         loop {
             let sent_at = Instant::now();
-            let renewal = self.client.renew_confirmed(self.id, self.stream.take());
-            let error = match timeout(limit, options.clone().scope(renewal)).await {
-                Ok(Ok((response, stream))) => {
+            let renewal = self.client.renew_confirmed(id, self.stream.take());
+            let renewal = options.clone().scope(renewal);
+            let renewed = self.client.within(limit, || operation(id), renewal);
+            let error = match renewed.await {
+                Ok((response, stream)) => {
                     self.stream = Some(stream);
                     self.ttl = granted_ttl(&response);
                     self.clock.renew(sent_at, self.ttl);
                     return Ok(response);
                 }
-                Ok(Err(error)) => error,
-                Err(_) => Error::Timeout {
-                    operation: operation(self.id),
-                    after: limit,
-                },
+                Err(error) => error,
             };
             if error.is_permanent() {
                 return Err(error);

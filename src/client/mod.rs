@@ -32,6 +32,7 @@ mod transport;
 mod txn;
 mod watch;
 
+pub(crate) use crate::balance::AttemptRecord;
 pub use concurrency::{Leaders, Leadership, Lock};
 pub use etcd_client::{
     CompactionOptions, CompactionResponse, Compare, CompareOp, DeleteOptions, DeleteResponse,

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::executor::Executor;
 use super::key_watch::KeyWatches;
 use super::state::{Action, ActionOutcome, Event, Reconciler, Step, Timestamp};
-use crate::client::Client;
+use crate::client::{AttemptRecord, Client};
 use crate::error::{Error, Result};
 use crate::time::sleep_until;
 
@@ -28,6 +28,8 @@ pub(super) struct LeaseGroup {
     wake: Notify,
     /// Notified when the driver has stepped.
     stepped: Notify,
+    /// The attempts of the action that was started last.
+    attempts: Mutex<AttemptRecord>,
     /// Set when no handle is left or the registrar was closed. The driver then cleans up once, and
     /// ends.
     abandoned: AtomicBool,
@@ -39,6 +41,7 @@ impl LeaseGroup {
             reconciler: Mutex::new(Reconciler::new()),
             wake: Notify::new(),
             stepped: Notify::new(),
+            attempts: Mutex::default(),
             abandoned: AtomicBool::new(false),
         }
     }
@@ -80,6 +83,18 @@ impl LeaseGroup {
             }
             stepped.await;
         }
+    }
+
+    /// The attempts of the action that was started last.
+    pub(super) fn attempts(&self) -> AttemptRecord {
+        self.attempts.lock().clone()
+    }
+
+    /// Starts the record of another action.
+    fn record_action(&self) -> AttemptRecord {
+        let record = AttemptRecord::default();
+        *self.attempts.lock() = record.clone();
+        record
     }
 
     fn is_abandoned(&self) -> bool {
@@ -133,7 +148,10 @@ async fn drive(group: &LeaseGroup, client: Client, ttl: Duration) {
     loop {
         let wake_at = loop {
             match group.step() {
-                Step::Perform(action) => running.push(Box::pin(executor.perform(action))),
+                Step::Perform(action) => {
+                    let attempts = group.record_action();
+                    running.push(Box::pin(executor.perform(action, attempts)));
+                }
                 Step::SleepUntil(at) => break at,
             }
         };

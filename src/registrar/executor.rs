@@ -1,14 +1,16 @@
 //! Performs the reconciler's actions at etcd.
 
 use std::fmt;
+use std::pin::pin;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::time::timeout;
 
 use super::state::{Action, ActionOutcome, Ensure, StoredKey, WritePlan};
 use crate::client::etcd_error::EtcdError;
-use crate::client::{Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse};
+use crate::client::{
+    AttemptRecord, Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse,
+};
 use crate::error::{Error, Result};
 
 /// The number of attempts of a transaction that fails because another client changed the keys since
@@ -34,20 +36,34 @@ impl Executor {
 
     /// Performs one action within a third of the lease's TTL, which leaves time for another attempt
     /// before the lease expires.
-    pub(super) async fn perform(&self, action: Action) -> (Action, Result<ActionOutcome>) {
-        let limit = self.ttl / 3;
-        let result = match timeout(limit, self.execute(&action)).await {
-            Ok(Err(error)) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
+    ///
+    /// `record` gets the attempts at the members of etcd.
+    pub(super) async fn perform(
+        &self,
+        action: Action,
+        record: AttemptRecord,
+    ) -> (Action, Result<ActionOutcome>) {
+        let result = match self.execute_in_time(&action, record).await {
+            Err(error) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
                 Ok(ActionOutcome::LeaseGone)
             }
-            Ok(Err(error)) => Err(name_keys(error, &action)),
-            Ok(Ok(outcome)) => Ok(outcome),
-            Err(_) => Err(Error::Timeout {
-                operation: action.to_string(),
-                after: limit,
-            }),
+            Err(error) => Err(name_keys(error, &action)),
+            Ok(outcome) => Ok(outcome),
         };
         (action, result)
+    }
+
+    async fn execute_in_time(
+        &self,
+        action: &Action,
+        record: AttemptRecord,
+    ) -> Result<ActionOutcome> {
+        // Passed on by reference, because the future is large.
+        let work = pin!(self.execute(action));
+        let operation = || action.to_string();
+        self.client
+            .within_recorded(self.ttl / 3, operation, record, work)
+            .await
     }
 
     async fn execute(&self, action: &Action) -> Result<ActionOutcome> {
@@ -197,6 +213,11 @@ fn name_keys(error: Error, action: &Action) -> Error {
     match error {
         Error::Rpc { status, .. } => Error::Rpc { operation, status },
         Error::NotConnected { after, reason, .. } => Error::NotConnected {
+            operation,
+            after,
+            reason,
+        },
+        Error::Timeout { after, reason, .. } => Error::Timeout {
             operation,
             after,
             reason,

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::driver::{self, LeaseGroup};
 use super::settings::RegistrarSettings;
 use super::state::{Desired, EntryHandle, Overlap, TargetRecords};
-use crate::client::Client;
+use crate::client::{AttemptRecord, Client};
 use crate::error::{Error, Result};
 use crate::runtime;
 
@@ -94,17 +94,26 @@ impl LeaseGroups {
         let all_empty = try_join_all(groups.iter().map(|group| group.wait_until_empty()));
         match timeout(limit, all_empty).await {
             Ok(result) => drop(result?),
-            Err(_) => {
-                return Err(Error::Timeout {
-                    operation: "release of the registrar's leases".into(),
-                    after: limit,
-                });
-            }
+            Err(_) => return Err(self.release_timeout(&groups)),
         }
         for group in &groups {
             group.abandon();
         }
         Ok(())
+    }
+
+    /// The error of handles that have waited for etcd for the client's request timeout.
+    pub(super) fn timeout_error(&self, operation: String, attempts: &AttemptRecord) -> Error {
+        let limit = self.request_timeout();
+        self.client.timeout_error(operation, limit, attempts)
+    }
+
+    /// The error of [`wait_until_released`](Self::wait_until_released), with the attempts of the
+    /// first group that has not released its lease.
+    fn release_timeout(&self, groups: &[Arc<LeaseGroup>]) -> Error {
+        let unreleased = groups.iter().find(|group| !group.lock().is_empty());
+        let attempts = unreleased.map(|group| group.attempts()).unwrap_or_default();
+        self.timeout_error("release of the registrar's leases".to_owned(), &attempts)
     }
 
     /// Starts the driver of a new group. Dropping the `LeaseGroups` ends the driver.

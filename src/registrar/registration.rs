@@ -307,9 +307,10 @@ impl Registration {
             };
         }
         let error = self.inner.status.borrow().error.clone();
-        Err(error.unwrap_or_else(|| Error::Timeout {
-            operation: format!("{operation} of {:?}", self.key()),
-            after: limit,
+        Err(error.unwrap_or_else(|| {
+            let operation = format!("{operation} of {:?}", self.key());
+            let attempts = self.inner.group.attempts();
+            self.inner.groups.timeout_error(operation, &attempts)
         }))
     }
 }

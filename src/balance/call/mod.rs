@@ -11,7 +11,9 @@
 
 mod acquire;
 mod attempt;
+mod attempt_record;
 mod attempted;
+mod context;
 mod grpc_timeout;
 mod in_flight;
 mod progress;
@@ -35,7 +37,9 @@ use super::pool::View;
 use super::replay::Replay;
 use crate::runtime;
 use attempt::{Attempt, Outcome};
+pub(crate) use attempt_record::AttemptRecord;
 pub(crate) use attempted::AttemptedEndpoints;
+pub(crate) use context::CallContext;
 use grpc_timeout::Deadline;
 use progress::{Decision, Progress, WaitingFor};
 use request::{CallHead, split_request};
@@ -59,14 +63,13 @@ pub(super) struct Dispatcher {
 }
 
 impl Dispatcher {
-    /// Makes one call that avoids the endpoints in `attempted`, and adds the endpoints that it is
-    /// sent to.
+    /// Makes one call within the operation of `context`.
     ///
     /// Dropping the future cancels the call and resets its stream.
     pub(super) async fn call(
         &self,
         request: Request<Body>,
-        attempted: Option<&AttemptedEndpoints>,
+        context: CallContext<'_>,
     ) -> Result<Response<Body>, Status> {
         let started = Instant::now();
         let (head, body) = split_request(request, &self.user_agent);
@@ -79,10 +82,10 @@ impl Dispatcher {
         let mut progress = Progress::new(started, deadline, self.ready_timeout, retry);
         let Some(deadline) = deadline else {
             return self
-                .send_with_retries(head, body, attempted, &mut progress)
+                .send_with_retries(head, body, context, &mut progress)
                 .await;
         };
-        let sending = self.send_with_retries(head, body, attempted, &mut progress);
+        let sending = self.send_with_retries(head, body, context, &mut progress);
         let sending = runtime::timeout_at_for_call("a call with a deadline", deadline.at, sending)?;
         sending
             .await
@@ -103,7 +106,7 @@ impl Dispatcher {
         &self,
         mut head: CallHead,
         mut body: Body,
-        attempted: Option<&AttemptedEndpoints>,
+        context: CallContext<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Response<Body>, Status> {
         let permit = self.acquire_permit(progress).await?;
@@ -114,15 +117,14 @@ impl Dispatcher {
         }
         let mut body = replay.first_attempt();
         loop {
-            let (endpoint, stream) = self.acquire_stream(progress, attempted).await?;
+            let acquired = self.acquire_stream(progress, context.attempted).await;
+            let (endpoint, stream) = acquired.inspect_err(|status| context.fail_unsent(status))?;
             let deadline = progress.deadline();
             let origin = self.origin.as_ref();
             let Some(request) = head.for_attempt(&endpoint.target, origin, deadline) else {
                 return Err(no_time_left(deadline));
             };
-            if let Some(attempted) = attempted {
-                attempted.add(&endpoint.target.address);
-            }
+            let recorded = context.begin_attempt(&endpoint.target.address);
             let attempt = Attempt::begin(endpoint, deadline, replay.body_error());
             let may_retry = |code| progress.may_retry(code) && replay.is_replayable();
             let outcome = attempt.send(stream, request, body, may_retry).await;
@@ -153,8 +155,12 @@ impl Dispatcher {
                     let decision = progress.on_failure(Instant::now());
                     (status, endpoint, decision)
                 }
-                Outcome::Final(status) => return Err(status),
+                Outcome::Final(status) => {
+                    recorded.fail(&status);
+                    return Err(status);
+                }
             };
+            recorded.fail(&status);
             // `None` if more of the body was sent meanwhile than is kept for another attempt.
             let Some(next) = replay.next_attempt() else {
                 return Err(status);

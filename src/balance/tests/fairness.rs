@@ -21,7 +21,13 @@ impl Call {
         let dispatcher = Arc::clone(&channel.dispatcher);
         let attempted = AttemptedEndpoints::default();
         let sent_to = attempted.clone();
-        let task = tokio::spawn(async move { dispatcher.call(request, Some(&sent_to)).await });
+        let task = tokio::spawn(async move {
+            let context = CallContext {
+                attempted: Some(&sent_to),
+                ..CallContext::default()
+            };
+            dispatcher.call(request, context).await
+        });
         Self { task, attempted }
     }
 

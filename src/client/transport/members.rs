@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::WatchStream;
 
-use crate::balance::{BalancedChannel, EndpointState, PingPolicy, Source};
+use crate::balance::{BalancedChannel, PingPolicy, Source};
 use crate::client::etcd_error::EtcdError;
 use crate::config::{Config, MIN_KEEP_ALIVE_INTERVAL, endpoint_address};
 use crate::error::{Error, Result};
@@ -89,22 +89,6 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
         builder = builder.tls(tls);
     }
     builder.build()
-}
-
-/// Why no endpoint of the channel is connected; `None` if one is connected.
-///
-/// After the end of the channel's runtime that end is the reason.
-pub(super) fn disconnected_reason(channel: &BalancedChannel) -> Option<String> {
-    let members = channel.endpoints();
-    if members.iter().any(|m| m.state == EndpointState::Ready) {
-        return None;
-    }
-    let reasons = members.iter().map(|member| {
-        let reason = member.last_error.as_deref().unwrap_or("not connected yet");
-        format!("{}: {reason}", member.address)
-    });
-    let reasons: Vec<String> = reasons.chain(channel.unusable()).collect();
-    Some(reasons.join("; "))
 }
 
 /// Keeps `members` up to date: lists the cluster's members every `auto_sync_interval`, until the

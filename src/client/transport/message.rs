@@ -17,6 +17,8 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::Status;
 use tonic::body::Body;
 
+use super::awaited_response::AwaitedResponse;
+
 /// The length of a message's prefix: one byte that says whether the message is compressed, and four
 /// with its length ("gRPC over HTTP2").
 const PREFIX: usize = 5;
@@ -224,6 +226,8 @@ pub(super) struct ResponseStream {
     received: BytesMut,
     closed: Pin<Box<WaitForCancellationFutureOwned>>,
     has_ended: bool,
+    /// Over with the first message.
+    awaited: AwaitedResponse,
     on_end: OnEnd,
 }
 
@@ -232,6 +236,7 @@ impl ResponseStream {
         codec: Codec,
         body: Body,
         closed: WaitForCancellationFutureOwned,
+        awaited: AwaitedResponse,
         on_end: impl FnMut(&HeaderMap, Option<&Status>) + Send + 'static,
     ) -> Self {
         Self {
@@ -240,6 +245,7 @@ impl ResponseStream {
             received: BytesMut::new(),
             closed: Box::pin(closed),
             has_ended: false,
+            awaited,
             on_end: Box::new(on_end),
         }
     }
@@ -247,6 +253,7 @@ impl ResponseStream {
     fn fail(&mut self, status: Status) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         self.has_ended = true;
         self.body = Body::empty();
+        self.awaited.fail(&status);
         (self.on_end)(&HeaderMap::new(), Some(&status));
         Poll::Ready(Some(Err(status)))
     }
@@ -269,7 +276,10 @@ impl http_body::Body for ResponseStream {
         }
         loop {
             match this.codec.decode_next(&mut this.received) {
-                Ok(Some(message)) => return Poll::Ready(Some(Ok(Frame::data(message)))),
+                Ok(Some(message)) => {
+                    this.awaited.succeed();
+                    return Poll::Ready(Some(Ok(Frame::data(message))));
+                }
                 Ok(None) => {}
                 Err(status) => return this.fail(status),
             }
@@ -292,6 +302,9 @@ impl http_body::Body for ResponseStream {
                 Err(frame) => {
                     this.has_ended = true;
                     if let Some(trailers) = frame.trailers_ref() {
+                        if let Some(status) = Status::from_header_map(trailers) {
+                            this.awaited.fail(&status);
+                        }
                         (this.on_end)(trailers, None);
                     }
                     return Poll::Ready(Some(Ok(frame)));

@@ -5,13 +5,17 @@
 //! - `unary`: the attempts of a unary call. `method` says which calls may be repeated.
 //! - `message` and `response`: messages, their limits and gzip.
 //! - `members`: the members of the cluster as the endpoints of a channel, kept up to date.
+//! - `awaited_response`: how a member responded, for the record of an operation's attempts.
+//! - `no_response`: the reason in the error of an operation whose time is over.
 //! - `token`: the age of the user's token.
 //! - `call_log`: the debug log.
 
+mod awaited_response;
 mod call_log;
 mod members;
 mod message;
 mod method;
+mod no_response;
 mod response;
 mod rpc;
 mod token;
@@ -27,12 +31,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::backoff::Backoff;
+use crate::balance::AttemptRecord;
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use members::Addresses;
 
 pub(super) use members::single_member;
+pub(super) use no_response::timeout_error;
 pub(super) use rpc::{CallOptions, RpcService};
 pub(super) use unary::is_transient;
 
@@ -48,6 +54,8 @@ pub(super) struct Transport {
     pub(super) rpc: RpcService,
     /// Set once the user has a token, or at once without a user.
     authenticated: OnceCell<()>,
+    /// The attempts to authenticate, for which all calls wait.
+    authentication: AttemptRecord,
     _auto_sync: Option<AbortOnDropHandle<()>>,
 }
 
@@ -106,6 +114,7 @@ impl Transport {
             raw,
             rpc,
             authenticated,
+            authentication: AttemptRecord::default(),
             _auto_sync: auto_sync,
         })
     }
@@ -117,18 +126,41 @@ impl Transport {
             return Ok(());
         }
         // Boxed, because the future is rarely needed, and large.
-        Box::pin(self.authenticated.get_or_try_init(|| async {
-            let Some((name, password)) = user(config) else {
-                return Ok(());
-            };
-            // The clients made from `raw` share its user and token.
-            let mut raw = self.raw.clone();
-            raw.update_user(Some((name.clone(), password.clone())))
-                .await
-                .map_err(|error| Error::from_etcd(authenticate(name), error))
+        let options = CallOptions {
+            record: Some(self.authentication.clone()),
+            ..CallOptions::default()
+        };
+        Box::pin(self.authenticated.get_or_try_init(|| {
+            options.scope(async {
+                let Some((name, password)) = user(config) else {
+                    return Ok(());
+                };
+                // The clients made from `raw` share its user and token.
+                let mut raw = self.raw.clone();
+                raw.update_user(Some((name.clone(), password.clone())))
+                    .await
+                    .map_err(|error| Error::from_etcd(authenticate(name), error))
+            })
         }))
         .await
         .map(drop)
+    }
+}
+
+impl Transport {
+    /// The error of an operation whose time is over.
+    pub(super) fn timeout_error(
+        &self,
+        operation: String,
+        after: Duration,
+        record: &AttemptRecord,
+    ) -> Error {
+        // Before it has a token, an operation waits for the authentication.
+        let record = match self.authenticated.initialized() {
+            true => record,
+            false => &self.authentication,
+        };
+        self.rpc.timeout_error(operation, after, record)
     }
 }
 
@@ -159,29 +191,28 @@ fn authenticate(name: &str) -> String {
 /// no repetition can cure, such as a wrong password, is returned at once.
 async fn wait_until_reachable(config: &Config, rpc: &RpcService) -> Result<etcd_client::Client> {
     let deadline = Instant::now() + config.dial_timeout;
-    let mut reason = None;
+    let record = AttemptRecord::default();
     let mut backoff = Backoff::for_etcd();
     let attempts = async {
         loop {
             match connect_once(config, rpc).await {
                 Ok(client) => return Ok(client),
                 Err(error) if error.is_permanent() => return Err(error),
-                Err(Error::Rpc { status, .. }) => reason = Some(status.message().to_owned()),
-                Err(error) => reason = Some(error.to_string()),
+                Err(error) => tracing::debug!(%error, "cannot connect to etcd, retrying"),
             }
             sleep(backoff.next()).await;
         }
     };
-    match timeout_at(deadline, attempts).await {
+    let options = CallOptions {
+        record: Some(record.clone()),
+        ..CallOptions::default()
+    };
+    match timeout_at(deadline, options.scope(attempts)).await {
         Ok(result) => result,
         Err(_) => Err(Error::Unreachable {
             endpoints: config.endpoints.clone(),
             after: config.dial_timeout,
-            reason: rpc
-                .disconnected_reason()
-                .or(reason)
-                .or_else(|| rpc.last_transient_error())
-                .unwrap_or_else(|| "connected, but no member responded".to_owned()),
+            reason: rpc.no_response_reason(&record),
         }),
     }
 }

@@ -16,6 +16,7 @@
 use std::future::Future;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use bytes::Bytes;
@@ -27,15 +28,17 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 use tower::{BoxError, Service};
 
+use super::awaited_response::AwaitedResponse;
 use super::call_log::CallLog;
-use super::members::disconnected_reason;
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
+use super::no_response::{self, is_disconnected};
 use super::response::{code_in, collect, map_not_grpc, map_stale_token, message_in};
 use super::token::Token;
-use super::unary::{Budget, UnaryCall};
-use crate::balance::{AttemptedEndpoints, BalancedChannel, ServedBy};
+use super::unary::UnaryCall;
+use crate::balance::{AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext, ServedBy};
 use crate::config::Config;
+use crate::error::Error;
 
 /// With this header a member without a leader refuses a call before it looks at the request, and
 /// ends a stream instead of leaving the stream silent. etcd's own client sends it for leases too.
@@ -53,11 +56,24 @@ pub(in crate::client) struct CallOptions {
     pub(in crate::client) pinned: Option<BalancedChannel>,
     /// Members to avoid if others are available. The calls add the members that they are sent to.
     pub(in crate::client) attempted: Option<AttemptedEndpoints>,
+    /// The attempts of the operation that the calls belong to.
+    pub(in crate::client) record: Option<AttemptRecord>,
 }
 
 impl CallOptions {
-    /// Applies the options to the calls that `work` makes.
-    pub(in crate::client) async fn scope<T>(self, work: impl Future<Output = T>) -> T {
+    /// The options of the innermost scope around the caller.
+    pub(in crate::client) fn current() -> Self {
+        CALL_OPTIONS
+            .try_with(CallOptions::clone)
+            .unwrap_or_default()
+    }
+
+    /// Applies the options to the calls that `work` makes. Without a record of its own, `work` uses
+    /// that of the scope around it.
+    pub(in crate::client) async fn scope<T>(mut self, work: impl Future<Output = T>) -> T {
+        if self.record.is_none() {
+            self.record = Self::current().record;
+        }
         CALL_OPTIONS.scope(self, work).await
     }
 }
@@ -75,7 +91,8 @@ struct RpcState {
     codec: Codec,
     is_logging: bool,
     closed: CancellationToken,
-    budget: Budget,
+    /// How long a call is repeated.
+    timeout: Duration,
     token: Token,
 }
 
@@ -96,10 +113,7 @@ impl RpcService {
                 },
                 is_logging: config.enable_grpc_debug_log,
                 closed: closed.clone(),
-                budget: Budget {
-                    timeout: config.request_timeout,
-                    last_transient_error: ArcSwapOption::empty(),
-                },
+                timeout: config.request_timeout,
                 token: Token::default(),
             }),
         }
@@ -133,22 +147,35 @@ impl RpcService {
             .await
     }
 
-    /// The message of the last transient error with which a member responded to a read.
-    pub(super) fn last_transient_error(&self) -> Option<String> {
-        let message = self.state.budget.last_transient_error.load_full();
-        message.map(Arc::unwrap_or_clone)
-    }
-
     /// Whether the runtime has ended on which the client was built.
     pub(in crate::client) fn has_runtime_ended(&self) -> bool {
         let channel = self.state.channel.load();
         channel.as_ref().is_some_and(|channel| channel.has_ended())
     }
 
-    /// Why no member is connected. `None` while one is.
-    pub(in crate::client) fn disconnected_reason(&self) -> Option<String> {
-        let channel = self.state.channel.load_full()?;
-        disconnected_reason(&channel)
+    /// Whether no member is connected. False once the client is closed.
+    pub(in crate::client) fn is_disconnected(&self) -> bool {
+        let channel = self.state.channel.load();
+        channel
+            .as_ref()
+            .is_some_and(|channel| is_disconnected(channel))
+    }
+
+    /// The error of an operation whose time is over.
+    pub(super) fn timeout_error(
+        &self,
+        operation: String,
+        after: Duration,
+        record: &AttemptRecord,
+    ) -> Error {
+        let channel = self.state.channel.load_full();
+        no_response::timeout_error(operation, after, record, channel.as_deref())
+    }
+
+    /// Why no member responded within the time of `record`'s operation.
+    pub(super) fn no_response_reason(&self, record: &AttemptRecord) -> String {
+        let channel = self.state.channel.load_full();
+        no_response::reason(record, channel.as_deref())
     }
 }
 
@@ -163,14 +190,12 @@ impl Service<Request<Body>> for RpcService {
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let state = Arc::clone(&self.state);
-        let options = CALL_OPTIONS
-            .try_with(CallOptions::clone)
-            .unwrap_or_default();
+        let mut options = CallOptions::current();
         Box::pin(async move {
-            let response = match options.pinned {
-                Some(pinned) => state.call(&pinned, request, options.attempted).await,
+            let response = match options.pinned.take() {
+                Some(pinned) => state.call(&pinned, request, options).await,
                 None => match state.channel.load_full() {
-                    Some(channel) => state.call(&channel, request, options.attempted).await,
+                    Some(channel) => state.call(&channel, request, options).await,
                     None => Err(Status::cancelled("the client is closed")),
                 },
             };
@@ -184,7 +209,7 @@ impl RpcState {
         &self,
         channel: &BalancedChannel,
         request: Request<Body>,
-        attempted: Option<AttemptedEndpoints>,
+        options: CallOptions,
     ) -> Result<Response<Body>, Status> {
         let (mut head, body) = request.into_parts();
         let path = head.uri.path();
@@ -197,24 +222,29 @@ impl RpcState {
         // Reads avoid the members of their failed attempts, and the log names the last member. A
         // write needs neither.
         let is_tracked = self.is_logging || kind != CallKind::Write;
+        let attempted = options.attempted;
         let attempted = attempted.or_else(|| is_tracked.then(AttemptedEndpoints::default));
+        let context = CallContext {
+            attempted: attempted.as_ref(),
+            record: options.record.as_ref(),
+        };
         let mut log = self
             .is_logging
             .then(|| CallLog::new(&head.uri, attempted.clone().unwrap_or_default()));
         if kind == CallKind::Bidi {
             let body = Body::new(RequestStream { codec, body });
             let request = Request::from_parts(head, body);
-            return self.stream(channel, request, codec, attempted, log).await;
+            return self.stream(channel, request, codec, context, log).await;
         }
         let message = collect(body).await.and_then(|plain| codec.encode(plain));
         let message = log_refusal(message, &mut log)?;
         if kind == CallKind::ServerStream {
             let body = Body::new(http_body_util::Full::new(message));
             let request = Request::from_parts(head, body);
-            return self.stream(channel, request, codec, attempted, log).await;
+            return self.stream(channel, request, codec, context, log).await;
         }
         let mut call = UnaryCall {
-            budget: &self.budget,
+            timeout: self.timeout,
             token: &self.token,
             channel,
             kind,
@@ -222,6 +252,7 @@ impl RpcState {
             message,
             codec,
             attempted,
+            record: options.record,
             started: Instant::now(),
         };
         self.unary(&mut call, log).await
@@ -251,13 +282,14 @@ impl RpcState {
         channel: &BalancedChannel,
         request: Request<Body>,
         codec: Codec,
-        attempted: Option<AttemptedEndpoints>,
+        context: CallContext<'_>,
         mut log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
-        let response = channel.call_avoiding(request, attempted.as_ref()).await;
+        let response = channel.call_within(request, context).await;
         if let (Some(log), Ok(response)) = (&mut log, &response) {
             log.set_stream_server(response.extensions().get::<ServedBy>().cloned());
         }
+        let mut awaited = AwaitedResponse::new(context.record, &response);
         let mut end_log = move |code| {
             if let Some(log) = log.take() {
                 log.end(code, None);
@@ -269,16 +301,18 @@ impl RpcState {
         let (head, body) = match response {
             Ok(response) => response.into_parts(),
             Err(status) => {
+                awaited.fail(&status);
                 end_log(status.code());
                 return Err(status);
             }
         };
         // A response without a body has its status in the head.
         if let Some(code) = code_in(&head.headers) {
+            awaited.fail(&Status::new(code, message_in(&head.headers)));
             end_log(code);
         }
         let closed = self.closed.clone().cancelled_owned();
-        let body = ResponseStream::new(codec, body, closed, move |trailers, status| {
+        let body = ResponseStream::new(codec, body, closed, awaited, move |trailers, status| {
             end_log(match status {
                 Some(status) => status.code(),
                 None => code_in(trailers).unwrap_or(Code::Ok),

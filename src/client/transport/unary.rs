@@ -11,10 +11,8 @@
 //! ```
 
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::stream::{FuturesUnordered, StreamExt};
 use http::{Request, request};
@@ -22,13 +20,14 @@ use tokio::time::{Instant, sleep};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::members::disconnected_reason;
+use super::awaited_response::AwaitedResponse;
 use super::message::Codec;
 use super::method::CallKind;
+use super::no_response::is_disconnected;
 use super::response::{UnaryResponse, map_not_grpc};
 use super::token::Token;
 use crate::backoff::Backoff;
-use crate::balance::{AttemptedEndpoints, BalancedChannel};
+use crate::balance::{AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext};
 use crate::client::etcd_error::EtcdError;
 
 /// The number of attempts of a read within its timeout. A new attempt starts after each fifth of
@@ -36,18 +35,10 @@ use crate::client::etcd_error::EtcdError;
 /// may wait for a leader that hangs.
 const READ_ATTEMPTS: u32 = 5;
 
-/// How long calls are repeated, and why they are.
-#[derive(Debug)]
-pub(super) struct Budget {
-    /// How long a call is repeated.
-    pub(super) timeout: Duration,
-    /// The message of the last transient error. `Error::Unreachable` quotes it.
-    pub(super) last_transient_error: ArcSwapOption<String>,
-}
-
 /// One unary call, with all its attempts.
 pub(super) struct UnaryCall<'a> {
-    pub(super) budget: &'a Budget,
+    /// How long the call is repeated.
+    pub(super) timeout: Duration,
     pub(super) token: &'a Token,
     pub(super) channel: &'a BalancedChannel,
     pub(super) kind: CallKind,
@@ -57,13 +48,15 @@ pub(super) struct UnaryCall<'a> {
     pub(super) codec: Codec,
     /// The members that the attempts avoid. `None` for a write that no member has refused.
     pub(super) attempted: Option<AttemptedEndpoints>,
+    /// The attempts of the operation that the call belongs to.
+    pub(super) record: Option<AttemptRecord>,
     pub(super) started: Instant,
 }
 
 impl UnaryCall<'_> {
     /// Sends the call as its kind allows.
     pub(super) async fn send(&mut self) -> Result<UnaryResponse, Status> {
-        let part = self.budget.timeout / READ_ATTEMPTS;
+        let part = self.timeout / READ_ATTEMPTS;
         match self.kind {
             CallKind::Read => self.send_hedged(&[part; READ_ATTEMPTS as usize - 1]).await,
             // Checking a password costs etcd much, above all under load. Attempts therefore start
@@ -138,12 +131,6 @@ impl UnaryCall<'_> {
             if !is_transient(code) || self.out_of_budget() {
                 return result;
             }
-            let message = result.map_or_else(
-                |status| status.message().to_owned(),
-                |response| response.message(),
-            );
-            let last_error = &self.budget.last_transient_error;
-            last_error.store(Some(Arc::new(message)));
             sleep(backoff.get_or_insert_with(Backoff::for_etcd).next()).await;
         }
     }
@@ -154,9 +141,8 @@ impl UnaryCall<'_> {
         if self.channel.has_ended() {
             return true;
         }
-        let (elapsed, timeout) = (self.started.elapsed(), self.budget.timeout);
-        elapsed >= timeout
-            || (elapsed >= timeout / 2 && disconnected_reason(self.channel).is_some())
+        let (elapsed, timeout) = (self.started.elapsed(), self.timeout);
+        elapsed >= timeout || (elapsed >= timeout / 2 && is_disconnected(self.channel))
     }
 
     /// Sends the call until no member refuses it only because a new token has not reached that
@@ -181,13 +167,23 @@ impl UnaryCall<'_> {
         *request.uri_mut() = self.head.uri.clone();
         *request.version_mut() = self.head.version;
         *request.headers_mut() = self.head.headers.clone();
-        let attempted = self.attempted.as_ref();
-        let response = self.channel.call_avoiding(request, attempted).await;
+        let context = CallContext {
+            attempted: self.attempted.as_ref(),
+            record: self.record.as_ref(),
+        };
+        let response = self.channel.call_within(request, context).await;
+        let mut awaited = AwaitedResponse::new(context.record, &response);
         let response = response.map_err(|status| match self.kind {
             CallKind::Write => status,
             _ => map_not_grpc(status),
-        });
-        UnaryResponse::read(response?, &self.codec).await
+        })?;
+        let response = UnaryResponse::read(response, &self.codec).await;
+        match &response {
+            Ok(response) if response.code() == Code::Ok => awaited.succeed(),
+            Ok(response) => awaited.fail(&Status::new(response.code(), response.message())),
+            Err(status) => awaited.fail(status),
+        }
+        response
     }
 }
 

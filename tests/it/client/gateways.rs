@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use goo_etcd::testing::Etcd;
-use goo_etcd::{Client, Config, Error};
+use goo_etcd::{Client, Config, Error, Instance, Registrar};
 use tonic::Code;
 
 use crate::support::TestResult;
@@ -51,6 +51,121 @@ async fn gateway_without_etcd_is_avoided() -> TestResult {
     let error = Client::new("main", config).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains("HTTP 503"), "{error}");
+    Ok(())
+}
+
+/// The text of an error that names the members with their HTTP status, and nothing else.
+fn assert_names_pages(error: &Error, operation: &str, gateways: &[RawServer]) {
+    let text = error.to_string();
+    assert!(text.contains(operation), "{text}");
+    for gateway in gateways {
+        let member = format!(
+            "{}: expected a gRPC response, got HTTP 503",
+            gateway.address()
+        );
+        assert_eq!(text.matches(&member).count(), 1, "{text}");
+    }
+}
+
+/// etcd is down, and each gateway says so. Each operation ends with its time, and names the members
+/// that were tried.
+#[tokio::test]
+async fn timeouts_name_the_gateways_and_their_pages() -> TestResult {
+    let gateways = [start_gateway().await, start_gateway().await];
+    let endpoints = gateways
+        .each_ref()
+        .map(|gateway| gateway.address().to_owned());
+    let config = Config::builder()
+        .endpoints(endpoints.clone())
+        .request_timeout(Duration::from_secs(1))
+        .dial_timeout(Duration::from_secs(1));
+    let client = Client::connect_lazy("main", config.clone().build()?)?;
+    let (get, watch, renewal, status, ping) = tokio::join!(
+        client.get("key", None),
+        client.watch("key", None),
+        client.keep_alive_once(7),
+        client.status(&endpoints[0]),
+        client.ping(),
+    );
+    assert_names_pages(&get.unwrap_err(), "get \"key\"", &gateways);
+    assert_names_pages(&watch.unwrap_err(), "watch \"key\"", &gateways);
+    assert_names_pages(&renewal.unwrap_err(), "keep lease 7 alive", &gateways);
+    assert_names_pages(&status.unwrap_err(), "status of", &gateways[..1]);
+    assert_names_pages(&ping.unwrap_err(), "ping", &gateways);
+
+    // All calls wait for one authentication.
+    let with_user = config.username("user").password("hunter2").build()?;
+    let lazy = Client::connect_lazy("main", with_user.clone())?;
+    let (first, second) = tokio::join!(lazy.get("a", None), lazy.get("b", None));
+    for error in [first.unwrap_err(), second.unwrap_err()] {
+        assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+        assert_names_pages(&error, "get", &gateways);
+    }
+    let error = Client::new("main", with_user).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    assert_names_pages(&error, "no etcd member responded", &gateways);
+    assert!(!format!("{error} {error:?}").contains("hunter2"));
+    Ok(())
+}
+
+/// A registration that the gateways prevent says which pages they respond with.
+#[tokio::test]
+async fn registration_names_the_gateways() -> TestResult {
+    let gateways = [start_gateway().await];
+    let config = Config::builder()
+        .endpoints([gateways[0].address()])
+        .request_timeout(Duration::from_secs(1));
+    let client = Client::connect_lazy("main", config.build()?)?;
+    let registrar = Registrar::builder(&client)
+        .ttl(Duration::from_secs(10))
+        .build()?;
+    let error = registrar
+        .register(Instance::new("greeter", "10.0.0.5:50051"))
+        .await
+        .unwrap_err();
+    assert_names_pages(&error, "lease", &gateways);
+    Ok(())
+}
+
+/// A member that hangs is named with the time for which it did not respond.
+#[tokio::test]
+async fn silent_member_is_named_in_a_timeout() -> TestResult {
+    let silent = RawServer::start(async |_, respond| {
+        std::future::pending::<()>().await;
+        drop(respond);
+    })
+    .await;
+    let gateway = start_gateway().await;
+    let config = Config::builder()
+        .endpoints([silent.address(), gateway.address()])
+        .request_timeout(Duration::from_secs(2));
+    let client = Client::connect_lazy("main", config.build()?)?;
+    let (get, put, watch) = tokio::join!(
+        client.get("key", None),
+        async {
+            // A write is not repeated, so some of these end with the page.
+            loop {
+                match client.put("key", "value", None).await {
+                    Err(Error::Timeout { reason, .. }) => return reason,
+                    other => assert_eq!(other.unwrap_err().code(), Some(Code::Unavailable)),
+                }
+            }
+        },
+        client.watch("key", None),
+    );
+    assert_names_pages(
+        &get.as_ref().unwrap_err().clone(),
+        "get",
+        std::slice::from_ref(&gateway),
+    );
+    for text in [
+        get.unwrap_err().to_string(),
+        put,
+        watch.unwrap_err().to_string(),
+    ] {
+        let member = format!("{}: no response for ", silent.address());
+        assert!(text.contains(&member), "{text}");
+    }
     Ok(())
 }
 

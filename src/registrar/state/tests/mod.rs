@@ -122,8 +122,11 @@ impl Harness {
     }
 
     fn fail(&mut self, action: &Action) {
-        let (operation, after) = ("test".into(), Duration::ZERO);
-        let error = Error::Timeout { operation, after };
+        let error = Error::Timeout {
+            operation: "test".into(),
+            after: Duration::ZERO,
+            reason: "text".into(),
+        };
         self.finish(action, ActionOutcome::Failed(error));
     }
 

@@ -1,0 +1,97 @@
+//! Why an operation had no response: the failures of the members that it tried, and the state of
+//! those that are not connected.
+
+use std::time::Duration;
+
+use crate::balance::{AttemptRecord, BalancedChannel, EndpointState, EndpointStatus};
+use crate::error::Error;
+
+/// How many members a reason names. A list of endpoints may be long.
+const MAX_NAMED: usize = 10;
+
+/// The error of an operation whose time is over.
+///
+/// The reason names each member that `record` says was tried, with its last failure, and each other
+/// endpoint of the channel that is not connected. Without a channel, because the client was closed
+/// meanwhile, it names the members of the record.
+pub(in crate::client) fn timeout_error(
+    operation: String,
+    after: Duration,
+    record: &AttemptRecord,
+    channel: Option<&BalancedChannel>,
+) -> Error {
+    let endpoints = channel.map(BalancedChannel::endpoints).unwrap_or_default();
+    let reason = join(record, channel, &endpoints);
+    if channel.is_none() || endpoints.iter().any(is_connected) {
+        Error::Timeout {
+            operation,
+            after,
+            reason,
+        }
+    } else {
+        Error::NotConnected {
+            operation,
+            after,
+            reason,
+        }
+    }
+}
+
+/// Why no member responded within the time of `record`'s operation.
+pub(super) fn reason(record: &AttemptRecord, channel: Option<&BalancedChannel>) -> String {
+    let endpoints = channel.map(BalancedChannel::endpoints).unwrap_or_default();
+    join(record, channel, &endpoints)
+}
+
+/// Whether no endpoint of the channel is connected.
+///
+/// After the end of the channel's runtime none is.
+pub(super) fn is_disconnected(channel: &BalancedChannel) -> bool {
+    !channel.endpoints().iter().any(is_connected)
+}
+
+fn is_connected(endpoint: &EndpointStatus) -> bool {
+    endpoint.state == EndpointState::Ready
+}
+
+fn join(
+    record: &AttemptRecord,
+    channel: Option<&BalancedChannel>,
+    endpoints: &[EndpointStatus],
+) -> String {
+    let tried = record.failures();
+    let is_tried = |address: &str| tried.iter().any(|(tried, _)| **tried == *address);
+    let untried = endpoints
+        .iter()
+        .filter(|endpoint| !is_connected(endpoint) && !is_tried(&endpoint.address))
+        .map(|endpoint| {
+            let error = endpoint.last_error.as_deref();
+            let error = error.unwrap_or("not connected yet");
+            format!("{}: {error}", endpoint.address)
+        });
+    let failures = tried
+        .iter()
+        .map(|(address, failure)| format!("{address}: {failure}"));
+    let unusable = channel.map(BalancedChannel::unusable).unwrap_or_default();
+    let reasons: Vec<String> = failures.chain(untried).chain(unusable).collect();
+    if reasons.is_empty() {
+        return record
+            .unsent()
+            .unwrap_or_else(|| without_failure(endpoints));
+    }
+    let named = reasons[..reasons.len().min(MAX_NAMED)].join("; ");
+    match reasons.len().saturating_sub(MAX_NAMED) {
+        0 => named,
+        more => format!("{named}; and {more} more members"),
+    }
+}
+
+/// The reason if the time was over between two calls, or before the first one.
+fn without_failure(endpoints: &[EndpointStatus]) -> String {
+    let addresses: Vec<&str> = endpoints
+        .iter()
+        .take(MAX_NAMED)
+        .map(|endpoint| endpoint.address.as_str())
+        .collect();
+    format!("no call has failed; connected: {}", addresses.join(", "))
+}
