@@ -221,7 +221,6 @@ pub struct KeepAlive {
 
 impl KeepAlive {
     /// How long the lease certainly lasts. The clock goes on with the renewals of this value.
-    #[allow(dead_code, reason = "locks will use it")]
     pub(super) fn clock(&self) -> LeaseClock {
         self.clock.clone()
     }

@@ -5,14 +5,15 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use etcd_client::{Compare, GetOptions, KeyValue, SortOrder, SortTarget};
+use etcd_client::{Compare, Event, KeyValue};
 use futures::stream::{BoxStream, Stream, StreamExt, unfold};
 use tokio::time::sleep;
 
-use super::queue::{QueueEntry, queue_prefix};
+use super::entry::QueueEntry;
+use super::queue::Queue;
 use crate::backoff::Backoff;
 use crate::client::handle::Client;
-use crate::client::watch::{Watch, WatchOptions};
+use crate::client::watch::Watch;
 use crate::error::{Error, Result};
 
 /// The leadership of an election, from [`Client::campaign`].
@@ -25,7 +26,8 @@ pub struct Leadership {
     entry: QueueEntry,
 }
 
-/// Elections, shared with Go's `concurrency.Election` and `etcdctl elect` of the same name.
+/// Elections, shared with Go's `concurrency.Election` and `etcdctl elect` of the same name. Only keys
+/// of the form `NAME/LEASE` count, as for [locks](Client::lock).
 impl Client {
     /// Waits until this client is elected. [`leader`](Self::leader) and [`observe`](Self::observe)
     /// then show `value` to all clients.
@@ -55,25 +57,13 @@ impl Client {
     ///
     /// The errors of [`Client::get`].
     pub async fn leader(&self, name: impl Into<Vec<u8>>) -> Result<Option<KeyValue>> {
-        Ok(self.find_leader(&queue_prefix(&name.into())).await?.0)
-    }
-
-    /// The first entry of the queue, and etcd's revision at that time.
-    async fn find_leader(&self, prefix: &[u8]) -> Result<(Option<KeyValue>, i64)> {
-        let options = GetOptions::new()
-            .with_prefix()
-            .with_sort(SortTarget::Create, SortOrder::Ascend)
-            .with_limit(1);
-        let found = self.get(prefix, options).await?;
-        let revision = found.header().map_or(0, |header| header.revision());
-        Ok((found.kvs().first().cloned(), revision))
+        Ok(Queue::new(self, &name.into()).first().await?.0)
     }
 
     /// Follows the leaders of an election and their values. See [`Leaders`].
     pub fn observe(&self, name: impl Into<Vec<u8>>) -> Leaders {
         let observer = LeaderObserver {
-            client: self.clone(),
-            prefix: queue_prefix(&name.into()),
+            queue: Queue::new(self, &name.into()),
             watch: None,
             latest: None,
         };
@@ -96,7 +86,10 @@ impl Leadership {
         self.entry.key()
     }
 
-    /// A fencing token: a number that grows with each leader.
+    /// A fencing token: a number that grows with each leader, by whatever client.
+    ///
+    /// It is the create revision of [`key`](Self::key), as `Election.Rev()` in Go. Do not use
+    /// `Election.Header().Revision`, which is another number.
     pub fn revision(&self) -> i64 {
         self.entry.revision()
     }
@@ -113,19 +106,21 @@ impl Leadership {
     /// # Errors
     ///
     /// - [`Error::LeaseNotFound`], [`Error::LeaseUnconfirmed`]: the leadership is lost.
-    /// - [`Error::KeyLost`]: the leadership is lost, because another client deleted its key.
+    /// - [`Error::KeyLost`]: the leadership is lost, because another client deleted or overwrote its
+    ///   key.
     /// - The errors of [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         self.entry.set_value(value.into()).await
     }
 
-    /// Whether this client leads, as far as it knows.
+    /// Whether this client leads: no loss is known, and the TTL has not passed since the last
+    /// confirmed renewal was sent. Once false, it stays false.
     pub fn is_held(&self) -> bool {
         self.entry.is_held()
     }
 
-    /// Resolves with the reason when the leadership is lost or may be lost. Dropping the future has
-    /// no effect.
+    /// Resolves with the reason when the leadership is lost or may be lost, at once if it is.
+    /// Dropping the future has no effect.
     pub async fn lost(&self) -> Error {
         self.entry.lost().await
     }
@@ -171,11 +166,10 @@ impl fmt::Debug for Leaders {
 
 /// The state of a [`Leaders`] stream.
 struct LeaderObserver {
-    client: Client,
-    prefix: Vec<u8>,
+    queue: Queue,
     watch: Option<Watch>,
-    /// The key and modification revision of the leader that was yielded last.
-    latest: Option<(Vec<u8>, i64)>,
+    /// The leader that was found last.
+    latest: Option<KeyValue>,
 }
 
 impl LeaderObserver {
@@ -199,25 +193,33 @@ impl LeaderObserver {
     async fn wait_for_change(&mut self) -> Result<Option<KeyValue>> {
         if let Some(watch) = &mut self.watch {
             match watch.next().await {
-                Some(Ok(_)) => {}
+                Some(Ok(changes)) => {
+                    // Many other keys may change in the range of the queue.
+                    if !changes.events().iter().any(|event| self.may_change(event)) {
+                        return Ok(None);
+                    }
+                }
                 Some(Err(Error::Closed { name })) => return Err(Error::Closed { name }),
                 // The leaders since then are not needed, so another watch starts from now.
                 _ => self.watch = None,
             }
         }
-        let (leader, revision) = self.client.find_leader(&self.prefix).await?;
+        let (leader, revision) = self.queue.first().await?;
         if self.watch.is_none() {
-            let options = WatchOptions::new()
-                .with_prefix()
-                .with_start_revision(revision + 1);
-            self.watch = Some(self.client.watch(self.prefix.as_slice(), options).await?);
+            self.watch = Some(self.queue.watch(revision).await?);
         }
-        let Some(leader) = leader else {
-            return Ok(None);
-        };
-        let latest = Some((leader.key().to_owned(), leader.mod_revision()));
-        let is_new = self.latest != latest;
-        self.latest = latest;
-        Ok(is_new.then_some(leader))
+        let version = |leader: &KeyValue| (leader.create_revision(), leader.mod_revision());
+        let is_new = leader.as_ref().map(version) != self.latest.as_ref().map(version);
+        self.latest = leader;
+        Ok(self.latest.clone().filter(|_| is_new))
+    }
+
+    /// Whether the leader or its value may be another one after an event. Later entries do not
+    /// matter while there is a leader.
+    fn may_change(&self, event: &Event) -> bool {
+        match &self.latest {
+            Some(leader) => event.kv().is_some_and(|kv| kv.key() == leader.key()),
+            None => self.queue.is_entered_by(event),
+        }
     }
 }

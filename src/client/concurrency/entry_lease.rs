@@ -63,6 +63,10 @@ impl EntryLease {
         self.id
     }
 
+    pub(super) fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
     /// Revokes the lease, which deletes the entry's key.
     pub(super) async fn revoke(mut self) -> Result<()> {
         let limit = self.client.request_timeout() * 2;

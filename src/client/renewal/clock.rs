@@ -32,7 +32,6 @@ impl LeaseClock {
     }
 
     /// Whether the lease may have expired.
-    #[allow(dead_code, reason = "locks will use it")]
     pub(in crate::client) fn has_expired(&self) -> bool {
         Instant::now() >= self.expires_at()
     }

@@ -1,5 +1,9 @@
 //! Locks, elections, and rarer uses of leases.
 
+mod etcd_service;
+mod loss;
+mod other_keys;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,6 +17,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 use tonic::Code;
+
+/// Longer than any test, so that a lock that becomes free did not expire.
+const TTL: Duration = Duration::from_secs(600);
 
 #[tokio::test]
 async fn lock_is_exclusive_while_members_restart() -> TestResult {
