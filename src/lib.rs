@@ -107,6 +107,7 @@ pub mod format;
 mod host_port;
 mod instance;
 mod panics;
+mod reasons;
 mod registrar;
 mod runtime;
 mod snapshot;

@@ -69,7 +69,9 @@ pub enum Freshness {
     Stale {
         /// When the directory noticed the loss.
         since: SystemTime,
-        /// The cause of the loss.
+        /// The latest reason: the cause of the loss, or why the last attempt to follow etcd again
+        /// failed. A stream of snapshots shows a new reason once; [`since`](Self::Stale::since)
+        /// stays.
         reason: Arc<str>,
     },
 }

@@ -11,9 +11,14 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use crate::instance::Instance;
+use crate::reasons::SeenReasons;
 use crate::snapshot::{Freshness, InstanceKey, Snapshot};
 
 /// The latest snapshot of each layout, and the merged snapshot that readers see.
+///
+/// Logs when a layout becomes stale or live, and each new reason while it is stale. A reason that
+/// was given before, as when members fail in different ways in turn, replaces the latest one
+/// without waking readers.
 #[derive(Debug)]
 pub(super) struct MergedView {
     state: Mutex<State>,
@@ -23,6 +28,8 @@ pub(super) struct MergedView {
 #[derive(Debug)]
 struct State {
     snapshots: Vec<Snapshot>,
+    /// The reasons for which each layout was stale since it was last live.
+    seen_reasons: Vec<SeenReasons>,
     drain_revisions: DrainRevisions,
 }
 
@@ -44,6 +51,7 @@ impl MergedView {
         let view = Arc::new(Self {
             state: Mutex::new(State {
                 snapshots,
+                seen_reasons: (0..count).map(|_| SeenReasons::default()).collect(),
                 drain_revisions,
             }),
             merged,
@@ -59,15 +67,22 @@ impl MergedView {
     fn publish(&self, state: &mut State, index: usize, snapshot: Snapshot) {
         let State {
             snapshots,
+            seen_reasons,
             drain_revisions,
         } = state;
+        let before = &snapshots[index];
+        let is_news = is_news(before, &snapshot, &mut seen_reasons[index])
+            || !has_equal_contents(before, &snapshot);
         // A lower revision is of another history, whose revisions cannot be compared with these.
         if snapshot.revision < snapshots[index].revision {
             drain_revisions.clear();
         }
         snapshots[index] = snapshot;
         let merged = merge(snapshots, drain_revisions);
-        self.merged.send_replace(Arc::new(merged));
+        self.merged.send_if_modified(|latest| {
+            *latest = Arc::new(merged);
+            is_news
+        });
     }
 }
 
@@ -84,7 +99,7 @@ impl LayoutInput {
         self.view.publish(&mut self.state(), self.index, snapshot);
     }
 
-    /// Marks the layout's snapshot stale, unless it is stale already.
+    /// Marks the layout's snapshot stale, for this reason from now on.
     pub(super) fn mark_stale(&self, reason: &str) {
         // No reader is left.
         if self.view.merged.is_closed() {
@@ -92,18 +107,46 @@ impl LayoutInput {
         }
         let mut state = self.state();
         let mut snapshot = state.snapshots[self.index].clone();
-        if snapshot.freshness.is_live() {
-            snapshot.freshness = Freshness::Stale {
-                since: SystemTime::now(),
-                reason: reason.into(),
-            };
-            self.view.publish(&mut state, self.index, snapshot);
-        }
+        let since = match snapshot.freshness {
+            Freshness::Live => SystemTime::now(),
+            Freshness::Stale { since, .. } => since,
+        };
+        let reason = reason.into();
+        snapshot.freshness = Freshness::Stale { since, reason };
+        self.view.publish(&mut state, self.index, snapshot);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.view.state.lock()
     }
+}
+
+/// Whether the freshness of a layout changed in a way that readers should notice. Logs the change.
+fn is_news(before: &Snapshot, after: &Snapshot, seen: &mut SeenReasons) -> bool {
+    let range = after.range();
+    let (reason, was_live) = match (&before.freshness, &after.freshness) {
+        (Freshness::Live, Freshness::Live) => return false,
+        (Freshness::Stale { .. }, Freshness::Live) => {
+            tracing::info!(range, "a directory is live again");
+            return true;
+        }
+        (before, Freshness::Stale { reason, .. }) => (reason, before.is_live()),
+    };
+    if was_live {
+        seen.clear();
+    }
+    let is_new = seen.insert(reason, SystemTime::now());
+    if is_new {
+        tracing::warn!(range, %reason, "a directory is stale");
+    }
+    is_new
+}
+
+/// Whether two snapshots differ at most in their freshness.
+fn has_equal_contents(a: &Snapshot, b: &Snapshot) -> bool {
+    Arc::ptr_eq(&a.instances, &b.instances)
+        && Arc::ptr_eq(&a.mod_revisions, &b.mod_revisions)
+        && (a.revision, a.undecodable) == (b.revision, b.undecodable)
 }
 
 /// Merges the snapshots of all layouts. If there are several, all of them identify instances by
@@ -398,5 +441,35 @@ mod tests {
         assert_eq!(merged.borrow().len(), 2);
         inputs[1].publish(live());
         assert_eq!(freshness(), Freshness::Live);
+    }
+
+    #[test]
+    fn reasons_that_alternate_wake_readers_once() {
+        let live = || snapshot("x/", 1, &[on("h:1")]);
+        let first = live();
+        let stale = |reason: String| Snapshot {
+            freshness: Freshness::Stale {
+                since: SystemTime::UNIX_EPOCH,
+                reason: reason.into(),
+            },
+            ..first.clone()
+        };
+        let (inputs, mut merged) = MergedView::start(vec![first.clone()]);
+        let mut wakes = 0;
+        for attempt in 0..100 {
+            let kind = ["refused", "denied"][attempt % 2];
+            inputs[0].publish(stale(format!("{kind} after {attempt}ms")));
+            wakes += u32::from(merged.has_changed().unwrap());
+            let shown = merged.borrow_and_update().freshness().to_string();
+            assert!(
+                shown.ends_with(&format!("{kind} after {attempt}ms")),
+                "{shown}"
+            );
+        }
+        assert_eq!(wakes, 2);
+        // A reason of the next outage is new.
+        inputs[0].publish(live());
+        inputs[0].publish(stale("refused".to_owned()));
+        assert!(merged.has_changed().unwrap());
     }
 }

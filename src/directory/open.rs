@@ -13,7 +13,7 @@ use super::state::ListWatchState;
 use crate::client::{Client, RawWatch};
 use crate::error::Result;
 use crate::format::Layout;
-use crate::snapshot::{Freshness, Snapshot};
+use crate::snapshot::Snapshot;
 
 /// Opens a watch of `service` in all `layouts`. No task follows etcd yet.
 pub(super) async fn open(
@@ -62,7 +62,7 @@ impl OpeningLayout {
     /// Lists the layout and opens its watch. If there is a cache file and etcd does not respond in
     /// time, restores the cached snapshot instead. A refusal by etcd is an error in either case.
     async fn list_or_restore(&mut self) -> Result<()> {
-        let Some(mut cached) = load(self.cache.clone()).await else {
+        let Some(cached) = load(self.cache.clone()).await else {
             return self.list_and_watch().await;
         };
         let listed = tokio::time::timeout(LIST_TIMEOUT, self.list_and_watch()).await;
@@ -72,16 +72,13 @@ impl OpeningLayout {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("etcd did not respond within {LIST_TIMEOUT:?}"),
         };
-        if let Freshness::Stale { reason, .. } = &mut cached.freshness {
-            *reason = format!("{reason}: {cause}").into();
-        }
         tracing::warn!(
             service = self.state.service(),
             instances = cached.len(),
             cause,
             "starting with the cached instances"
         );
-        self.state.restore(cached);
+        self.state.restore(cached, &cause);
         Ok(())
     }
 

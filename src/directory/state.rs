@@ -37,6 +37,8 @@ pub(super) struct ListWatchState<W> {
     revision: i64,
     /// The number of `keys` whose newest value could not be decoded.
     undecodable: usize,
+    /// The cache file of the published instances, until a list replaces them.
+    cached_in: Option<Arc<str>>,
     published: Published,
 }
 
@@ -46,6 +48,7 @@ enum Phase<W> {
     /// No watch is open, so the snapshot is stale.
     Stale {
         since: SystemTime,
+        /// The latest one: the cause of the loss, or of the last failed attempt.
         reason: Arc<str>,
         next: Relist,
     },
@@ -96,6 +99,7 @@ impl<W> ListWatchState<W> {
             keys: Keys::new(),
             revision: 0,
             undecodable: 0,
+            cached_in: None,
             published: Published::default(),
         }
     }
@@ -131,10 +135,10 @@ impl<W> ListWatchState<W> {
     }
 
     /// Publishes a cached snapshot until the first list is complete. A list that is complete
-    /// already stays, because it is newer than the cache.
-    pub(super) fn restore(&mut self, cached: Snapshot) {
-        self.restart("not listed yet", SystemTime::now());
+    /// already stays, because it is newer than the cache. `cause` says why etcd was not followed.
+    pub(super) fn restore(&mut self, cached: Snapshot, cause: &str) {
         if self.revision > 0 {
+            self.restart(cause, SystemTime::now());
             return;
         }
         self.published.instances = cached.instances;
@@ -144,10 +148,12 @@ impl<W> ListWatchState<W> {
         if let Freshness::Stale { since, reason } = cached.freshness {
             self.phase = Phase::Stale {
                 since,
-                reason,
+                reason: Arc::clone(&reason),
                 next: Relist::Start,
             };
+            self.cached_in = Some(reason);
         }
+        self.restart(cause, SystemTime::now());
     }
 
     /// Drops the watch and starts over with a list, without a backoff.
@@ -184,7 +190,7 @@ impl<W> ListWatchState<W> {
     /// Applies the result of an action. Returns whether the [`snapshot`](Self::snapshot) changed.
     pub(super) fn step(&mut self, event: Event<W>, now: SystemTime) -> bool {
         match event {
-            Event::Page(page) => self.on_page(page),
+            Event::Page(page) => self.on_page(page, now),
             Event::WatchOpened(watch) => {
                 // Live only from here on: changes after a list alone would go unnoticed.
                 let was_live = self.is_live();
@@ -225,19 +231,27 @@ impl<W> ListWatchState<W> {
         }
     }
 
-    /// Returns whether the snapshot was live until now. If it was stale already, time and reason
-    /// stay: the reason of the loss matters more than the latest failed attempt.
+    /// Makes the snapshot stale. If it is stale already, only the reason changes. Returns whether
+    /// the snapshot changed.
     fn lose(&mut self, reason: Arc<str>, now: SystemTime, next: Relist) -> bool {
-        if !self.is_live() {
-            self.set_next(next);
-            return false;
-        }
+        let reason = match &self.cached_in {
+            Some(cached_in) => format!("{cached_in}: {reason}").into(),
+            None => reason,
+        };
+        let (since, changed) = match &self.phase {
+            Phase::Live(_) => (now, true),
+            Phase::Stale {
+                since,
+                reason: before,
+                ..
+            } => (*since, reason != *before),
+        };
         self.phase = Phase::Stale {
-            since: now,
+            since,
             reason,
             next,
         };
-        true
+        changed
     }
 
     /// Does nothing while the watch is open.
@@ -247,7 +261,7 @@ impl<W> ListWatchState<W> {
         }
     }
 
-    fn on_page(&mut self, page: Page) -> bool {
+    fn on_page(&mut self, page: Page, now: SystemTime) -> bool {
         let Phase::Stale { next, .. } = &mut self.phase else {
             return false;
         };
@@ -279,13 +293,13 @@ impl<W> ListWatchState<W> {
             }
             // Without an entry there is no key to continue from, even if `more` is set.
             _ => {
-                self.complete_list(keys, revision);
+                self.complete_list(keys, revision, now);
                 true
             }
         }
     }
 
-    fn complete_list(&mut self, keys: Keys, revision: i64) {
+    fn complete_list(&mut self, keys: Keys, revision: i64, now: SystemTime) {
         // A list is read from a quorum, so a lower revision means that the history itself went
         // back.
         if revision < self.revision {
@@ -298,6 +312,12 @@ impl<W> ListWatchState<W> {
         }
         self.undecodable = keys::count_undecodable(&keys);
         self.revision = revision;
+        if let Phase::Stale { since, reason, .. } = &mut self.phase
+            && self.cached_in.take().is_some()
+        {
+            // The instances are those in etcd now, not those of the file.
+            (*since, *reason) = (now, "not watched yet".into());
+        }
         self.set_next(Relist::OpenWatch {
             from_revision: revision + 1,
             listed: keys::fingerprint(&keys),

@@ -3,14 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
-use tokio::time::Instant;
 
 use super::executor::Executor;
 use super::key_watch::KeyWatches;
@@ -102,18 +101,11 @@ impl LeaseGroup {
     }
 
     fn step(&self) -> Step {
-        self.lock().step(now())
+        self.lock().step(Timestamp::now())
     }
 
     fn on_event(&self, event: Event) {
-        self.lock().on_event(event, now());
-    }
-}
-
-fn now() -> Timestamp {
-    Timestamp {
-        instant: Instant::now(),
-        wall: SystemTime::now(),
+        self.lock().on_event(event, Timestamp::now());
     }
 }
 

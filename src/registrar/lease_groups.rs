@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::driver::{self, LeaseGroup};
 use super::settings::RegistrarSettings;
-use super::state::{Desired, EntryHandle, Overlap, TargetRecords};
+use super::state::{Desired, EntryHandle, Overlap, TargetRecords, Timestamp};
 use crate::client::{AttemptRecord, Client};
 use crate::error::{Error, Result};
 use crate::runtime;
@@ -81,7 +81,9 @@ impl LeaseGroups {
             groups.push(Arc::clone(&group));
             group
         });
-        let handle = group.with_reconciler(|reconciler| reconciler.register(target, desired))?;
+        let now = Timestamp::now();
+        let handle =
+            group.with_reconciler(|reconciler| reconciler.register(target, desired, now))?;
         Ok((group, handle))
     }
 

@@ -5,7 +5,7 @@ use std::pin::pin;
 use futures::{Stream, StreamExt};
 use tokio::sync::watch;
 
-use super::state::Status;
+use super::state::{Readiness, Status};
 
 /// Passes the items of `ready` to `set_ready` until the stream ends, the registration ends, or
 /// `set_ready` returns `false`.
@@ -15,7 +15,7 @@ use super::state::Status;
 pub(super) async fn forward(
     ready: impl Stream<Item = bool>,
     mut status: watch::Receiver<Status>,
-    set_ready: impl Fn(bool) -> bool,
+    set_ready: impl Fn(Readiness) -> bool,
 ) {
     let mut ending = HoldBackOnDrop(Some(&set_ready));
     let mut ready = pin!(ready);
@@ -29,7 +29,7 @@ pub(super) async fn forward(
             biased;
             () = &mut terminated => break,
             item = ready.next() => match item {
-                Some(is_ready) if set_ready(is_ready) => {}
+                Some(is_ready) if set_ready(readiness_of(is_ready)) => {}
                 _ => break,
             },
         }
@@ -37,14 +37,22 @@ pub(super) async fn forward(
     ending.0 = None;
 }
 
+fn readiness_of(is_ready: bool) -> Readiness {
+    if is_ready {
+        Readiness::Ready
+    } else {
+        Readiness::NotReady
+    }
+}
+
 /// Holds an instance back whose readiness nobody follows any more, because the runtime of the task
 /// has ended or the stream has panicked.
-struct HoldBackOnDrop<'a, F: Fn(bool) -> bool>(Option<&'a F>);
+struct HoldBackOnDrop<'a, F: Fn(Readiness) -> bool>(Option<&'a F>);
 
-impl<F: Fn(bool) -> bool> Drop for HoldBackOnDrop<'_, F> {
+impl<F: Fn(Readiness) -> bool> Drop for HoldBackOnDrop<'_, F> {
     fn drop(&mut self) {
         if let Some(set_ready) = self.0
-            && set_ready(false)
+            && set_ready(Readiness::NotFollowed)
         {
             tracing::warn!(
                 "a server's readiness is not followed any more, because a runtime has ended or the \

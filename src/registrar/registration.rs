@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use super::driver::LeaseGroup;
 use super::lease_groups::LeaseGroups;
 use super::readiness;
-use super::state::{EntryHandle, EntryId, RegistrationState, Status, TargetRecords};
+use super::state::{EntryHandle, EntryId, RegistrationState, Status, TargetRecords, Timestamp};
 use super::states::RegistrationStates;
 use crate::error::{Error, Result};
 use crate::instance::Instance;
@@ -126,7 +126,9 @@ impl Registration {
         self.inner.status.borrow().state.clone()
     }
 
-    /// A stream of states: the current one at once, then each change.
+    /// A stream of states: the current one at once, then each change of the state or its reason. A
+    /// reason that was reported within the last minute, as when the members of etcd fail in
+    /// different ways in turn, is no change; [`state`](Self::state) has the latest one.
     ///
     /// A slow consumer misses intermediate states, but never the latest one. The stream does not
     /// keep the instance registered. The stream ends after
@@ -200,7 +202,8 @@ impl Registration {
     /// As for [`deregister`](Self::deregister). A failure to set the mark is only logged.
     pub async fn drain(&self, grace: Duration) -> Result<()> {
         let can_wait = runtime::require(String::new).is_ok();
-        if !can_wait || self.state() == RegistrationState::Unready {
+        let is_unready = matches!(self.state(), RegistrationState::Unready { .. });
+        if !can_wait || is_unready {
             return self.deregister().await;
         }
         if let Err(error) = self.update(|instance| instance.draining = true).await {
@@ -271,11 +274,12 @@ impl Registration {
         // The task holds no strong reference, so that it does not keep the registration alive.
         let group = Arc::downgrade(&inner.group);
         let id = inner.id.clone();
-        let set_ready = move |is_ready| {
+        let set_ready = move |readiness| {
             let Some(group) = Weak::upgrade(&group) else {
                 return false;
             };
-            group.with_reconciler(|reconciler| reconciler.set_ready(&id, is_ready))
+            let now = Timestamp::now();
+            group.with_reconciler(|reconciler| reconciler.set_ready(&id, readiness, now))
         };
         tokio::spawn(readiness::forward(ready, inner.status.clone(), set_ready));
     }

@@ -14,14 +14,15 @@ use super::state::{RegistrationState, Status};
 #[must_use = "streams do nothing unless polled"]
 pub struct RegistrationStates {
     statuses: WatchStream<Status>,
-    last: Option<RegistrationState>,
+    /// The number of states that had been announced when the last item was taken.
+    announced: Option<u64>,
 }
 
 impl RegistrationStates {
     pub(super) fn new(status: watch::Receiver<Status>) -> Self {
         Self {
             statuses: WatchStream::new(status),
-            last: None,
+            announced: None,
         }
     }
 }
@@ -35,8 +36,8 @@ impl Stream for RegistrationStates {
                 return Poll::Ready(None);
             };
             // A status also changes in other ways, for example by an error.
-            if self.last.as_ref() != Some(&status.state) {
-                self.last = Some(status.state.clone());
+            if self.announced != Some(status.announced) {
+                self.announced = Some(status.announced);
                 return Poll::Ready(Some(status.state));
             }
         }

@@ -15,6 +15,7 @@ mod idle_etcd;
 mod invalid_arguments;
 mod migration;
 mod named_clients;
+mod reasons;
 mod registrar;
 mod runtimes;
 mod structure;

@@ -387,9 +387,11 @@ mod follow {
             .lists(Err(rpc(Status::unavailable("still down"))))
             .lists(page(&[3, 11], 12))
             .watches(12);
+        let failed = following.next().await;
+        let reason = stale_reason(&failed);
+        assert!(reason.contains("still down"), "{reason}");
         let listed = following.next().await;
         assert_eq!(listed.len(), 2);
-        // The reason describes the loss, not the failed list after it.
         assert_eq!(stale_reason(&listed), reason);
         let live = following.until_live().await;
         assert_eq!(live.revision(), 12);

@@ -150,6 +150,16 @@ fn lost_watch_keeps_the_stale_snapshot_until_the_next_list() {
         *state.snapshot().freshness(),
         Freshness::Stale { since, reason }
     );
+    // The latest reason, since the loss.
+    let reason: Arc<str> = "denied".into();
+    let denied = Event::Lost {
+        reason: reason.to_string(),
+    };
+    assert!(step(&mut state, denied));
+    assert_eq!(
+        *state.snapshot().freshness(),
+        Freshness::Stale { since, reason }
+    );
 
     assert!(!step(&mut state, Event::BackoffElapsed));
     assert!(matches!(
@@ -296,4 +306,35 @@ fn wiped_etcd_is_followed_at_its_lower_revisions() {
     assert_eq!(state.snapshot().revision(), 4);
     step(&mut state, changes(vec![put("2", 5, "h:2")], 5));
     assert_eq!(shown_instances(&mut state), ["1=h:9", "2=h:2"]);
+}
+
+#[test]
+fn cached_instances_name_their_file_and_the_latest_failure() {
+    let mut state = state();
+    let since = SystemTime::UNIX_EPOCH;
+    let cached = Snapshot {
+        freshness: Freshness::Stale {
+            since,
+            reason: "read from a file".into(),
+        },
+        ..Snapshot::of("services/a/".into(), [])
+    };
+    state.restore(cached, "no response");
+    let stale = |reason: &str| Freshness::Stale {
+        since,
+        reason: reason.into(),
+    };
+    let freshness = state.snapshot().freshness;
+    assert_eq!(freshness, stale("read from a file: no response"));
+    step(&mut state, lost_event());
+    let freshness = state.snapshot().freshness;
+    assert_eq!(freshness, stale("read from a file: cut"));
+    // Listed instances are not those of the file.
+    step(&mut state, page(Vec::new(), false, 10));
+    step(&mut state, lost_event());
+    let Freshness::Stale { since, reason } = state.snapshot().freshness else {
+        panic!("the snapshot is live");
+    };
+    assert!(since > SystemTime::UNIX_EPOCH);
+    assert_eq!(&*reason, "cut");
 }

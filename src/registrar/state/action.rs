@@ -13,6 +13,15 @@ pub(in crate::registrar) struct Timestamp {
     pub(in crate::registrar) wall: SystemTime,
 }
 
+impl Timestamp {
+    pub(in crate::registrar) fn now() -> Self {
+        Self {
+            instant: Instant::now(),
+            wall: SystemTime::now(),
+        }
+    }
+}
+
 /// A request to etcd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::registrar) enum Action {

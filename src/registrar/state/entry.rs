@@ -5,8 +5,10 @@ use tokio::time::Instant;
 use super::action::{Action, Timestamp};
 use super::ensure::{Ensure, EntryId, TargetRecords};
 use super::presence::{Desired, Presence};
+use super::registration_state::RegistrationState;
 use super::retry_schedule::RetrySchedule;
-use super::status::{EntryHandle, RegistrationState, StatusSender};
+use super::status::{EntryHandle, StatusSender};
+use crate::error::Error;
 
 #[derive(Debug)]
 pub(super) struct Entry {
@@ -53,8 +55,9 @@ impl Entry {
         target: TargetRecords,
         desired: Desired,
         inherited: Inherited,
+        now: Timestamp,
     ) -> (Self, EntryHandle) {
-        let (status, receiver) = StatusSender::new(desired);
+        let (status, receiver) = StatusSender::new(id.key.clone(), desired, now);
         let handle = EntryHandle {
             id: id.clone(),
             generation: inherited.generation,
@@ -101,6 +104,12 @@ impl Entry {
                 Presence::Absent | Presence::InDoubt | Presence::Deleting => true,
                 Presence::Superseded { .. } => false,
             }
+    }
+
+    /// Whether etcd has an earlier value of the entry.
+    pub(super) fn has_unwritten_change(&self) -> bool {
+        let written = self.presence.generation();
+        written.is_some_and(|written| written != self.generation)
     }
 
     /// Whether any of the entry's keys may be left in etcd.
@@ -153,7 +162,7 @@ impl Entry {
     }
 
     /// Reports the entry as registered or draining, if etcd has it.
-    pub(super) fn report_present(&self) {
+    pub(super) fn report_present(&mut self, now: Timestamp) {
         let Presence::Present { generation } = self.presence else {
             return;
         };
@@ -165,22 +174,45 @@ impl Entry {
         } else {
             RegistrationState::Registered
         };
-        self.status.report_present(state, generation);
+        self.status.report_present(state, generation, now);
     }
 
     /// Reports that the registration with the lease `by` owns one of the keys.
-    pub(super) fn report_superseded(&self, by: i64, now: Timestamp) {
+    pub(super) fn report_superseded(&mut self, by: i64, now: Timestamp) {
         if self.desired != Desired::Deregistered {
-            self.status.report_superseded(by, &self.id.key, now);
+            self.status.report_superseded(by, now);
         }
     }
 
     /// Reports that the entry may be missing from etcd because of `fault`. Another registration of
     /// the key is the more important news, so a superseded entry keeps its state.
-    pub(super) fn report_recovering(&self, fault: &str, now: Timestamp) {
-        if self.should_exist() && !self.presence.is_superseded() {
+    pub(super) fn report_recovering(&mut self, fault: &'static str, now: Timestamp) {
+        if self.can_recover() {
             let written = self.presence.generation();
             self.status.report_recovering(fault, written, now);
+        }
+    }
+
+    /// Reports that the entry may be missing from etcd because of `fault`, which `error` explains.
+    pub(super) fn report_fault(&mut self, fault: &'static str, error: &Error, now: Timestamp) {
+        if self.can_recover() {
+            self.status.set_error(Some(error.clone()));
+            self.report_recovering(fault, now);
+        } else {
+            self.report_failure(error, now);
+        }
+    }
+
+    fn can_recover(&self) -> bool {
+        self.should_exist() && !self.presence.is_superseded() && !self.status.is_unwritten()
+    }
+
+    /// Reports that an attempt to bring etcd into the desired state failed.
+    pub(super) fn report_failure(&mut self, error: &Error, now: Timestamp) {
+        if self.should_exist() || self.presence.is_superseded() || !self.presence.may_exist() {
+            self.status.report_failure(error, now);
+        } else {
+            self.status.report_removing(error, now);
         }
     }
 }

@@ -8,6 +8,9 @@
 //! the returned [`Action`], and reports its [`ActionOutcome`] and the changes that the watches saw
 //! to [`on_event`](Reconciler::on_event). The state machine does no I/O and reads no clock.
 //!
+//! The status of an entry has the latest reason why etcd differs from the desired state. New states
+//! and new reasons are logged and announced once; see [`status`].
+//!
 //! No entry is ever given up: a failed action is retried, and after the loss of a lease all entries
 //! are written again under a new one.
 //!
@@ -25,6 +28,7 @@
 //!                           |
 //!                           +---> Registered, once the other owner's key is gone
 //!
+//!   any state ---- a deletion failed ----> Removing ----> Unready, Deregistered or Registering
 //!   any state ---- deregister, and the keys are gone ----> Deregistered
 //! ```
 //!
@@ -91,6 +95,7 @@ mod lease;
 mod outcome;
 mod presence;
 mod reconciler;
+mod registration_state;
 mod request;
 mod retry_schedule;
 mod status;
@@ -99,10 +104,10 @@ mod stored_key;
 pub(super) use action::{Action, Step, Timestamp};
 pub(super) use ensure::{Ensure, EntryId, Records, TargetRecords, WritePlan};
 pub(super) use event::{ActionOutcome, Event, KeyEvent};
-pub(super) use presence::Desired;
+pub(super) use presence::{Desired, Readiness};
 pub(super) use reconciler::Reconciler;
+pub use registration_state::RegistrationState;
 pub(super) use request::Overlap;
-pub use status::RegistrationState;
 pub(super) use status::{EntryHandle, Status};
 pub(super) use stored_key::StoredKey;
 

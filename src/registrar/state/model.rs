@@ -418,7 +418,12 @@ impl Harness {
             Op::SetReady(id, is_ready) => {
                 if let Some((_, ready)) = self.desired.get_mut(&id) {
                     *ready = is_ready;
-                    assert!(self.reconciler.set_ready(&self.handles[&id].id, is_ready));
+                    let readiness = match is_ready {
+                        true => Readiness::Ready,
+                        false => Readiness::NotReady,
+                    };
+                    let id = &self.handles[&id].id;
+                    assert!(self.reconciler.set_ready(id, readiness, self.now));
                 }
             }
             Op::Work(actions) => self.work(actions),
@@ -463,7 +468,9 @@ impl Harness {
         } else {
             Desired::HeldBack
         };
-        let registered = self.reconciler.register(target(id, &value), desired);
+        let registered = self
+            .reconciler
+            .register(target(id, &value), desired, self.now);
         let is_free = keys(id).iter().all(|key| !self.is_desired(key));
         assert_eq!(registered.is_ok(), is_free);
         if let Ok(handle) = registered {
@@ -536,7 +543,7 @@ impl Harness {
                 let own = stored.find(|key| key.lease != 0 && !is_foreign(key));
                 prop_assert!(own.is_none(), "{id} is still in etcd: {own:?}");
                 let is_right = match state {
-                    Some(RegistrationState::Unready) => desired.is_some(),
+                    Some(RegistrationState::Unready { .. }) => desired.is_some(),
                     Some(RegistrationState::Deregistered) | None => desired.is_none(),
                     _ => false,
                 };

@@ -52,16 +52,17 @@ impl Reconciler {
             ActionOutcome::Renewed => {
                 lease.on_renewed(started);
                 self.renewal_backoff.reset();
-                for entry in self.entries.values().filter(|entry| !entry.needs_check) {
-                    entry.report_present();
+                let entries = self.entries.values_mut();
+                for entry in entries.filter(|entry| !entry.needs_check) {
+                    entry.report_present(now);
                 }
             }
             ActionOutcome::LeaseGone => self.on_lease_lost(now),
             ActionOutcome::Failed(error) => {
                 lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
-                let entries = self.entries.values();
+                let entries = self.entries.values_mut();
                 for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
-                    entry.status.set_error(Some(error.clone()));
+                    entry.status.report_failure(&error, now);
                 }
             }
             _ => {}
@@ -73,7 +74,7 @@ impl Reconciler {
         let is_current = lease == Some(ensure.lease);
         match outcome {
             ActionOutcome::Ensured { revision } => {
-                self.on_ensured(ensure, revision, is_current);
+                self.on_ensured(ensure, revision, is_current, now);
                 self.on_revision(revision, now);
             }
             ActionOutcome::Superseded { by } => self.on_superseded(ensure, by, now),
@@ -83,7 +84,7 @@ impl Reconciler {
         }
     }
 
-    fn on_ensured(&mut self, ensure: &Ensure, revision: i64, is_current: bool) {
+    fn on_ensured(&mut self, ensure: &Ensure, revision: i64, is_current: bool, now: Timestamp) {
         // Keys under a lease that has been lost meanwhile are gone with that lease.
         if let Some(entry) = self.entry_mut(&ensure.entry).filter(|_| is_current) {
             entry.retry_schedule.clear_refusal();
@@ -93,7 +94,7 @@ impl Reconciler {
             };
             entry.seen_revision = revision;
             entry.owned_revision = Some(revision);
-            entry.report_present();
+            entry.report_present(now);
         }
         self.on_success();
     }
@@ -127,6 +128,11 @@ impl Reconciler {
         if is_entry_error(&error) {
             self.on_refused(&ensure.entry.key, error, now);
             return;
+        }
+        if let Some(entry) = self.entry_mut(&ensure.entry)
+            && entry.has_unwritten_change()
+        {
+            entry.report_fault("etcd does not have the latest change", &error, now);
         }
         // The write may still arrive. The entry that has the keys by now must expect it.
         let is_written = |key: &String| ensure.records.iter().any(|(written, _)| written == key);
@@ -178,6 +184,11 @@ impl Reconciler {
 
     fn on_lease_lost(&mut self, now: Timestamp) {
         self.drop_lease();
+        // etcd has responded, so earlier failures to reach it do not explain the loss.
+        let entries = self.entries.values_mut();
+        for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
+            entry.status.set_error(None);
+        }
         self.report_recovering("the lease expired or was revoked", now);
         self.jitter_recovery(now.instant);
     }
@@ -195,9 +206,9 @@ impl Reconciler {
     /// Pauses all mutations, because etcd cannot be reached or cannot do its work.
     fn on_failure(&mut self, error: &Error, now: Timestamp) {
         self.retry_at = Some(now.instant + self.mutation_backoff.next());
-        for entry in self.entries.values() {
-            if entry.is_pending() && !entry.presence.is_superseded() {
-                entry.status.set_error(Some(error.clone()));
+        for entry in self.entries.values_mut() {
+            if entry.is_pending() {
+                entry.report_failure(error, now);
             }
         }
     }
@@ -210,18 +221,17 @@ impl Reconciler {
                 _ => "etcd refused the request",
             };
             entry.retry_schedule.pause_after_refusal(now.instant);
-            entry.status.set_error(Some(error));
-            entry.report_recovering(fault, now);
+            entry.report_fault(fault, &error, now);
         }
     }
 
     pub(super) fn on_client_closed(&mut self, error: &Error, now: Timestamp) {
         self.close_error = Some(error.clone());
-        for entry in self.entries.values() {
+        for entry in self.entries.values_mut() {
             entry.status.set_terminal();
+            entry.report_fault("the lease is no longer kept alive", error, now);
             entry.status.set_error(Some(error.clone()));
         }
-        self.report_recovering("the lease is no longer kept alive", now);
     }
 }
 

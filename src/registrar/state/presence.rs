@@ -11,6 +11,29 @@ pub(in crate::registrar) enum Desired {
     Deregistered,
 }
 
+/// A report of the readiness of an instance's server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::registrar) enum Readiness {
+    Ready,
+    NotReady,
+    /// No task follows the readiness any more.
+    NotFollowed,
+}
+
+impl Readiness {
+    /// Why an instance is held back; `None` if it is not.
+    pub(super) fn held_back_reason(self) -> Option<&'static str> {
+        match self {
+            Self::Ready => None,
+            Self::NotReady => Some("the server is not ready"),
+            Self::NotFollowed => Some(
+                "the server's readiness is not followed any more, because a runtime has ended or \
+                 the stream `ready` has panicked",
+            ),
+        }
+    }
+}
+
 /// The presence of the entry's keys in etcd under the current lease, as far as known.
 ///
 /// ```text

@@ -11,7 +11,6 @@ use super::entry::Entry;
 use super::event::Event;
 use super::lease::Lease;
 use super::presence::Desired;
-use super::status::RegistrationState;
 use crate::backoff::Backoff;
 use crate::error::Error;
 
@@ -119,7 +118,7 @@ impl Reconciler {
         }
         if self.mutation_started.is_none() && self.retry_at.is_none_or(|at| now.instant >= at) {
             self.retry_at = None;
-            if let Some(action) = self.next_mutation(now.instant) {
+            if let Some(action) = self.next_mutation(now) {
                 self.mutation_started = Some(now.instant);
                 return Step::Perform(action);
             }
@@ -148,11 +147,12 @@ impl Reconciler {
         (is_due && self.any_should_exist()).then(|| lease.id())
     }
 
-    fn next_mutation(&mut self, now: Instant) -> Option<Action> {
+    fn next_mutation(&mut self, now: Timestamp) -> Option<Action> {
         if !self.any_should_exist() {
-            return self.release_lease();
+            return self.release_lease(now);
         }
-        self.settle_removed(|entry| !entry.has_leftovers());
+        self.settle_removed(|entry| !entry.has_leftovers(), now);
+        let now = now.instant;
         let Some(lease) = self.lease_for_writes() else {
             return Some(Action::Grant);
         };
@@ -180,9 +180,9 @@ impl Reconciler {
 
     /// Revokes the lease once no entry needs it. Without a lease, no write can arrive any more, so
     /// the removal of the entries is complete.
-    fn release_lease(&mut self) -> Option<Action> {
+    fn release_lease(&mut self, now: Timestamp) -> Option<Action> {
         let Some(lease) = &self.lease else {
-            self.settle_removed(|_| true);
+            self.settle_removed(|_| true, now);
             return None;
         };
         for entry in self.entries.values_mut() {
@@ -194,7 +194,7 @@ impl Reconciler {
     /// Completes the entries that should not exist and, according to `is_gone`, do not. A
     /// deregistered entry with a late write stays until the lease is gone, so that its keys remain
     /// watched.
-    fn settle_removed(&mut self, is_gone: impl Fn(&Entry) -> bool) {
+    fn settle_removed(&mut self, is_gone: impl Fn(&Entry) -> bool, now: Timestamp) {
         let has_lease = self.lease.is_some();
         self.entries.retain(|_, entry| {
             if entry.should_exist() || !is_gone(entry) {
@@ -202,10 +202,10 @@ impl Reconciler {
             }
             if entry.desired == Desired::HeldBack {
                 entry.presence.mark_deleting();
-                entry.status.set_state(RegistrationState::Unready);
+                entry.status.report_unready(now);
                 return true;
             }
-            entry.status.set_state(RegistrationState::Deregistered);
+            entry.status.report_deregistered(now);
             has_lease && entry.late_write
         });
     }
@@ -267,8 +267,8 @@ impl Reconciler {
         }
     }
 
-    pub(super) fn report_recovering(&self, fault: &str, now: Timestamp) {
-        for entry in self.entries.values() {
+    pub(super) fn report_recovering(&mut self, fault: &'static str, now: Timestamp) {
+        for entry in self.entries.values_mut() {
             entry.report_recovering(fault, now);
         }
     }

@@ -1,10 +1,11 @@
 //! Requests of the registration handles, which change the desired state.
 
+use super::action::Timestamp;
 use super::ensure::{EntryId, TargetRecords};
 use super::entry::{Entry, Inherited};
-use super::presence::Desired;
+use super::presence::{Desired, Readiness};
 use super::reconciler::Reconciler;
-use super::status::{EntryHandle, RegistrationState};
+use super::status::EntryHandle;
 use crate::error::{Error, Result};
 
 /// How a new target's keys overlap with the entries of a reconciler.
@@ -39,6 +40,7 @@ impl Reconciler {
         &mut self,
         target: TargetRecords,
         desired: Desired,
+        now: Timestamp,
     ) -> Result<EntryHandle> {
         if let Some(error) = &self.close_error {
             return Err(error.clone());
@@ -53,9 +55,9 @@ impl Reconciler {
             token: self.next_token,
         };
         self.next_token += 1;
-        let (entry, handle) = Entry::new(id, target, desired, inherited);
-        if let Some(replaced) = self.entries.insert(key, entry) {
-            replaced.status.set_state(RegistrationState::Deregistered);
+        let (entry, handle) = Entry::new(id, target, desired, inherited, now);
+        if let Some(mut replaced) = self.entries.insert(key, entry) {
+            replaced.status.report_deregistered(now);
         }
         self.retry_at = None;
         Ok(handle)
@@ -108,29 +110,36 @@ impl Reconciler {
 
     /// Records whether the instance's server is ready. Returns `false` if the entry is being
     /// deregistered, or was replaced: further reports have no effect.
-    pub(in crate::registrar) fn set_ready(&mut self, id: &EntryId, is_ready: bool) -> bool {
+    pub(in crate::registrar) fn set_ready(
+        &mut self,
+        id: &EntryId,
+        readiness: Readiness,
+        now: Timestamp,
+    ) -> bool {
         let is_closed = self.close_error.is_some();
         let Some(entry) = self.active_entry_mut(id) else {
             return false;
         };
-        if entry.should_exist() == is_ready {
-            return true;
-        }
-        entry.retry_schedule.reset();
-        entry.status.set_held_back(!is_ready);
-        if is_ready {
+        let is_ready = readiness == Readiness::Ready;
+        let was_ready = entry.should_exist();
+        if let Some(reason) = readiness.held_back_reason() {
+            entry.desired = Desired::HeldBack;
+            entry.status.hold_back(reason, now);
+        } else if !was_ready {
             entry.desired = Desired::Registered;
+            entry.status.release();
             if entry.presence.is_known() {
                 // The keys were not removed. Read them again, because changes were not reported
                 // while the entry was held back.
                 entry.needs_check = true;
             } else if !is_closed {
-                entry.status.report_registering();
+                entry.status.report_registering(now);
             }
-        } else {
-            entry.desired = Desired::HeldBack;
         }
-        self.retry_at = None;
+        if was_ready != is_ready {
+            entry.retry_schedule.reset();
+            self.retry_at = None;
+        }
         true
     }
 

@@ -1,72 +1,32 @@
-//! The state of a registration, as its handles see it.
+//! The status of a registration: its state and progress, as the reconciler reports them.
 
-use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use tokio::sync::watch;
 
 use super::action::Timestamp;
 use super::ensure::EntryId;
 use super::presence::Desired;
+use super::registration_state::RegistrationState;
 use crate::error::Error;
+use crate::reasons::SeenReasons;
 
-/// The state of a registration.
-///
-/// No state is final except `Deregistered`: from every other state the registrar keeps working
-/// until etcd has the instance or the process ends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum RegistrationState {
-    /// Not in etcd, because the instance's server is not ready; see
-    /// [`register_while_ready`](crate::Registrar::register_while_ready).
-    Unready,
-    /// Not in etcd yet; the registrar is writing the instance for the first time.
-    Registering,
-    /// In etcd, under a lease that is kept alive.
-    Registered,
-    /// Written before, but perhaps not in etcd now. The registrar is restoring the instance and
-    /// keeps trying until it is back.
-    #[non_exhaustive]
-    Recovering {
-        /// When the registrar noticed the fault.
-        since: SystemTime,
-        /// The fault.
-        reason: Arc<str>,
-    },
-    /// The key belongs to another process, which registered it later. When that registration ends,
-    /// this one returns.
-    #[non_exhaustive]
-    Superseded {
-        /// When the registrar noticed the other registration.
-        since: SystemTime,
-        /// The lease of the other registration.
-        by: i64,
-    },
-    /// In etcd, marked as draining.
-    Draining,
-    /// Deregistered, and not in etcd any more.
-    Deregistered,
-}
+/// The reason of a new registration.
+const NOT_WRITTEN: &str = "not written yet";
 
-impl fmt::Display for RegistrationState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unready => f.write_str("unready"),
-            Self::Registering => f.write_str("registering"),
-            Self::Registered => f.write_str("registered"),
-            Self::Recovering { reason, .. } => write!(f, "recovering: {reason}"),
-            Self::Superseded { by, .. } => write!(f, "superseded by lease {by:x}"),
-            Self::Draining => f.write_str("draining"),
-            Self::Deregistered => f.write_str("deregistered"),
-        }
-    }
-}
+/// The reason of a registration that was not written, because no report of its server's readiness
+/// has come.
+const NOT_REPORTED: &str = "the server has not reported that it is ready";
+
+const SUPERSEDED: &str = "another process registered the key later";
 
 /// A registration's state and progress, as the reconciler reports it to the handles.
 #[derive(Debug, Clone)]
 pub(in crate::registrar) struct Status {
     pub(in crate::registrar) state: RegistrationState,
+    /// Counts the new states and the new reasons. A reason that was reported before, as when
+    /// members fail in different ways in turn, replaces the latest one without being counted.
+    pub(in crate::registrar) announced: u64,
     /// The generation that is in etcd; `None` while the registrar does not know of any.
     pub(in crate::registrar) written: Option<u64>,
     /// The last error; `None` after a success.
@@ -88,123 +48,239 @@ pub(in crate::registrar) struct EntryHandle {
 }
 
 /// The reporting end of a registration's status.
+///
+/// Logs each new state and each new reason once.
 #[derive(Debug)]
-pub(super) struct StatusSender(watch::Sender<Status>);
+pub(super) struct StatusSender {
+    /// The entry's key, for the log.
+    key: String,
+    sender: watch::Sender<Status>,
+    /// The first part of the reason, which failures to mend the fault follow in parentheses.
+    fault: Option<&'static str>,
+    /// Why the instance is held back.
+    held_back_reason: &'static str,
+    seen: SeenReasons,
+}
 
 impl StatusSender {
-    pub(super) fn new(desired: Desired) -> (Self, watch::Receiver<Status>) {
+    pub(super) fn new(
+        key: String,
+        desired: Desired,
+        now: Timestamp,
+    ) -> (Self, watch::Receiver<Status>) {
         let is_held_back = desired == Desired::HeldBack;
+        let since = now.wall;
         let state = if is_held_back {
-            RegistrationState::Unready
+            let reason = NOT_REPORTED.into();
+            RegistrationState::Unready { since, reason }
         } else {
-            RegistrationState::Registering
+            let reason = NOT_WRITTEN.into();
+            RegistrationState::Registering { since, reason }
         };
         let (sender, receiver) = watch::channel(Status {
             state,
+            announced: 0,
             written: None,
             error: None,
             held_back: is_held_back,
             terminal: false,
         });
-        (Self(sender), receiver)
+        let sender = Self {
+            key,
+            sender,
+            fault: None,
+            held_back_reason: NOT_REPORTED,
+            seen: SeenReasons::default(),
+        };
+        (sender, receiver)
     }
 
+    /// Sets the error for callers that wait. The state keeps its reason.
     pub(super) fn set_error(&self, error: Option<Error>) {
-        self.0.send_modify(|status| status.error = error);
-    }
-
-    pub(super) fn set_held_back(&self, is_held_back: bool) {
-        self.0.send_modify(|status| status.held_back = is_held_back);
+        self.sender.send_modify(|status| status.error = error);
     }
 
     pub(super) fn set_terminal(&self) {
-        self.0.send_modify(|status| status.terminal = true);
+        self.sender.send_modify(|status| status.terminal = true);
     }
 
-    pub(super) fn set_state(&self, state: RegistrationState) {
-        self.0.send_if_modified(|status| {
-            let is_changed = status.state != state;
-            status.state = state;
-            is_changed
-        });
+    /// Records that the instance is held back, and why.
+    pub(super) fn hold_back(&mut self, reason: &'static str, now: Timestamp) {
+        self.held_back_reason = reason;
+        self.sender.send_modify(|status| status.held_back = true);
+        let is_unready = matches!(
+            self.sender.borrow().state,
+            RegistrationState::Unready { .. }
+        );
+        if is_unready {
+            self.report_unready(now);
+        }
+    }
+
+    /// Records that the instance is not held back any more.
+    pub(super) fn release(&self) {
+        self.sender.send_modify(|status| status.held_back = false);
+    }
+
+    /// Reports that the instance is not in etcd, because it is held back.
+    pub(super) fn report_unready(&mut self, now: Timestamp) {
+        let reason = self.held_back_reason;
+        self.fault = Some(reason);
+        let state = RegistrationState::Unready {
+            since: now.wall,
+            reason: reason.into(),
+        };
+        self.report(state, now, |_| {});
     }
 
     /// Reports that the instance is being written as if for the first time.
-    pub(super) fn report_registering(&self) {
-        self.0.send_modify(|status| {
-            status.state = RegistrationState::Registering;
+    pub(super) fn report_registering(&mut self, now: Timestamp) {
+        self.fault = None;
+        let state = RegistrationState::Registering {
+            since: now.wall,
+            reason: NOT_WRITTEN.into(),
+        };
+        self.report(state, now, |status| {
             status.written = None;
             status.error = None;
         });
     }
 
-    /// Reports that etcd has this generation of the instance.
-    pub(super) fn report_present(&self, state: RegistrationState, generation: u64) {
-        self.0.send_if_modified(|status| {
-            let is_changed = status.state != state || status.written != Some(generation);
-            status.state = state;
+    /// Reports that etcd has this generation of the instance. `state` is `Registered` or
+    /// `Draining`.
+    pub(super) fn report_present(
+        &mut self,
+        state: RegistrationState,
+        generation: u64,
+        now: Timestamp,
+    ) {
+        self.fault = None;
+        self.report(state, now, |status| {
             status.written = Some(generation);
             status.error = None;
-            is_changed
         });
     }
 
-    /// Reports that the registration with the lease `by` owns `key`.
-    pub(super) fn report_superseded(&self, by: i64, key: &str, now: Timestamp) {
-        self.0.send_modify(|status| {
-            let since = match status.state {
-                RegistrationState::Superseded { since, by: same } if same == by => since,
-                _ => now.wall,
-            };
-            status.state = RegistrationState::Superseded { since, by };
+    /// Reports that the instance is deregistered, and not in etcd any more.
+    pub(super) fn report_deregistered(&mut self, now: Timestamp) {
+        self.fault = None;
+        self.report(RegistrationState::Deregistered, now, |_| {});
+    }
+
+    /// Reports that the registration with the lease `by` owns one of the keys.
+    pub(super) fn report_superseded(&mut self, by: i64, now: Timestamp) {
+        self.fault = Some(SUPERSEDED);
+        let key = self.key.clone();
+        let state = RegistrationState::Superseded {
+            since: now.wall,
+            by,
+            reason: SUPERSEDED.into(),
+        };
+        self.report(state, now, |status| {
             status.written = None;
-            status.error = Some(Error::Superseded {
-                key: key.to_owned(),
-                by,
-            });
+            status.error = Some(Error::Superseded { key, by });
         });
     }
 
-    /// Reports that the instance may be missing from etcd because of `fault`. An instance that was
-    /// not in etcd before has nothing to recover, and keeps its state.
-    pub(super) fn report_recovering(&self, fault: &str, written: Option<u64>, now: Timestamp) {
-        self.0.send_modify(|status| {
-            let since = match status.state {
-                RegistrationState::Registering | RegistrationState::Unready => return,
-                // The first fault tells since when the instance may be missing.
-                RegistrationState::Recovering { since, .. } => since,
-                _ => now.wall,
-            };
-            let reason = match &status.error {
-                Some(error) => format!("{fault} ({error})").into(),
-                None => fault.into(),
-            };
-            status.state = RegistrationState::Recovering { since, reason };
-            status.written = written;
+    /// Reports that the instance, whose generation `written` was in etcd, may be missing there
+    /// because of `fault`. The reason ends with the last error.
+    pub(super) fn report_recovering(
+        &mut self,
+        fault: &'static str,
+        written: Option<u64>,
+        now: Timestamp,
+    ) {
+        self.fault = Some(fault);
+        let state = RegistrationState::Recovering {
+            since: now.wall,
+            reason: describe(Some(fault), self.sender.borrow().error.as_ref()),
+        };
+        self.report(state, now, |status| status.written = written);
+    }
+
+    /// Whether the instance was not in etcd before, so that it has nothing to recover.
+    pub(super) fn is_unwritten(&self) -> bool {
+        use RegistrationState::{Registering, Unready};
+        matches!(
+            self.sender.borrow().state,
+            Registering { .. } | Unready { .. }
+        )
+    }
+
+    /// Reports that an attempt to bring etcd into the desired state failed.
+    pub(super) fn report_failure(&mut self, error: &Error, now: Timestamp) {
+        let mut state = self.sender.borrow().state.clone();
+        state.set_reason(describe(self.fault, Some(error)));
+        // Callers that wait learn that the registration is superseded, not that a check failed.
+        let is_superseded = matches!(state, RegistrationState::Superseded { .. });
+        self.report(state, now, |status| {
+            if !is_superseded {
+                status.error = Some(error.clone());
+            }
+        });
+    }
+
+    /// Reports that an attempt to delete the instance failed.
+    pub(super) fn report_removing(&mut self, error: &Error, now: Timestamp) {
+        self.fault = None;
+        let state = RegistrationState::Removing {
+            since: now.wall,
+            reason: describe(None, Some(error)),
+        };
+        self.report(state, now, |status| status.error = Some(error.clone()));
+    }
+
+    /// Sets the state, which keeps the time since which it holds if it is the present one. Logs a
+    /// new state and a new reason.
+    fn report(
+        &mut self,
+        mut state: RegistrationState,
+        now: Timestamp,
+        change: impl FnOnce(&mut Status),
+    ) {
+        let (key, seen) = (&self.key, &mut self.seen);
+        self.sender.send_modify(|status| {
+            change(status);
+            let is_continued = state.continue_from(&status.state);
+            if !is_continued {
+                seen.clear();
+            }
+            let is_new_reason = |reason| seen.insert(reason, now.wall);
+            if state.reason().is_some_and(is_new_reason) || !is_continued {
+                log(key, &state);
+                status.announced += 1;
+            }
+            status.state = state;
         });
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The reason of a state: the fault, and the latest failure to mend it.
+fn describe(fault: Option<&str>, error: Option<&Error>) -> Arc<str> {
+    match (fault, error) {
+        (Some(fault), Some(error)) => format!("{fault} ({error})").into(),
+        (Some(fault), None) => fault.into(),
+        (None, Some(error)) => error.to_string().into(),
+        (None, None) => NOT_WRITTEN.into(),
+    }
+}
 
-    #[test]
-    fn display_says_the_state_and_its_cause() {
-        let since = SystemTime::UNIX_EPOCH;
-        let reason = "the key was deleted".into();
-        for (state, shown) in [
-            (RegistrationState::Registered, "registered"),
-            (
-                RegistrationState::Recovering { since, reason },
-                "recovering: the key was deleted",
-            ),
-            (
-                RegistrationState::Superseded { since, by: 0x2a },
-                "superseded by lease 2a",
-            ),
-        ] {
-            assert_eq!(state.to_string(), shown);
+fn log(key: &str, state: &RegistrationState) {
+    let name = state.name();
+    match state {
+        RegistrationState::Registering { reason, .. }
+        | RegistrationState::Recovering { reason, .. }
+        | RegistrationState::Superseded { reason, .. }
+        | RegistrationState::Removing { reason, .. } => {
+            tracing::warn!(key, state = name, %reason, "etcd does not have the desired state");
+        }
+        RegistrationState::Unready { reason, .. } => {
+            tracing::info!(key, state = name, %reason, "the state of a registration changed");
+        }
+        RegistrationState::Registered
+        | RegistrationState::Draining
+        | RegistrationState::Deregistered => {
+            tracing::info!(key, state = name, "the state of a registration changed");
         }
     }
 }

@@ -105,7 +105,7 @@ async fn wait_until_registered(etcd: &Etcd, registration: &Registration) {
 
 async fn wait_until_unready(etcd: &Etcd, registration: &Registration) {
     wait_until("it is not registered", async || {
-        registration.state() == RegistrationState::Unready
+        matches!(registration.state(), RegistrationState::Unready { .. })
             && stored_value(etcd, registration.key())
                 .await
                 .unwrap()

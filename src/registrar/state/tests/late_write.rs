@@ -65,13 +65,15 @@ fn new_entry_of_the_key_inherits_it() {
         }
         harness.deregister(&first);
         let held_back = target(["b", "x/1"]);
-        let second = harness.reconciler.register(held_back, Desired::HeldBack);
+        let second = harness
+            .reconciler
+            .register(held_back, Desired::HeldBack, harness.now);
         if !is_lost_before {
             harness.fail(&lost);
         }
         harness.advance(MAX_BACKOFF);
         assert_eq!(harness.settle(1), ["delete a", "delete b x/1"]);
-        assert_eq!(state(&second.unwrap()), RegistrationState::Unready);
+        assert_eq!(state(&second.unwrap()).name(), "unready");
         // The write may arrive only now, while the watch is down.
         harness.watch_started("x/1");
         assert_eq!(harness.settle(1), ["delete b x/1"]);

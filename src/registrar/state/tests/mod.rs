@@ -8,6 +8,7 @@ mod key_event;
 mod late_write;
 mod lease;
 mod readiness;
+mod reasons;
 mod register;
 mod superseded;
 
@@ -66,7 +67,8 @@ impl Harness {
     }
 
     fn register_keys<const N: usize>(&mut self, keys: [&str; N]) -> Result<EntryHandle> {
-        self.reconciler.register(target(keys), Desired::Registered)
+        self.reconciler
+            .register(target(keys), Desired::Registered, self.now)
     }
 
     fn deregister(&mut self, handle: &EntryHandle) {
@@ -74,7 +76,11 @@ impl Harness {
     }
 
     fn set_ready(&mut self, handle: &EntryHandle, is_ready: bool) -> bool {
-        self.reconciler.set_ready(&handle.id, is_ready)
+        let readiness = match is_ready {
+            true => Readiness::Ready,
+            false => Readiness::NotReady,
+        };
+        self.reconciler.set_ready(&handle.id, readiness, self.now)
     }
 
     fn advance(&mut self, time: Duration) {
