@@ -81,5 +81,6 @@ pub use channel::{BalancedChannel, EndpointStatuses, ResponseFuture};
 pub(crate) use connection::PingPolicy;
 pub use pick::{BalancePolicy, ParseBalancePolicyError};
 pub use pool::{EndpointState, EndpointStatus};
+pub(crate) use replay::Replay;
 pub(crate) use response_head::is_not_grpc;
 pub use source::Source;

@@ -25,7 +25,7 @@ const LIMIT: usize = 64 * 1024;
 
 /// The body of one call, from which each attempt gets its own.
 #[derive(Debug)]
-pub(super) enum Replay {
+pub(crate) enum Replay {
     /// The complete body, in memory.
     Whole(Bytes),
     Streamed(Arc<Mutex<Streamed>>),
@@ -48,7 +48,7 @@ impl RequestBodyError {
 }
 
 #[derive(Debug)]
-pub(super) struct Streamed {
+pub(crate) struct Streamed {
     body: Body,
     ended: bool,
     error: RequestBodyError,
@@ -65,7 +65,7 @@ pub(super) struct Streamed {
 
 impl Replay {
     /// Reads the frames of the body that are available now. Is always ready.
-    pub(super) fn poll_new(body: &mut Body, cx: &mut Context<'_>) -> Poll<Result<Self, Status>> {
+    pub(crate) fn poll_new(body: &mut Body, cx: &mut Context<'_>) -> Poll<Result<Self, Status>> {
         let mut frames = Vec::new();
         let mut ended = body.is_end_stream();
         while !ended && frames.len() < 2 {
@@ -97,7 +97,7 @@ impl Replay {
     }
 
     /// The body of the first attempt.
-    pub(super) fn first_attempt(&self) -> AttemptBody {
+    pub(crate) fn first_attempt(&self) -> AttemptBody {
         match self {
             Self::Whole(bytes) => AttemptBody::from_bytes(bytes),
             Self::Streamed(streamed) => {
@@ -110,7 +110,7 @@ impl Replay {
     /// The body of a further attempt. `None` if it is no longer complete.
     ///
     /// The attempt before cannot read the body any more.
-    pub(super) fn next_attempt(&self) -> Option<AttemptBody> {
+    pub(crate) fn next_attempt(&self) -> Option<AttemptBody> {
         match self {
             Self::Whole(bytes) => Some(AttemptBody::from_bytes(bytes)),
             Self::Streamed(streamed) => {
@@ -143,7 +143,7 @@ impl Replay {
     }
 
     /// Stops recording, because the response has begun and there will be no other attempt.
-    pub(super) fn commit(&self) {
+    pub(crate) fn commit(&self) {
         if let Self::Streamed(streamed) = self {
             streamed.lock().committed = true;
         }
@@ -152,7 +152,7 @@ impl Replay {
 
 /// The body of one attempt.
 #[derive(Debug)]
-pub(super) enum AttemptBody {
+pub(crate) enum AttemptBody {
     /// `None` once the body was read, and for an empty body.
     Whole(Option<Bytes>),
     Streamed {

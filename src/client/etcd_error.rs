@@ -11,6 +11,9 @@ use crate::error::Error;
 /// The text of the error of a token that is older than its users and roles (`ErrAuthOldRevision`).
 const OLD_TOKEN: &str = "revision of auth store is old";
 
+/// The text of the refusal of a call without a user (`ErrUserEmpty`).
+const NO_USER: &str = "user name is empty";
+
 /// The text with which a learner refuses a call (`ErrGRPCNotSupportedForLearner`).
 const LEARNER_REFUSAL: &str = "rpc not supported for learner";
 
@@ -129,6 +132,19 @@ impl EtcdError {
     }
 }
 
+/// Whether a voting member of etcd refused a call only because of its user. A learner says first that
+/// it is one, and a proxy has other texts.
+pub(super) fn is_refusal_of_user(error: &etcd_client::Error) -> bool {
+    let etcd_client::Error::GRpcStatus(status) = error else {
+        return false;
+    };
+    let is_of_user = match EtcdError::decode(status.code(), status.message()) {
+        EtcdError::Other => status.message().contains(NO_USER),
+        error => error.is_auth_refusal(),
+    };
+    is_of_user && status.message().starts_with("etcdserver: ")
+}
+
 /// The status for the reason with which etcd cancels a watch. Watches share a stream, so etcd gives
 /// the reason as a text without a code; the code here is the one of the same text in a unary
 /// response. An old token gets the code of an expired one, because a new token helps.
@@ -140,7 +156,7 @@ pub(super) fn cancel_status(reason: &str) -> Status {
         Code::PermissionDenied
     } else if has("has been compacted") {
         Code::OutOfRange
-    } else if has("user name is empty") || has("duplicate ID") {
+    } else if has(NO_USER) || has("duplicate ID") {
         Code::InvalidArgument
     } else {
         Code::Unavailable

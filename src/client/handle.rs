@@ -273,7 +273,16 @@ impl Client {
         match timeout(limit, options.scope(work)).await {
             Ok(result) => result,
             Err(_) => Err(match &pinned {
-                Some(_) => transport::timeout_error(operation(), limit, &record, pinned.as_ref()),
+                Some(_) => {
+                    let learners = Default::default();
+                    transport::timeout_error(
+                        operation(),
+                        limit,
+                        &record,
+                        pinned.as_ref(),
+                        &learners,
+                    )
+                }
                 None => self.timeout_error(operation(), limit, &record),
             }),
         }

@@ -215,8 +215,9 @@ impl http_body::Body for RequestStream {
     }
 }
 
-/// Called when a stream ends, with its trailers or with the status that it failed with.
-type OnEnd = Box<dyn FnMut(&HeaderMap, Option<&Status>) + Send>;
+/// Called when a stream ends, with its trailers, which it may change, or with the status that it
+/// failed with.
+type OnEnd = Box<dyn FnMut(&mut HeaderMap, Option<&Status>) + Send>;
 
 /// The body of a streaming response: decoded messages within the limit. Fails with `CANCELLED` when
 /// the client is closed.
@@ -237,7 +238,7 @@ impl ResponseStream {
         body: Body,
         closed: WaitForCancellationFutureOwned,
         awaited: AwaitedResponse,
-        on_end: impl FnMut(&HeaderMap, Option<&Status>) + Send + 'static,
+        on_end: impl FnMut(&mut HeaderMap, Option<&Status>) + Send + 'static,
     ) -> Self {
         Self {
             codec,
@@ -254,7 +255,7 @@ impl ResponseStream {
         self.has_ended = true;
         self.body = Body::empty();
         self.awaited.fail(&status);
-        (self.on_end)(&HeaderMap::new(), Some(&status));
+        (self.on_end)(&mut HeaderMap::new(), Some(&status));
         Poll::Ready(Some(Err(status)))
     }
 }
@@ -293,7 +294,7 @@ impl http_body::Body for ResponseStream {
                 }
                 None => {
                     this.has_ended = true;
-                    (this.on_end)(&HeaderMap::new(), None);
+                    (this.on_end)(&mut HeaderMap::new(), None);
                     return Poll::Ready(None);
                 }
             };
@@ -301,13 +302,14 @@ impl http_body::Body for ResponseStream {
                 Ok(data) => this.received.extend_from_slice(&data),
                 Err(frame) => {
                     this.has_ended = true;
-                    if let Some(trailers) = frame.trailers_ref() {
-                        if let Some(status) = Status::from_header_map(trailers) {
-                            this.awaited.fail(&status);
-                        }
-                        (this.on_end)(trailers, None);
+                    let Ok(mut trailers) = frame.into_trailers() else {
+                        return Poll::Ready(None);
+                    };
+                    if let Some(status) = Status::from_header_map(&trailers) {
+                        this.awaited.fail(&status);
                     }
-                    return Poll::Ready(Some(Ok(frame)));
+                    (this.on_end)(&mut trailers, None);
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
                 }
             }
         }

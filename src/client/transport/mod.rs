@@ -4,7 +4,8 @@
 //!   there.
 //! - `unary`: the attempts of a unary call. `method` says which calls may be repeated.
 //! - `message` and `response`: messages, their limits and gzip.
-//! - `members`: the members of the cluster as the endpoints of a channel, kept up to date.
+//! - `members`: the members of the cluster that are called, kept current.
+//! - `raw_client`: etcd-client over a service of ours.
 //! - `awaited_response`: how a member responded, for the record of an operation's attempts.
 //! - `no_response`: the reason in the error of an operation whose time is over.
 //! - `token`: the age of the user's token.
@@ -16,6 +17,7 @@ mod members;
 mod message;
 mod method;
 mod no_response;
+mod raw_client;
 mod response;
 mod rpc;
 mod token;
@@ -24,8 +26,7 @@ mod unary;
 use std::fmt;
 use std::time::Duration;
 
-use futures::FutureExt as _;
-use tokio::sync::{OnceCell, watch};
+use tokio::sync::OnceCell;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -35,7 +36,8 @@ use crate::balance::AttemptRecord;
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::{Error, Result};
-use members::Addresses;
+use members::FollowedMembers;
+use raw_client::{options, unauthenticated};
 
 pub(super) use members::single_member;
 pub(super) use no_response::timeout_error;
@@ -57,53 +59,46 @@ pub(super) struct Transport {
     /// The attempts to authenticate, for which all calls wait.
     authentication: AttemptRecord,
     _auto_sync: Option<AbortOnDropHandle<()>>,
+    _following: AbortOnDropHandle<()>,
 }
 
 impl Transport {
     /// Connects, authenticates if there is a user, and waits until a member responds, all within
     /// `dial_timeout`.
     pub(super) async fn connect(config: &Config, closed: &CancellationToken) -> Result<Self> {
-        let (members, rpc) = rpc_service(config, closed)?;
+        let members = FollowedMembers::start(config, closed)?;
+        let rpc = RpcService::new(&members, config, closed);
         let raw = wait_until_reachable(config, &rpc).await?;
         let authenticated = OnceCell::new_with(Some(()));
-        Self::new(config, closed, members, rpc, raw, authenticated)
+        Ok(Self::new(config, closed, members, rpc, raw, authenticated))
     }
 
     /// Like [`connect`](Self::connect), but without waiting for a member: the first call
     /// authenticates.
     pub(super) fn connect_lazy(config: &Config, closed: &CancellationToken) -> Result<Self> {
-        let (members, rpc) = rpc_service(config, closed)?;
-        // Without a user in its options etcd-client sends nothing, so this future is ready at once.
-        let raw = etcd_client::Client::from_channel(rpc.to_etcd_channel(), Some(options()))
-            .now_or_never()
-            .ok_or_else(|| Error::NotConnected {
-                operation: "connect".to_owned(),
-                after: Duration::ZERO,
-                reason: "etcd-client waits for a response".to_owned(),
-            })?
-            .map_err(|error| Error::from_etcd("connect", error))?;
+        let members = FollowedMembers::start(config, closed)?;
+        let rpc = RpcService::new(&members, config, closed);
+        let raw = unauthenticated(rpc.to_etcd_service())?;
         let authenticated = OnceCell::new_with(config.username.is_none().then_some(()));
-        Self::new(config, closed, members, rpc, raw, authenticated)
+        Ok(Self::new(config, closed, members, rpc, raw, authenticated))
     }
 
     fn new(
         config: &Config,
         closed: &CancellationToken,
-        members: watch::Sender<Addresses>,
+        members: FollowedMembers,
         rpc: RpcService,
         raw: etcd_client::Client,
         authenticated: OnceCell<()>,
-    ) -> Result<Self> {
-        let configured = members::configured_addresses(config)?;
+    ) -> Self {
         let auto_sync = config.auto_sync.then(|| {
-            let cluster = raw.cluster_client();
-            let sync = members::auto_sync(config.clone(), configured, cluster, members);
+            let sync = members::auto_sync(config.clone(), raw.cluster_client(), members.membership);
             let closed = closed.clone();
             AbortOnDropHandle::new(tokio::spawn(async move {
                 closed.run_until_cancelled(sync).await;
             }))
         });
-        Ok(Transport {
+        Transport {
             // `message` applies the limits to every call. tonic's default of 4 MiB would apply
             // before a larger limit.
             kv: raw.kv_client().max_decoding_message_size(usize::MAX),
@@ -116,7 +111,8 @@ impl Transport {
             authenticated,
             authentication: AttemptRecord::default(),
             _auto_sync: auto_sync,
-        })
+            _following: members.task,
+        }
     }
 
     /// Authenticates before the first call of a lazily connected client. Concurrent calls share one
@@ -162,20 +158,6 @@ impl Transport {
         };
         self.rpc.timeout_error(operation, after, record)
     }
-}
-
-/// The service that reaches the configured members, and the sender of later changes of them.
-fn rpc_service(
-    config: &Config,
-    closed: &CancellationToken,
-) -> Result<(watch::Sender<Addresses>, RpcService)> {
-    let (members, current) = watch::channel(members::configured_addresses(config)?);
-    let rpc = RpcService::new(members::channel(config, current)?, config, closed);
-    Ok((members, rpc))
-}
-
-fn options() -> etcd_client::ConnectOptions {
-    etcd_client::ConnectOptions::new().with_auto_token_refresh(true)
 }
 
 fn user(config: &Config) -> Option<(&String, &String)> {
@@ -224,9 +206,12 @@ async fn connect_once(config: &Config, rpc: &RpcService) -> Result<etcd_client::
         options = options.with_user(name, password);
         operation = authenticate(name);
     }
-    let client = etcd_client::Client::from_channel(rpc.to_etcd_channel(), Some(options))
-        .await
-        .map_err(|error| Error::from_etcd(operation, error))?;
+    let client = etcd_client::Client::from_channel(
+        etcd_client::Channel::Custom(rpc.to_etcd_service()),
+        Some(options),
+    )
+    .await
+    .map_err(|error| Error::from_etcd(operation, error))?;
     check_reachable(client.maintenance_client().status().await, "connect")?;
     Ok(client)
 }

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::members::{Addresses, describe_learner};
 use crate::balance::{AttemptRecord, BalancedChannel, EndpointState, EndpointStatus};
 use crate::error::Error;
 
@@ -12,17 +13,18 @@ const MAX_NAMED: usize = 10;
 /// The error of an operation whose time is over.
 ///
 /// The reason names each member that `record` says was tried, with its last failure, and each other
-/// endpoint of the channel that is not connected. Without a channel, because the client was closed
+/// endpoint of the channel that is not connected or a learner. Without a channel, because the client was closed
 /// meanwhile, it names the members of the record.
 pub(in crate::client) fn timeout_error(
     operation: String,
     after: Duration,
     record: &AttemptRecord,
     channel: Option<&BalancedChannel>,
+    learners: &Addresses,
 ) -> Error {
     let endpoints = channel.map(BalancedChannel::endpoints).unwrap_or_default();
-    let reason = join(record, channel, &endpoints);
-    if channel.is_none() || endpoints.iter().any(is_connected) {
+    let reason = join(record, channel, &endpoints, learners);
+    if channel.is_none() || endpoints.iter().any(|e| takes_calls(e, learners)) {
         Error::Timeout {
             operation,
             after,
@@ -38,16 +40,27 @@ pub(in crate::client) fn timeout_error(
 }
 
 /// Why no member responded within the time of `record`'s operation.
-pub(super) fn reason(record: &AttemptRecord, channel: Option<&BalancedChannel>) -> String {
+pub(super) fn reason(
+    record: &AttemptRecord,
+    channel: Option<&BalancedChannel>,
+    learners: &Addresses,
+) -> String {
     let endpoints = channel.map(BalancedChannel::endpoints).unwrap_or_default();
-    join(record, channel, &endpoints)
+    join(record, channel, &endpoints, learners)
 }
 
-/// Whether no endpoint of the channel is connected.
+/// Whether no endpoint of the channel takes calls: none is connected, or only learners are.
 ///
 /// After the end of the channel's runtime none is.
-pub(super) fn is_disconnected(channel: &BalancedChannel) -> bool {
-    !channel.endpoints().iter().any(is_connected)
+pub(super) fn is_disconnected(channel: &BalancedChannel, learners: &Addresses) -> bool {
+    let endpoints = channel.endpoints();
+    !endpoints
+        .iter()
+        .any(|endpoint| takes_calls(endpoint, learners))
+}
+
+fn takes_calls(endpoint: &EndpointStatus, learners: &Addresses) -> bool {
+    is_connected(endpoint) && !learners.contains(&endpoint.address)
 }
 
 fn is_connected(endpoint: &EndpointStatus) -> bool {
@@ -58,12 +71,14 @@ fn join(
     record: &AttemptRecord,
     channel: Option<&BalancedChannel>,
     endpoints: &[EndpointStatus],
+    learners: &Addresses,
 ) -> String {
     let tried = record.failures();
     let is_tried = |address: &str| tried.iter().any(|(tried, _)| **tried == *address);
     let untried = endpoints
         .iter()
         .filter(|endpoint| !is_connected(endpoint) && !is_tried(&endpoint.address))
+        .filter(|endpoint| !learners.contains(&endpoint.address))
         .map(|endpoint| {
             let error = endpoint.last_error.as_deref();
             let error = error.unwrap_or("not connected yet");
@@ -72,8 +87,14 @@ fn join(
     let failures = tried
         .iter()
         .map(|(address, failure)| format!("{address}: {failure}"));
+    let left_out = learners.iter().filter(|address| !is_tried(address));
+    let left_out = left_out.map(|address| describe_learner(address));
     let unusable = channel.map(BalancedChannel::unusable).unwrap_or_default();
-    let reasons: Vec<String> = failures.chain(untried).chain(unusable).collect();
+    let reasons: Vec<String> = failures
+        .chain(untried)
+        .chain(left_out)
+        .chain(unusable)
+        .collect();
     if reasons.is_empty() {
         return record
             .unsent()

@@ -97,9 +97,9 @@ impl UnaryResponse {
         self.head.extensions.get()
     }
 
-    /// Applies [`map_stale_token`] to the response.
-    pub(super) fn with_stale_token_mapped(mut self) -> Self {
-        map_stale_token(self.trailers.as_mut().unwrap_or(&mut self.head.headers));
+    /// Applies [`map_refusal`] to the response.
+    pub(super) fn with_refusal_mapped(mut self) -> Self {
+        map_refusal(self.trailers.as_mut().unwrap_or(&mut self.head.headers));
         self
     }
 
@@ -127,25 +127,36 @@ pub(super) fn code_in(headers: &HeaderMap) -> Option<Code> {
     Some(Code::from_bytes(status.as_bytes()))
 }
 
+/// Whether the status in these headers is this error.
+pub(super) fn is_error_in(headers: &HeaderMap, error: EtcdError) -> bool {
+    // The message is decoded for failures only.
+    code_in(headers).is_some_and(|code| {
+        code != Code::Ok && EtcdError::decode(code, &message_in(headers)) == error
+    })
+}
+
 pub(super) fn message_in(headers: &HeaderMap) -> String {
     Status::from_header_map(headers).map_or_else(String::new, |status| status.message().to_owned())
 }
 
-/// Gives the error of an old token the code of an expired token.
+/// Gives a refusal the code that says what helps. etcd refuses before it executes anything, so
+/// writes may be repeated as well.
 ///
-/// etcd refuses a token that is older than its users and roles (a JWT after any change of them) as
-/// an invalid argument. etcd's own client renews such a token; etcd-client renews a token only for
-/// the code of an expired one. etcd refuses either token before it executes anything, so writes may
-/// be repeated as well.
-pub(super) fn map_stale_token(headers: &mut HeaderMap) {
+/// - etcd refuses a token that is older than its users and roles (a JWT after any change of them)
+///   as an invalid argument. etcd's own client renews such a token; etcd-client renews a token only
+///   for the code of an expired one.
+/// - A learner refuses calls from 3.6 on as a failed precondition. Another member may take them.
+pub(super) fn map_refusal(headers: &mut HeaderMap) {
     // The message is decoded for failures only.
-    let is_stale = code_in(headers).is_some_and(|code| {
-        code != Code::Ok && EtcdError::decode(code, &message_in(headers)) == EtcdError::OldToken
-    });
-    if is_stale {
-        let code = HeaderValue::from(Code::Unauthenticated as i32);
-        headers.insert(GRPC_STATUS, code);
-    }
+    let Some(code) = code_in(headers).filter(|code| *code != Code::Ok) else {
+        return;
+    };
+    let code = match EtcdError::decode(code, &message_in(headers)) {
+        EtcdError::OldToken => Code::Unauthenticated,
+        EtcdError::Learner => Code::Unavailable,
+        _ => return,
+    };
+    headers.insert(GRPC_STATUS, HeaderValue::from(code as i32));
 }
 
 /// A body that is held in memory.
@@ -192,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_an_old_token_gets_the_code_of_an_expired_one() {
+    fn refusals_get_the_code_that_says_what_helps() {
         for (code, message, named) in [
             (
                 "3",
@@ -209,6 +220,16 @@ mod tests {
                 "2",
                 "etcdserver: revision of auth store is old",
                 Code::Unknown,
+            ),
+            (
+                "9",
+                "etcdserver: rpc not supported for learner",
+                Code::Unavailable,
+            ),
+            (
+                "9",
+                "etcdserver: lease already exists",
+                Code::FailedPrecondition,
             ),
             ("0", "", Code::Ok),
         ] {
@@ -228,7 +249,7 @@ mod tests {
                     data,
                     trailers,
                 }
-                .with_stale_token_mapped();
+                .with_refusal_mapped();
                 assert_eq!(response.code(), named, "{message}");
             }
         }

@@ -13,7 +13,7 @@
 //!   no member can have executed it.
 //! - The limits of messages, gzip, and the debug log.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -22,7 +22,7 @@ use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -30,19 +30,28 @@ use tower::{BoxError, Service};
 
 use super::awaited_response::AwaitedResponse;
 use super::call_log::CallLog;
+use super::members::{FollowedMembers, Membership, refusal_pauses};
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
 use super::no_response::{self, is_disconnected};
-use super::response::{code_in, collect, map_not_grpc, map_stale_token, message_in};
+use super::raw_client::EtcdService;
+use super::response::{code_in, collect, is_error_in, map_not_grpc, map_refusal, message_in};
 use super::token::Token;
 use super::unary::UnaryCall;
-use crate::balance::{AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext, ServedBy};
+use crate::balance::{
+    AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext, Replay, ServedBy,
+};
+use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::Error;
 
 /// With this header a member without a leader refuses a call before it looks at the request, and
 /// ends a stream instead of leaving the stream silent. etcd's own client sends it for leases too.
 const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
+
+/// How often learners may refuse a stream before the caller gets the refusal. Callers that must have
+/// a stream try again, so this only has to suffice until the learners are left out.
+const MAX_REFUSALS: usize = 8;
 
 tokio::task_local! {
     /// The options of the calls that the current task makes.
@@ -88,6 +97,7 @@ pub(in crate::client) struct RpcService {
 struct RpcState {
     /// `None` once the client is closed, although a raw client may still hold the service.
     channel: ArcSwapOption<BalancedChannel>,
+    membership: Arc<Membership>,
     codec: Codec,
     is_logging: bool,
     closed: CancellationToken,
@@ -98,13 +108,14 @@ struct RpcState {
 
 impl RpcService {
     pub(super) fn new(
-        channel: BalancedChannel,
+        members: &FollowedMembers,
         config: &Config,
         closed: &CancellationToken,
     ) -> Self {
         Self {
             state: Arc::new(RpcState {
-                channel: ArcSwapOption::from_pointee(channel),
+                channel: ArcSwapOption::from_pointee(members.channel.clone()),
+                membership: Arc::clone(&members.membership),
                 codec: Codec {
                     max_send: config.max_call_send_msg_size,
                     max_recv: config.max_call_recv_msg_size,
@@ -120,8 +131,8 @@ impl RpcService {
     }
 
     /// The service as etcd-client takes it.
-    pub(super) fn to_etcd_channel(&self) -> etcd_client::Channel {
-        etcd_client::Channel::Custom(tower::util::BoxCloneSyncService::new(self.clone()))
+    pub(super) fn to_etcd_service(&self) -> EtcdService {
+        EtcdService::new(self.clone())
     }
 
     /// Closes the connections. Connections that carry calls close after the last of their calls.
@@ -153,12 +164,12 @@ impl RpcService {
         channel.as_ref().is_some_and(|channel| channel.has_ended())
     }
 
-    /// Whether no member is connected. False once the client is closed.
+    /// Whether no member takes calls: none is connected, or only learners are. False once the client is closed.
     pub(in crate::client) fn is_disconnected(&self) -> bool {
         let channel = self.state.channel.load();
         channel
             .as_ref()
-            .is_some_and(|channel| is_disconnected(channel))
+            .is_some_and(|channel| is_disconnected(channel, &self.state.membership.learners()))
     }
 
     /// The error of an operation whose time is over.
@@ -169,13 +180,18 @@ impl RpcService {
         record: &AttemptRecord,
     ) -> Error {
         let channel = self.state.channel.load_full();
-        no_response::timeout_error(operation, after, record, channel.as_deref())
+        let learners = self.state.membership.learners();
+        no_response::timeout_error(operation, after, record, channel.as_deref(), &learners)
     }
 
     /// Why no member responded within the time of `record`'s operation.
     pub(super) fn no_response_reason(&self, record: &AttemptRecord) -> String {
         let channel = self.state.channel.load_full();
-        no_response::reason(record, channel.as_deref())
+        no_response::reason(
+            record,
+            channel.as_deref(),
+            &self.state.membership.learners(),
+        )
     }
 }
 
@@ -193,9 +209,12 @@ impl Service<Request<Body>> for RpcService {
         let mut options = CallOptions::current();
         Box::pin(async move {
             let response = match options.pinned.take() {
-                Some(pinned) => state.call(&pinned, request, options).await,
+                Some(pinned) => state.call(&pinned, None, request, options).await,
                 None => match state.channel.load_full() {
-                    Some(channel) => state.call(&channel, request, options).await,
+                    Some(channel) => {
+                        let membership = Some(&state.membership);
+                        state.call(&channel, membership, request, options).await
+                    }
                     None => Err(Status::cancelled("the client is closed")),
                 },
             };
@@ -208,6 +227,7 @@ impl RpcState {
     async fn call(
         &self,
         channel: &BalancedChannel,
+        membership: Option<&Arc<Membership>>,
         request: Request<Body>,
         options: CallOptions,
     ) -> Result<Response<Body>, Status> {
@@ -234,19 +254,22 @@ impl RpcState {
         if kind == CallKind::Bidi {
             let body = Body::new(RequestStream { codec, body });
             let request = Request::from_parts(head, body);
-            return self.stream(channel, request, codec, context, log).await;
+            let stream = self.stream(channel, membership, request, codec, context, log);
+            return stream.await;
         }
         let message = collect(body).await.and_then(|plain| codec.encode(plain));
         let message = log_refusal(message, &mut log)?;
         if kind == CallKind::ServerStream {
             let body = Body::new(http_body_util::Full::new(message));
             let request = Request::from_parts(head, body);
-            return self.stream(channel, request, codec, context, log).await;
+            let stream = self.stream(channel, membership, request, codec, context, log);
+            return stream.await;
         }
         let mut call = UnaryCall {
             timeout: self.timeout,
             token: &self.token,
             channel,
+            membership: membership.map(Arc::as_ref),
             kind,
             head,
             message,
@@ -274,18 +297,22 @@ impl RpcState {
         if self.codec.gzip && response.code() == Code::Unimplemented {
             return Err(gzip_error(&response.message()));
         }
-        Ok(response.with_stale_token_mapped().into_response())
+        Ok(response.with_refusal_mapped().into_response())
     }
 
     async fn stream(
         &self,
         channel: &BalancedChannel,
+        membership: Option<&Arc<Membership>>,
         request: Request<Body>,
         codec: Codec,
         context: CallContext<'_>,
         mut log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
-        let response = channel.call_within(request, context).await;
+        let response = match membership {
+            Some(membership) => open_past_learners(channel, membership, request, context).await,
+            None => channel.call_within(request, context).await,
+        };
         if let (Some(log), Ok(response)) = (&mut log, &response) {
             log.set_stream_server(response.extensions().get::<ServedBy>().cloned());
         }
@@ -312,7 +339,16 @@ impl RpcState {
             end_log(code);
         }
         let closed = self.closed.clone().cancelled_owned();
+        let server = head.extensions.get::<ServedBy>().cloned();
+        let membership = membership.cloned();
         let body = ResponseStream::new(codec, body, closed, awaited, move |trailers, status| {
+            // Over TLS etcd sends a refusal after the head.
+            if is_error_in(trailers, EtcdError::Learner)
+                && let Some(membership) = &membership
+            {
+                membership.record_refusal(server.as_ref());
+            }
+            map_refusal(trailers);
             end_log(match status {
                 Some(status) => status.code(),
                 None => code_in(trailers).unwrap_or(Code::Ok),
@@ -322,13 +358,50 @@ impl RpcState {
     }
 }
 
+/// Opens a stream on a member that is no learner. A learner refuses in the response's head, so the
+/// requests that were sent by then are sent again.
+async fn open_past_learners(
+    channel: &BalancedChannel,
+    membership: &Membership,
+    request: Request<Body>,
+    context: CallContext<'_>,
+) -> Result<Response<Body>, Status> {
+    let (head, mut body) = request.into_parts();
+    let replay = poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
+    let mut body = replay.first_attempt();
+    let mut pauses = refusal_pauses();
+    for _ in 0..MAX_REFUSALS {
+        let request = Request::from_parts(head.clone(), Body::new(body));
+        let response = channel.call_within(request, context).await;
+        let response = response.map_err(|status| membership.name_learners(status))?;
+        if !is_error_in(response.headers(), EtcdError::Learner) {
+            replay.commit();
+            return Ok(response);
+        }
+        let learner = response.extensions().get::<ServedBy>();
+        membership.record_refusal(learner);
+        if let (Some(record), Some(learner)) = (context.record, learner) {
+            let refusal = Status::unavailable(message_in(response.headers()));
+            record.fail(learner.address(), &refusal);
+        }
+        sleep(pauses.next()).await;
+        // `None` if more of the requests was sent meanwhile than is kept for another attempt.
+        match replay.next_attempt() {
+            Some(next) => body = next,
+            None => return Ok(response),
+        }
+    }
+    let request = Request::from_parts(head, Body::new(body));
+    channel.call_within(request, context).await
+}
+
 /// Checks and translates the head of a streaming response.
 fn check_stream_head(
     mut response: Response<Body>,
     codec: &Codec,
 ) -> Result<Response<Body>, Status> {
     let headers = response.headers_mut();
-    map_stale_token(headers);
+    map_refusal(headers);
     if codec.gzip && code_in(headers) == Some(Code::Unimplemented) {
         return Err(gzip_error(&message_in(headers)));
     }

@@ -7,7 +7,8 @@
 //!     retry_transient        sends a failed read to another member
 //!   send_via_leader        sends a write to another member if the first has no leader
 //!       retry_unknown_token    sends a call again that a member refused because of a new token
-//!         send_once              sends the call to one member
+//!         retry_learner          sends a call again that a learner refused
+//!           send_once              sends the call to one member
 //! ```
 
 use std::pin::pin;
@@ -21,6 +22,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::awaited_response::AwaitedResponse;
+use super::members::{Membership, refusal_pauses};
 use super::message::Codec;
 use super::method::CallKind;
 use super::no_response::is_disconnected;
@@ -41,6 +43,8 @@ pub(super) struct UnaryCall<'a> {
     pub(super) timeout: Duration,
     pub(super) token: &'a Token,
     pub(super) channel: &'a BalancedChannel,
+    /// The members behind the channel. `None` for a call to one particular member.
+    pub(super) membership: Option<&'a Membership>,
     pub(super) kind: CallKind,
     pub(super) head: request::Parts,
     /// The encoded request.
@@ -135,14 +139,18 @@ impl UnaryCall<'_> {
         }
     }
 
-    /// Whether the call was repeated for its whole timeout, or for half of it while no member is
-    /// connected, or no member can be connected any more.
+    /// Whether the call was repeated for its whole timeout, or for half of it while no member takes
+    /// calls, or no member can be connected any more.
     fn out_of_budget(&self) -> bool {
         if self.channel.has_ended() {
             return true;
         }
         let (elapsed, timeout) = (self.started.elapsed(), self.timeout);
-        elapsed >= timeout || (elapsed >= timeout / 2 && is_disconnected(self.channel))
+        let is_disconnected = || {
+            let learners = self.membership.map(Membership::learners);
+            is_disconnected(self.channel, &learners.unwrap_or_default())
+        };
+        elapsed >= timeout || (elapsed >= timeout / 2 && is_disconnected())
     }
 
     /// Sends the call until no member refuses it only because a new token has not reached that
@@ -150,7 +158,7 @@ impl UnaryCall<'_> {
     async fn retry_unknown_token(&self) -> Result<UnaryResponse, Status> {
         let mut backoff = None;
         loop {
-            let response = self.send_once().await?;
+            let response = self.retry_learner().await?;
             if response.code() != Code::Unauthenticated || !self.token.is_new() {
                 if self.kind == CallKind::Authenticate && response.code() == Code::Ok {
                     self.token.record_issued();
@@ -161,14 +169,40 @@ impl UnaryCall<'_> {
         }
     }
 
-    async fn send_once(&self) -> Result<UnaryResponse, Status> {
+    /// Sends the call until the member that gets it is no learner. A learner refuses before it
+    /// looks at the request, so writes are repeated as well.
+    async fn retry_learner(&self) -> Result<UnaryResponse, Status> {
+        let Some(membership) = self.membership else {
+            return self.send_once(self.attempted.as_ref()).await;
+        };
+        let mut attempted = self.attempted.clone();
+        let mut pauses = None;
+        loop {
+            let response = self.send_once(attempted.as_ref()).await;
+            let response = response.map_err(|status| membership.name_learners(status))?;
+            if !response.is_error(EtcdError::Learner) {
+                return Ok(response);
+            }
+            membership.record_refusal(response.served_by());
+            if self.out_of_budget() {
+                return Ok(response);
+            }
+            attempted.get_or_insert_default();
+            sleep(pauses.get_or_insert_with(refusal_pauses).next()).await;
+        }
+    }
+
+    async fn send_once(
+        &self,
+        attempted: Option<&AttemptedEndpoints>,
+    ) -> Result<UnaryResponse, Status> {
         let mut request = Request::new(Body::new(http_body_util::Full::new(self.message.clone())));
         *request.method_mut() = self.head.method.clone();
         *request.uri_mut() = self.head.uri.clone();
         *request.version_mut() = self.head.version;
         *request.headers_mut() = self.head.headers.clone();
         let context = CallContext {
-            attempted: self.attempted.as_ref(),
+            attempted,
             record: self.record.as_ref(),
         };
         let response = self.channel.call_within(request, context).await;

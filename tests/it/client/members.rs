@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::support::frames::FrameServer;
 use crate::support::log::Log;
 use crate::support::process::isolate;
 use crate::support::{TestResult, call_count, config, wait_for, wait_until};
@@ -110,6 +111,84 @@ async fn auto_sync_follows_the_member_list() -> TestResult {
         is_used(&client, gone).await
     })
     .await;
+    Ok(())
+}
+
+/// etcd#7588: behind address translation, in Docker for example, etcd advertises URLs that clients
+/// cannot use.
+#[tokio::test]
+async fn auto_sync_keeps_what_a_useless_list_cannot_replace() -> TestResult {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    // Takes connections and calls, and answers no call.
+    let hung = FrameServer::start(async |mut connection| {
+        connection.handshake(&[]).await?;
+        loop {
+            connection.next().await?;
+        }
+    })
+    .await;
+    let other_cluster = Etcd::start().await?;
+    let advertised = [
+        "127.0.0.1:1".to_owned(),
+        "0.0.0.0:2379".to_owned(),
+        "nowhere.invalid:2379".to_owned(),
+        silent.local_addr()?.to_string(),
+        hung.address().to_owned(),
+        other_cluster.endpoint(),
+    ];
+    let run = async |advertised: &str| -> TestResult {
+        let url = format!("http://{advertised}");
+        let etcd = Etcd::builder()
+            .args(["--advertise-client-urls", &url])
+            .start()
+            .await?;
+        let client = Client::new("main", auto_sync_config(vec![etcd.endpoint()])).await?;
+        let lists = call_count(&etcd, "MemberList").await?;
+        wait_until("the list is read several times", async || {
+            client.put("key", advertised, None).await.unwrap();
+            call_count(&etcd, "MemberList").await.unwrap() >= lists + 5
+        })
+        .await;
+        for n in 0..50 {
+            client.put("key", n.to_string(), None).await?;
+            let response = client.get("key", None).await?;
+            assert_eq!(response.kvs()[0].value_str()?, n.to_string());
+        }
+        Ok(())
+    };
+    futures::future::try_join_all(advertised.iter().map(|address| run(address))).await?;
+    assert_eq!(call_count(&other_cluster, "Put").await?, 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn auto_sync_returns_to_the_configured_endpoints() -> TestResult {
+    let listed = Proxy::start("127.0.0.1:1").await?;
+    let url = format!("http://{}", listed.endpoint());
+    let etcd = Etcd::builder()
+        .args(["--advertise-client-urls", &url])
+        .start()
+        .await?;
+    listed.set_target(etcd.endpoint());
+    let configured = Proxy::start(etcd.endpoint()).await?;
+    let client = Client::new("main", auto_sync_config(vec![configured.endpoint()])).await?;
+    for _ in 0..2 {
+        wait_until(
+            "the listed member replaces the configured endpoint",
+            async || {
+                client.put("key", "1", None).await.unwrap();
+                configured.connections() == 0
+            },
+        )
+        .await;
+        assert!(listed.connections() > 0);
+        // All listed members are lost.
+        listed.cut().await;
+        for _ in 0..20 {
+            client.put("key", "2", None).await?;
+        }
+        listed.restore().await?;
+    }
     Ok(())
 }
 

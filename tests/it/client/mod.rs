@@ -6,6 +6,7 @@ mod close;
 mod faults;
 mod gateways;
 mod idle_connections;
+mod learners;
 mod limits;
 mod locks;
 mod members;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::support::TestResult;
 use goo_etcd::etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
-use goo_etcd::testing::{Etcd, EtcdCluster};
+use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error, TlsConfig};
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType,
@@ -280,5 +280,32 @@ async fn nothing_is_sent_in_plaintext() -> TestResult {
             assert!(!connection.windows(plain.len()).any(|part| part == plain));
         }
     }
+    Ok(())
+}
+
+/// Over TLS etcd sends a learner's refusal of a stream after the response's head.
+#[tokio::test]
+async fn learner_refuses_no_stream_for_good() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let authority = Authority::new("ours")?;
+    let shown = authority.sign(Flaws::default())?;
+    let cluster = authority.cluster(folder.path(), &shown, 3).await?;
+    cluster.replace_with_learner(2).await?;
+    let learner = cluster.member(2).endpoint();
+    let mut proxies = Vec::new();
+    for voter in &cluster.members()[..2] {
+        let proxy = Proxy::start(voter.endpoint()).await?;
+        // The learner is connected first, so it gets the first calls.
+        proxy.delay(Duration::from_millis(150));
+        proxies.push(proxy);
+    }
+    let endpoints = proxies.iter().map(Proxy::endpoint).chain([learner]);
+    let mut config = tls_config(endpoints.collect(), authority.client()?);
+    config.dial_timeout = crate::support::PATIENCE;
+    let client = Client::new("main", config.clone()).await?;
+    drop(client.watch("key", None).await?);
+    let client = Client::new("main", config).await?;
+    let lease = client.grant(30).await?;
+    client.keep_alive_once(lease.id()).await?;
     Ok(())
 }
