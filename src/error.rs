@@ -97,12 +97,12 @@ pub enum Error {
 
     /// The requested history has been compacted. List again, and watch from the revision of the
     /// list.
-    #[error(
-        "the requested revision has been compacted; the oldest available is {compact_revision}"
-    )]
+    #[error("the requested revision has been compacted{}", oldest(*.compact_revision))]
     #[non_exhaustive]
     Compacted {
-        /// The oldest revision that a watch can still start from.
+        /// The oldest revision that can still be read, and that a watch can start from. 0 if etcd
+        /// did not say it: etcd says it to a watch, which the client opens after another call was
+        /// refused.
         compact_revision: i64,
     },
 
@@ -282,6 +282,13 @@ pub enum Error {
     /// The registrar was closed, and accepts no registration any more.
     #[error("the registrar is closed; build another one to register")]
     RegistrarClosed,
+}
+
+fn oldest(compact_revision: i64) -> String {
+    match compact_revision {
+        0 => String::new(),
+        revision => format!("; the oldest available is {revision}"),
+    }
 }
 
 fn list(names: &[String]) -> String {

@@ -38,7 +38,8 @@ impl Client {
     }
 
     /// Reads a key. With options it reads a range of keys, by prefix, at a revision, sorted or
-    /// limited.
+    /// limited. A revision that is compacted fails with
+    /// [`Error::Compacted`](crate::Error::Compacted).
     pub async fn get(
         &self,
         key: impl Into<Vec<u8>>,
@@ -46,7 +47,8 @@ impl Client {
     ) -> Result<GetResponse> {
         let key = key.into();
         let mut kv = self.inner.transport.kv.clone();
-        self.call(
+        self.call_at_revision(
+            &key,
             || format!("get {}", display_key(&key)),
             kv.get(key.as_slice(), options.into()),
         )
@@ -71,15 +73,16 @@ impl Client {
         .await
     }
 
-    /// Compacts the history before this revision. Watches that start before it then fail with
-    /// [`Error::Compacted`](crate::Error::Compacted).
+    /// Compacts the history before this revision. Reads and watches before it then fail with
+    /// [`Error::Compacted`](crate::Error::Compacted), and so does another compaction up to it.
     pub async fn compact(
         &self,
         revision: i64,
         options: impl Into<Option<CompactionOptions>>,
     ) -> Result<CompactionResponse> {
         let mut kv = self.inner.transport.kv.clone();
-        self.call(
+        self.call_at_revision(
+            b"",
             || format!("compact up to revision {revision}"),
             kv.compact(revision, options.into()),
         )

@@ -20,6 +20,7 @@
 
 mod close;
 mod cluster;
+mod compacted;
 mod concurrency;
 pub(crate) mod etcd_error;
 mod handle;

@@ -72,7 +72,8 @@ impl Txn {
     ///
     /// # Errors
     ///
-    /// The errors of [`Client::put`]. After a timeout or a lost connection, the transaction may or
+    /// The errors of [`Client::put`], and [`Error::Compacted`](crate::Error::Compacted) if an
+    /// operation reads at a revision that is compacted. After a timeout or a lost connection, the transaction may or
     /// may not have been executed.
     pub async fn commit(self) -> Result<TxnResponse> {
         let Txn {
@@ -88,7 +89,8 @@ impl Txn {
             .or_else(failure);
         let mut kv = client.inner.transport.kv.clone();
         client
-            .call(
+            .call_at_revision(
+                b"",
                 || format!("transaction of {when} comparisons, {then} and {otherwise} operations"),
                 kv.txn(txn),
             )

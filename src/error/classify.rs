@@ -12,7 +12,7 @@ impl Error {
     /// [`NotConnected`](Self::NotConnected), [`StreamLost`](Self::StreamLost) and
     /// [`LeaseNotApplied`](Self::LeaseNotApplied), `ABORTED` for [`Conflict`](Self::Conflict) and
     /// [`DataReplaced`](Self::DataReplaced), `FAILED_PRECONDITION` for [`KeyLost`](Self::KeyLost).
-    /// All others have none.
+    /// [`Compacted`](Self::Compacted) has etcd's own code, `OUT_OF_RANGE`. All others have none.
     pub fn code(&self) -> Option<Code> {
         match self {
             Error::Rpc { status, .. } => Some(status.code()),
@@ -21,6 +21,7 @@ impl Error {
             | Error::LeaseNotApplied { .. } => Some(Code::Unavailable),
             Error::Conflict { .. } | Error::DataReplaced { .. } => Some(Code::Aborted),
             Error::KeyLost { .. } => Some(Code::FailedPrecondition),
+            Error::Compacted { .. } => Some(Code::OutOfRange),
             _ => None,
         }
     }
@@ -232,7 +233,7 @@ mod tests {
         let compacted = Error::Compacted {
             compact_revision: 7,
         };
-        check(&compacted, false, false, None);
+        check(&compacted, false, false, Some(Code::OutOfRange));
         check(
             &Error::RevisionWentBack { seen: 7, now: 1 },
             false,

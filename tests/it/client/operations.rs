@@ -117,20 +117,41 @@ async fn compaction_removes_only_older_revisions() -> TestResult {
     let physical = CompactionOptions::new().with_physical();
     client.compact(revision - 1, physical).await?;
     let at = |revision| GetOptions::new().with_revision(revision);
-    let refused = client.get("key", at(revision - 2)).await.unwrap_err();
-    assert_eq!(refused.code(), Some(tonic::Code::OutOfRange), "{refused}");
-    assert!(refused.to_string().contains("compacted"), "{refused}");
+    let get = client.get("key", at(revision - 2));
+    assert_compacted(get.await.unwrap_err(), revision - 1);
+    let prefix = client.get("", at(1).with_prefix().with_limit(1));
+    assert_compacted(prefix.await.unwrap_err(), revision - 1);
+    let txn = [TxnOp::get("key", Some(at(revision - 2)))];
+    let txn = client.txn().and_then(txn).commit();
+    assert_compacted(txn.await.unwrap_err(), revision - 1);
+    let again = client.compact(revision - 1, None);
+    assert_compacted(again.await.unwrap_err(), revision - 1);
     let older = client.get("key", at(revision - 1)).await?;
     assert_eq!(older.kvs()[0].value(), b"3");
     assert_eq!(client.get("key", None).await?.kvs()[0].value(), b"4");
-    // A revision that is already compacted, and one in the future.
-    for wrong in [revision - 1, revision + 100] {
-        let refused = client.compact(wrong, None).await.unwrap_err();
-        assert_eq!(refused.code(), Some(tonic::Code::OutOfRange), "{refused}");
-        let text = refused.to_string();
-        assert!(text.contains(&wrong.to_string()), "{text}");
-    }
+    // A revision in the future is no compacted one.
+    let future = revision + 100;
+    let refused = client.compact(future, None).await.unwrap_err();
+    assert!(matches!(refused, Error::Rpc { .. }), "{refused:?}");
+    assert_eq!(refused.code(), Some(tonic::Code::OutOfRange), "{refused}");
+    assert!(
+        refused.to_string().contains(&future.to_string()),
+        "{refused}"
+    );
     Ok(())
+}
+
+fn assert_compacted(error: Error, oldest: i64) {
+    assert!(
+        matches!(error, Error::Compacted { compact_revision, .. } if compact_revision == oldest),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    assert!(
+        text.contains("compacted") && text.contains(&oldest.to_string()),
+        "{text}"
+    );
+    assert!(!error.is_retryable(), "{error}");
 }
 
 #[tokio::test]
