@@ -2,7 +2,10 @@
 
 mod auth;
 mod call_log;
+#[cfg(feature = "tls-ring")]
+mod certificates;
 mod close;
+mod endpoints;
 mod faults;
 mod gateways;
 mod idle_connections;
