@@ -4,6 +4,7 @@ use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
 
+use futures::future::select;
 use futures::stream::{self, StreamExt};
 use tokio::time::{sleep, timeout};
 
@@ -19,11 +20,11 @@ use crate::runtime;
 /// given back ends with its TTL.
 const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long one member may take to revoke a lease before another is asked.
-const TIMEOUT_PER_MEMBER: Duration = Duration::from_millis(400);
+/// How long the first member may take to revoke a lease before another is asked too.
+const SECOND_MEMBER_AFTER: Duration = Duration::from_millis(400);
 
-/// How many leases are revoked at the same time. Proxies allow about a hundred streams.
-const CONCURRENT_REVOKES: usize = 64;
+/// How many leases are revoked at the same time. Calls beyond the streams of a proxy wait.
+const CONCURRENT_REVOKES: usize = 128;
 
 impl Client {
     /// Closes this client and all its clones: gives back its locks and leaderships, leaves the
@@ -67,25 +68,32 @@ impl Client {
         }
     }
 
-    /// Revokes a lease, although the client is closed. Asks one member after the other.
+    /// Revokes a lease, although the client is closed. Asks a second member beside the first when
+    /// the first is slow.
     async fn give_back(&self, id: i64) {
         let options = CallOptions {
             attempted: Some(AttemptedEndpoints::default()),
             ..CallOptions::default()
         };
+        let first = options.clone().scope(self.revoke_although_closed(id));
+        let second = options.scope(async {
+            sleep(SECOND_MEMBER_AFTER).await;
+            self.revoke_although_closed(id).await;
+        });
+        select(pin!(first), pin!(second)).await;
+        self.inner.held_leases.remove(id);
+    }
+
+    /// Tries until the lease is revoked, or cannot be.
+    async fn revoke_although_closed(&self, id: i64) {
         let mut lease = self.inner.transport.lease.clone();
         let mut backoff = Backoff::for_etcd();
-        loop {
-            let revoke = options.clone().scope(lease.revoke(id));
-            let error = match timeout(TIMEOUT_PER_MEMBER, revoke).await {
-                Ok(Ok(_)) => return self.inner.held_leases.remove(id),
-                Ok(Err(error)) => lease_error(format!("revoke lease {id:x}"), id, error),
-                Err(_) => continue,
-            };
+        while let Err(error) = lease.revoke(id).await {
+            let error = lease_error(format!("revoke lease {id:x}"), id, error);
             // Another call of `close` may have closed the connections.
             if error.is_permanent() || self.inner.transport.rpc.is_closed() {
                 tracing::debug!(%error, "cannot give back a lock, leaving it to expire");
-                return self.inner.held_leases.remove(id);
+                return;
             }
             sleep(backoff.next()).await;
         }

@@ -23,8 +23,9 @@ use crate::error::Result;
 /// How many keys the first page of a read has. Most queues are shorter.
 const FIRST_PAGE: i64 = 50;
 
-/// How many keys a later page has at most.
-const MAX_PAGE: usize = 1_000;
+/// How many keys a later page has at most. etcd counts the keys up to the end of the range for each
+/// page, so that small pages of a large range are slow.
+const MAX_PAGE: usize = 5_000;
 
 /// About how many bytes a later page has. etcd filters neither by lease nor by form, so the values
 /// of other keys are read too.

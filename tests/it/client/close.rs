@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use goo_etcd::testing::Etcd;
+use goo_etcd::testing::{Etcd, EtcdCluster};
 use goo_etcd::{Client, Directory, Error, Instance, Registrar, Result, TxnOp};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::support::{PATIENCE, TestResult, connect, leases, wait_for, wait_until};
+use crate::support::{PATIENCE, TestResult, config, connect, leases, wait_for, wait_until};
 
 /// Longer than any test, so that a lock that is free was given back and did not expire.
 const LONG_TTL: Duration = Duration::from_secs(600);
@@ -152,6 +152,24 @@ async fn lock_dropped_just_before_is_given_back() -> TestResult {
     client.close().await?;
     assert!(leases(&etcd).await?.is_empty());
     take_over(&etcd).await
+}
+
+#[tokio::test]
+async fn lock_is_given_back_beside_a_hung_member() -> TestResult {
+    let cluster = EtcdCluster::start().await?;
+    let leader = cluster.leader().await?;
+    for hung in (0..3).filter(|member| *member != leader) {
+        let client = Client::connect("test", config(cluster.endpoints())).await?;
+        let lock = client.lock("l", LONG_TTL).await?;
+        cluster.member(hung).pause().await?;
+        client.close().await?;
+        assert!(!lock.is_held());
+        let other = connect(cluster.member(leader).endpoint()).await;
+        let free = wait_for("the lock", other.lock("l", LONG_TTL)).await?;
+        free.unlock().await?;
+        cluster.member(hung).resume()?;
+    }
+    Ok(())
 }
 
 /// A lock whose etcd hangs stays for its TTL, but `close` returns.
