@@ -47,6 +47,22 @@ impl SlowVoters {
         client.put("large", vec![0; LARGE], None).await?;
         Ok(self.proxies[2].bytes_up() - before >= LARGE as u64)
     }
+
+    async fn promote_learner_and_wait_for_its_use(&self, client: &Client) -> TestResult {
+        let list = client.member_list().await?;
+        let learner = list.members().iter().find(|member| member.is_learner());
+        let id = learner.ok_or("no learner is listed")?.id();
+        // etcd refuses until the learner has caught up.
+        wait_until("the learner is promoted", async || {
+            client.member_promote(id).await.is_ok()
+        })
+        .await;
+        wait_until("the promoted member is used", async || {
+            self.put_reaches_the_learner(client).await.unwrap()
+        })
+        .await;
+        Ok(())
+    }
 }
 
 /// What the test does with a fresh client.
@@ -117,20 +133,10 @@ async fn refused_calls_go_to_another_member() -> TestResult {
         assert!(!voters.put_reaches_the_learner(&client).await?);
     }
 
-    // A promoted learner is used.
-    let list = client.member_list().await?;
-    let learner = list.members().iter().find(|member| member.is_learner());
-    let id = learner.ok_or("no learner is listed")?.id();
-    // etcd refuses until the learner has caught up.
-    wait_until("the learner is promoted", async || {
-        client.member_promote(id).await.is_ok()
-    })
-    .await;
-    wait_until("the promoted member is used", async || {
-        voters.put_reaches_the_learner(&client).await.unwrap()
-    })
-    .await;
-    Ok(())
+    // A call to the learner itself.
+    let status = client.status(voters.proxies[2].endpoint()).await?;
+    assert!(status.is_learner());
+    voters.promote_learner_and_wait_for_its_use(&client).await
 }
 
 #[tokio::test]
@@ -197,5 +203,5 @@ async fn user_is_authenticated_past_a_learner() -> TestResult {
     client.put("key", "1", None).await?;
     let lazy = Client::connect_lazy("lazy", config)?;
     drop(lazy.watch("key", None).await?);
-    Ok(())
+    voters.promote_learner_and_wait_for_its_use(&client).await
 }
