@@ -36,7 +36,7 @@ pub enum Error {
     },
 
     /// No etcd member responded while a client connected.
-    #[error("no etcd member responded within {after:?}; tried {}: {reason}", .endpoints.join(", "))]
+    #[error("no etcd member responded within {after:?}; tried {}: {reason}", list_first(.endpoints))]
     #[non_exhaustive]
     Unreachable {
         /// The endpoints that were tried.
@@ -288,6 +288,18 @@ fn oldest(compact_revision: i64) -> String {
     match compact_revision {
         0 => String::new(),
         revision => format!("; the oldest available is {revision}"),
+    }
+}
+
+/// How many endpoints a message lists.
+const MAX_LISTED: usize = 10;
+
+fn list_first(endpoints: &[String]) -> String {
+    let listed = &endpoints[..endpoints.len().min(MAX_LISTED)];
+    let listed = listed.join(", ");
+    match endpoints.len().saturating_sub(MAX_LISTED) {
+        0 => listed,
+        more => format!("{listed} and {more} more"),
     }
 }
 

@@ -3,6 +3,8 @@
 //! [`ListWatch`] is the seam between the driver and etcd. Unit tests drive a scripted fake through
 //! it.
 
+use std::time::Duration;
+
 use super::event::{Changes, Fingerprint, KeyValueAt, Page};
 use crate::client::{
     Client, Event, EventType, GetOptions, RawWatch, SortOrder, SortTarget, WatchOptions,
@@ -52,6 +54,15 @@ pub(super) struct EtcdRange {
 impl EtcdRange {
     pub(super) fn new(client: Client, range: KeyRange) -> Self {
         Self { client, range }
+    }
+
+    /// The result of `work` within `limit`, or an error that names the members which were tried.
+    pub(super) async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        self.client.within(limit, || self.operation(), work).await
     }
 
     fn get_options(&self) -> GetOptions {

@@ -65,12 +65,12 @@ impl OpeningLayout {
         let Some(cached) = load(self.cache.clone()).await else {
             return self.list_and_watch().await;
         };
-        let listed = tokio::time::timeout(LIST_TIMEOUT, self.list_and_watch()).await;
-        let cause = match listed {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(error)) if error.is_permanent() => return Err(error),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("etcd did not respond within {LIST_TIMEOUT:?}"),
+        let range = self.range.clone();
+        let listing = Box::pin(self.list_and_watch());
+        let cause = match range.within(LIST_TIMEOUT, listing).await {
+            Ok(()) => return Ok(()),
+            Err(error) if error.is_permanent() => return Err(error),
+            Err(error) => error.to_string(),
         };
         tracing::warn!(
             service = self.state.service(),

@@ -10,6 +10,9 @@ use tonic::Status;
 /// How many characters of a failure are kept. A server chooses the text of a status.
 const MAX_FAILURE: usize = 300;
 
+/// A shorter wait after a failure says less than the failure.
+const NOTABLE_WAIT: Duration = Duration::from_millis(100);
+
 /// The endpoints that the attempts of one operation were sent to, with the last failure of each.
 ///
 /// An operation may make several calls, one after another or beside each other. When the operation
@@ -36,9 +39,15 @@ struct Tried {
 }
 
 impl Tried {
+    /// For how long an attempt has had no response.
+    fn waited(&self, now: Instant) -> Option<Duration> {
+        self.waiting_since.map(|since| now - since)
+    }
+
     /// The last failure, and for how long an attempt has had no response. `None` after a success.
     fn describe(&self, now: Instant) -> Option<String> {
-        let waited = self.waiting_since.map(|since| now - since);
+        let waited = self.waited(now);
+        let waited = waited.filter(|waited| self.last_failure.is_none() || *waited >= NOTABLE_WAIT);
         Some(match (&self.last_failure, waited) {
             (None, None) => return None,
             (None, Some(waited)) => no_response(waited),
@@ -110,8 +119,8 @@ impl AttemptRecord {
     pub(crate) fn abandon_waiting(&self) {
         let now = Instant::now();
         for tried in self.0.lock().tried() {
-            if tried.waiting_since.is_some() {
-                tried.last_failure = tried.describe(now);
+            if let Some(waited) = tried.waited(now) {
+                tried.last_failure = Some(no_response(waited));
                 tried.waiting_since = None;
             }
         }
@@ -195,9 +204,20 @@ mod tests {
         tokio::time::advance(Duration::from_secs(2)).await;
         let both = "a:1: etcdserver: no leader, then no response for 2s";
         assert_eq!(failures(&record), [both]);
-        record.abandon_waiting();
-        tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!(failures(&record), [both]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn abandoned_wait_is_a_failure_and_short_one_is_not_shown() {
+        let [a, _] = addresses();
+        let record = AttemptRecord::default();
+        for _ in 0..3 {
+            record.begin(&a);
+            tokio::time::advance(Duration::from_secs(2)).await;
+            record.abandon_waiting();
+        }
+        record.begin(&a);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(failures(&record), ["a:1: no response for 2s"]);
     }
 
     #[tokio::test(start_paused = true)]

@@ -70,3 +70,36 @@ impl Target {
             .build()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::config::endpoint_address;
+    use crate::instance::uncallable_reason;
+
+    proptest! {
+        /// An endpoint that a configuration accepts is tried, unless it is an address that nobody
+        /// can call.
+        #[test]
+        fn accepted_endpoints_can_be_tried(
+            scheme in "(http://|HTTP://)?",
+            address in prop_oneof![
+                "[a-z0-9:.%_!@?# \\[\\]-]{1,12}:[+0-9]{1,6}",
+                "[A-Z0-9._-]{1,12}:[0-9]{1,5}",
+                "\\[[0-9a-f:.%]{2,8}::[0-9a-f:.]{0,8}\\]:[0-9]{1,5}",
+            ],
+            slashes in "/{0,2}",
+        ) {
+            let endpoint = format!("{scheme}{address}{slashes}");
+            if let Ok(address) = endpoint_address(&endpoint, false)
+                && uncallable_reason(address).is_none()
+            {
+                let target = Target::new(&Instance::new("etcd", address), false).unwrap();
+                prop_assert_eq!(target.authority.as_str(), address);
+                prop_assert!(target.uri().is_ok());
+            }
+        }
+    }
+}

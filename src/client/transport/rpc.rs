@@ -77,6 +77,11 @@ impl CallOptions {
             .unwrap_or_default()
     }
 
+    /// The member that the latest call was sent to.
+    pub(in crate::client) fn last_attempted(&self) -> Option<Arc<str>> {
+        self.attempted.as_ref()?.last()
+    }
+
     /// Applies the options to the calls that `work` makes. Without a record of its own, `work` uses
     /// that of the scope around it.
     pub(in crate::client) async fn scope<T>(mut self, work: impl Future<Output = T>) -> T {

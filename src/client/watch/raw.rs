@@ -1,5 +1,6 @@
 //! One watch on one stream, until the stream is lost.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{Event, GetOptions, WatchStream};
@@ -8,6 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use super::options::{WatchOptions, WatchResponse};
 use crate::client::etcd_error::{EtcdError, cancel_status};
 use crate::client::handle::{Client, display_key};
+use crate::client::transport::CallOptions;
 use crate::error::{Error, Result};
 
 /// How long a stream may be silent before the client sends a progress request: often enough to
@@ -34,6 +36,8 @@ pub(crate) struct RawWatch {
     key: Vec<u8>,
     options: WatchOptions,
     stream: WatchStream,
+    /// The member at the other end of the stream.
+    member: Option<Arc<str>>,
     start: Start,
     /// The events of the fragments of an incomplete response.
     fragments: Vec<Event>,
@@ -140,6 +144,7 @@ impl Client {
             key: key.to_owned(),
             options: options.clone(),
             stream,
+            member: CallOptions::current().last_attempted(),
             start: options.start_revision().map_or(Start::Passed, Start::At),
             fragments: Vec::new(),
             revision: created.header().map_or(0, |header| header.revision()),
@@ -228,10 +233,11 @@ impl RawWatch {
     /// to catch up, which takes etcd 100 ms.
     async fn reopen_before_start(&mut self) -> Result<()> {
         let silent = || {
-            watch_lost(
-                &self.key,
-                "the stream is silent and does not respond to a progress request",
-            )
+            let member = self.member.as_deref().unwrap_or("a member");
+            let reason = format!(
+                "the stream to {member} is silent and does not respond to a progress request"
+            );
+            watch_lost(&self.key, &reason)
         };
         let Start::At(start @ 2..) = self.start else {
             return Err(silent());
@@ -386,7 +392,8 @@ mod tests_on_etcd {
             .unwrap_err();
         assert_eq!(error.code(), Some(Code::Unavailable));
         assert!(
-            matches!(&error, Error::StreamLost { reason, .. } if reason.contains("silent")),
+            matches!(&error, Error::StreamLost { reason, .. }
+                if reason.contains("silent") && reason.contains(&etcd.endpoint())),
             "{error}"
         );
     }
