@@ -50,6 +50,8 @@ pub struct DirectoryBuilder {
 impl DirectoryBuilder {
     /// The key prefix of the services. Default: the prefix of the format (`services` for
     /// [`EtcdNaming`]).
+    ///
+    /// The prefix may be empty. [`format`](crate::format) says how it is joined with the service.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = Some(prefix.into());
         self

@@ -47,6 +47,18 @@ struct Node<'a> {
     address: &'a str,
 }
 
+/// The prefix of all keys of a service. go-micro joins with Go's `path.Join`, which reduces several
+/// slashes to one.
+fn joined_prefix(prefix: &str, service: &str) -> String {
+    let mut joined = String::new();
+    if prefix.starts_with('/') {
+        joined.push('/');
+    }
+    let parts: Vec<&str> = prefix.split('/').filter(|part| !part.is_empty()).collect();
+    joined.push_str(&parts.join("/"));
+    service_prefix(&joined, &service.replace('/', "-"))
+}
+
 impl Format for GoMicro {
     fn name(&self) -> &'static str {
         "go-micro"
@@ -65,12 +77,11 @@ impl Format for GoMicro {
     }
 
     fn key(&self, prefix: &str, instance: &Instance) -> String {
-        let service = instance.service.replace('/', "-");
-        service_prefix(prefix, &service) + &instance.id.replace('/', "-")
+        joined_prefix(prefix, &instance.service) + &instance.id.replace('/', "-")
     }
 
     fn range(&self, prefix: &str, service: &str) -> KeyRange {
-        KeyRange::prefix(service_prefix(prefix, &service.replace('/', "-")))
+        KeyRange::prefix(joined_prefix(prefix, service))
     }
 
     fn encode(&self, instance: &Instance) -> Result<Vec<u8>> {

@@ -16,7 +16,9 @@ use crate::instance::{Instance, check_address};
 /// the value is the bare address, and the default time to live is 10 s.
 ///
 /// The format carries the address alone. Keys other than `service/number` belong to other services
-/// and are not shown. The service's name is what go-zero calls the key (`user.rpc`).
+/// and are not shown. The service's name is what go-zero calls the key (`user.rpc`). A go-zero key
+/// with slashes is a prefix and a name: `/user.rpc` has the prefix `/`, and `a/user.rpc` the prefix
+/// `a`.
 ///
 /// In go-zero the number is the lease's id, or chosen by the publisher. Ours does not depend on
 /// the lease, so that it stays the same when the lease is lost: the instance's id if that is a

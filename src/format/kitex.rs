@@ -20,7 +20,7 @@ const KITEX_DEFAULT_WEIGHT: u32 = 10;
 
 /// kitex' registrations (`registry-etcd`): keys are `prefix/service/host:port`, the default prefix
 /// is `kitex/registry-etcd`, the default time to live 60 s. With an empty prefix the keys are
-/// `/service/host:port`.
+/// `/service/host:port`, and with the prefix `/` they are `//service/host:port`.
 ///
 /// kitex has fields for weight and tags; the tags are the metadata. Id, zone, version, draining and
 /// TLS are tags too, which kitex' clients ignore.

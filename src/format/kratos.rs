@@ -17,7 +17,8 @@ use crate::instance::Instance;
 
 /// kratos' registrations (`contrib/registry/etcd`): keys are `prefix/service/id`, the default
 /// prefix is `/microservices` (which kratos calls the namespace), the default time to live 15 s.
-/// With an empty prefix the keys are `/service/id`.
+/// With an empty prefix the keys are `/service/id`, and with the prefix `/` they are
+/// `//service/id`.
 ///
 /// The first endpoint URL with the scheme `grpc` (plaintext) or `grpcs` (TLS) is the address. An
 /// entry without such a URL, or with the name of another service, is not shown. `grpcs`

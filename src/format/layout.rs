@@ -44,7 +44,8 @@ impl Layout {
         }
     }
 
-    /// Sets the key prefix.
+    /// Sets the key prefix, which may be empty. [`format`](crate::format) says how it is joined
+    /// with the service.
     #[must_use]
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = prefix.into();

@@ -14,6 +14,11 @@
 //! | [`GoMicro`] | `/micro/registry` | `service/id` | 90 s |
 //! | [`DubboGo`] | `/services` | `app/host:port` | 10 s |
 //!
+//! A prefix and a service are joined as the framework joins them. [`Kratos`], [`Kitex`] and
+//! [`DubboGo`] put a slash between any prefix and the service: the prefix `""` gives `/service/id`,
+//! `/` gives `//service/id`. With [`EtcdNaming`], [`GoZero`] and [`GoMicro`] the prefix `""` gives
+//! `service/id`, and `/` gives `/service/id`.
+//!
 //! The next table shows how each format carries the fields of an [`Instance`](crate::Instance).
 //! `+`: the format has a field for it. `m`: it travels in the metadata, under a reserved name that
 //! the framework's own clients ignore. `-`: it is lost.

@@ -53,6 +53,8 @@ pub struct RegistrarBuilder {
 
 impl RegistrarBuilder {
     /// The key prefix of all services. Default: the format's own (`services`).
+    ///
+    /// The prefix may be empty. [`format`](crate::format) says how it is joined with the service.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = Some(prefix.into());
         self

@@ -618,6 +618,66 @@ async fn formats_may_use_other_service_names() -> TestResult {
     Ok(())
 }
 
+/// Each prefix, with the first key of a service under it.
+async fn assert_joined<const N: usize>(
+    client: &Client,
+    format: impl Format + Clone,
+    prefixes: [(&str, &str); N],
+) -> TestResult {
+    let name = format.name();
+    for (prefix, key) in prefixes {
+        let of = format!("{name} under {prefix:?}");
+        let builder = Directory::builder(client, "svc").format(format.clone());
+        let directory = builder.prefix(prefix).watch().await?;
+        let mut endpoints = directory.discover();
+        let builder = Registrar::builder(client).format(format.clone());
+        let registrar = builder.prefix(prefix).build()?;
+        let instance = Instance::new("svc", "10.0.0.1:80").id("7");
+        let registration = registrar.register(instance.clone()).await?;
+        assert_eq!(registration.key(), key, "{of}");
+        assert_eq!(all_keys(client).await?, [key], "{of}");
+        let found = wait_for(&of, endpoints.next()).await;
+        assert!(matches!(found, Some(Ok(Change::Insert(..)))), "{of}");
+        registration.deregister().await?;
+        wait_until(&of, async || directory.snapshot().is_empty()).await;
+        // As another framework writes it.
+        client.put(key, format.encode(&instance)?, None).await?;
+        wait_until(&of, async || directory.snapshot().len() == 1).await;
+        client.delete(key, None).await?;
+    }
+    Ok(())
+}
+
+/// The keys are those of the Go frameworks: etcd's naming and go-zero take what the user names, go-
+/// micro joins paths, and the others format with `%s/%s/%s`.
+#[tokio::test]
+async fn prefixes_are_joined_as_by_the_frameworks() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let client = connect(etcd.endpoint()).await;
+    let named = [
+        ("", "svc/7"),
+        ("/", "/svc/7"),
+        ("x", "x/svc/7"),
+        ("/x/", "/x/svc/7"),
+        ("//", "//svc/7"),
+    ];
+    assert_joined(&client, EtcdNaming, named).await?;
+    assert_joined(&client, GoZero, named).await?;
+    let paths = [
+        ("", "svc/7"),
+        ("/", "/svc/7"),
+        ("//", "/svc/7"),
+        ("/x//", "/x/svc/7"),
+    ];
+    assert_joined(&client, GoMicro, paths).await?;
+    let formatted = [("", "/svc/7"), ("/", "//svc/7"), ("/x/", "/x//svc/7")];
+    assert_joined(&client, Kratos, formatted).await?;
+    let by_address = [("", "/svc/10.0.0.1:80"), ("/", "//svc/10.0.0.1:80")];
+    assert_joined(&client, Kitex, by_address).await?;
+    assert_joined(&client, DubboGo, by_address).await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn format_change_keeps_the_endpoint() -> TestResult {
     let etcd = Etcd::start().await?;
