@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use tokio::time::Instant;
 
-use super::ensure::Ensure;
+use super::ensure::{Ensure, EntryId};
 
 /// The current time, monotonic for deadlines and wall-clock for users.
 #[derive(Debug, Clone, Copy)]
@@ -34,8 +34,7 @@ pub(in crate::registrar) enum Action {
     /// Delete an entry's keys in one transaction. A key that is not under one of `own_leases`
     /// stays, because another process may have taken it over.
     Delete {
-        /// The entry's key.
-        key: String,
+        entry: EntryId,
         /// The keys to delete.
         keys: Vec<String>,
         /// Every lease that this registrar was granted.

@@ -155,7 +155,7 @@ impl Entry {
         self.retry_schedule.record_attempt(now);
         self.presence.mark_deleting();
         Action::Delete {
-            key: self.id.key.clone(),
+            entry: self.id.clone(),
             keys: self.keys().cloned().collect(),
             own_leases,
         }

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::action::{Action, Timestamp};
-use super::ensure::Ensure;
+use super::ensure::{Ensure, EntryId};
 use super::event::ActionOutcome;
 use super::lease::Lease;
 use super::presence::Presence;
@@ -21,7 +21,7 @@ impl Reconciler {
             Action::Grant => self.on_grant_finished(outcome, started, now),
             Action::Renew { lease } => self.on_renewal_finished(*lease, outcome, started, now),
             Action::Ensure(ensure) => self.on_ensure_finished(ensure, outcome, now),
-            Action::Delete { key, .. } => self.on_delete_finished(key, outcome, now),
+            Action::Delete { entry, .. } => self.on_delete_finished(entry, outcome, now),
             Action::Revoke { .. } => self.on_revoke_finished(outcome, now),
         }
     }
@@ -122,11 +122,11 @@ impl Reconciler {
     }
 
     fn on_ensure_failed(&mut self, ensure: &Ensure, error: Error, now: Timestamp) {
-        if let Some(entry) = self.entries.get_mut(&ensure.entry.key) {
+        if let Some(entry) = self.entry_mut(&ensure.entry) {
             entry.needs_check |= entry.presence.is_known();
         }
         if is_entry_error(&error) {
-            self.on_refused(&ensure.entry.key, error, now);
+            self.on_refused(&ensure.entry, error, now);
             return;
         }
         if let Some(entry) = self.entry_mut(&ensure.entry)
@@ -144,10 +144,10 @@ impl Reconciler {
         self.on_failure(&error, now);
     }
 
-    fn on_delete_finished(&mut self, key: &str, outcome: ActionOutcome, now: Timestamp) {
+    fn on_delete_finished(&mut self, id: &EntryId, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
             ActionOutcome::Deleted { revision } => {
-                if let Some(entry) = self.entries.get_mut(key) {
+                if let Some(entry) = self.entry_mut(id) {
                     entry.presence.mark_deleted();
                     // A later return counts as a new registration, which takes the keys from
                     // others.
@@ -158,7 +158,7 @@ impl Reconciler {
                 self.on_revision(revision, now);
             }
             ActionOutcome::Failed(error) if is_entry_error(&error) => {
-                self.on_refused(key, error, now)
+                self.on_refused(id, error, now)
             }
             ActionOutcome::Failed(error) => self.on_failure(&error, now),
             _ => {}
@@ -213,9 +213,10 @@ impl Reconciler {
         }
     }
 
-    /// Pauses one entry, because of an error that concerns only its keys. The others continue.
-    fn on_refused(&mut self, key: &str, error: Error, now: Timestamp) {
-        if let Some(entry) = self.entries.get_mut(key) {
+    /// Pauses one entry, because of an error that concerns only its keys. The others continue, and
+    /// so does an entry that has replaced it.
+    fn on_refused(&mut self, id: &EntryId, error: Error, now: Timestamp) {
+        if let Some(entry) = self.entry_mut(id) {
             let fault = match error {
                 Error::Conflict { .. } => "another client keeps changing the keys",
                 _ => "etcd refused the request",

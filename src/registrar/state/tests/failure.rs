@@ -72,3 +72,18 @@ fn full_etcd_deletes_first_and_no_entry_starves() {
     assert_eq!(state(&c), RegistrationState::Registered);
     assert_eq!(state(&d), RegistrationState::Registered);
 }
+
+#[test]
+fn failure_of_a_replaced_entry_does_not_pause_its_successor() {
+    let (mut harness, [a, _b]) = Harness::with_registered(["a", "b"]);
+    harness.deregister(&a);
+    let delete = harness.action();
+    let again = harness.register("a");
+    let status = Box::new(tonic::Status::permission_denied("no"));
+    let operation = "delete".into();
+    let error = Error::Rpc { operation, status };
+    harness.finish(&delete, ActionOutcome::Failed(error));
+    assert!(again.status.borrow().error.is_none());
+    assert_eq!(state(&again).reason(), Some("not written yet"));
+    assert_eq!(harness.settle(1), ["take a @1 #1"]);
+}
