@@ -176,9 +176,7 @@ impl Registration {
         let generation = inner
             .group
             .with_reconciler(|reconciler| reconciler.update(&inner.id, target))
-            .ok_or_else(|| Error::Deregistered {
-                key: inner.id.key.clone(),
-            })?;
+            .ok_or_else(|| self.deregistered_error())?;
         *inner.instance.lock() = changed;
         Ok(generation)
     }
@@ -236,7 +234,10 @@ impl Registration {
     /// - [`Error::NoRuntime`] outside of a Tokio runtime, where nobody can wait.
     pub async fn deregister(&self) -> Result<()> {
         self.inner.start_deregistration();
-        let is_gone = |status: &Status| status.state == RegistrationState::Deregistered;
+        let is_gone = |status: &Status| {
+            let is_gone = status.state == RegistrationState::Deregistered;
+            is_gone.then_some(Ok(()))
+        };
         self.wait(is_gone, "deregistration").await
     }
 
@@ -286,29 +287,44 @@ impl Registration {
 
     /// Waits until etcd has the generation, or the instance is held back.
     pub(super) async fn wait_written(&self, generation: u64) -> Result<()> {
-        let is_settled = |status: &Status| {
-            status.written.is_some_and(|written| written >= generation)
-                || (status.held_back && !status.terminal)
+        let outcome = |status: &Status| {
+            let is_written = status.written.is_some_and(|written| written >= generation);
+            if is_written || (status.held_back && !status.terminal) {
+                return Some(Ok(()));
+            }
+            // Another handle deregistered the instance, or the client was closed.
+            status.terminal.then(|| {
+                let closed = status.error.clone().filter(is_final);
+                Err(closed.unwrap_or_else(|| self.deregistered_error()))
+            })
         };
-        self.wait(is_settled, "registration").await
+        self.wait(outcome, "registration").await
     }
 
-    /// Waits for a status, for up to the client's request timeout. Fails earlier with an error that
-    /// a retry within that time would not resolve.
-    async fn wait(&self, is_reached: impl Fn(&Status) -> bool, operation: &str) -> Result<()> {
+    fn deregistered_error(&self) -> Error {
+        let key = self.inner.id.key.clone();
+        Error::Deregistered { key }
+    }
+
+    /// Waits until `outcome` has a result, for up to the client's request timeout. Fails earlier
+    /// with an error that a retry within that time would not resolve.
+    async fn wait(
+        &self,
+        outcome: impl Fn(&Status) -> Option<Result<()>>,
+        operation: &str,
+    ) -> Result<()> {
         runtime::require(|| format!("{operation} of {:?}", self.key()))?;
-        let is_final = |error: &Error| {
-            error.is_permanent() || matches!(error, Error::Closed { .. } | Error::Superseded { .. })
+        let final_outcome = |status: &Status| {
+            let failed = || status.error.clone().filter(is_final).map(Err);
+            outcome(status).or_else(failed)
         };
-        let has_final_error = |status: &Status| status.error.as_ref().is_some_and(is_final);
         let limit = self.inner.groups.request_timeout();
         let mut receiver = self.inner.status.clone();
-        let waiting = receiver.wait_for(|status| is_reached(status) || has_final_error(status));
-        if let Ok(Ok(status)) = timeout(limit, waiting).await {
-            return match &status.error {
-                Some(error) if !is_reached(&status) => Err(error.clone()),
-                _ => Ok(()),
-            };
+        let waiting = receiver.wait_for(|status| final_outcome(status).is_some());
+        if let Ok(Ok(status)) = timeout(limit, waiting).await
+            && let Some(result) = final_outcome(&status)
+        {
+            return result;
         }
         let error = self.inner.status.borrow().error.clone();
         Err(error.unwrap_or_else(|| {
@@ -317,6 +333,11 @@ impl Registration {
             self.inner.groups.timeout_error(operation, &attempts)
         }))
     }
+}
+
+/// Whether an error is final for a caller that waits.
+fn is_final(error: &Error) -> bool {
+    error.is_permanent() || matches!(error, Error::Closed { .. } | Error::Superseded { .. })
 }
 
 impl fmt::Debug for Registration {

@@ -755,3 +755,20 @@ async fn register_takes_over_an_existing_key() -> TestResult {
     assert!(is_stored(&etcd, &registered).await);
     Ok(())
 }
+
+/// Another handle deregisters the instance while a change waits for etcd.
+#[tokio::test]
+async fn wait_for_a_change_ends_with_the_deregistration() -> TestResult {
+    let mut config = Config::default();
+    config.endpoints = vec!["127.0.0.1:1".to_owned()];
+    let client = Client::connect_lazy("main", config)?;
+    let registrar = Registrar::new(&client);
+    let registration = registrar.register_eventually(Instance::new("greeter", "h:1"))?;
+    let (updated, _) = tokio::join!(
+        registration.update(|instance| instance.weight = 7),
+        registration.deregister(),
+    );
+    let error = updated.unwrap_err();
+    assert!(matches!(error, Error::Deregistered { .. }), "{error}");
+    Ok(())
+}
