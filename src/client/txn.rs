@@ -73,8 +73,8 @@ impl Txn {
     /// # Errors
     ///
     /// The errors of [`Client::put`], and [`Error::Compacted`](crate::Error::Compacted) if an
-    /// operation reads at a revision that is compacted. After a timeout or a lost connection, the transaction may or
-    /// may not have been executed.
+    /// operation reads at a revision that is compacted. After a timeout or a lost connection, the
+    /// transaction may or may not have been executed.
     pub async fn commit(self) -> Result<TxnResponse> {
         let Txn {
             client,

@@ -76,10 +76,10 @@ pub struct Config {
     /// Learners, members that have not started, and URLs of the other scheme (`http` with TLS,
     /// `https` without) are ignored. A listed member is called once it has responded, and the
     /// configured endpoints stay in use until every listed member has been connected, so a list of
-    /// addresses that cannot be reached from here changes nothing. The configured endpoints are used
-    /// again while no member is connected or no list can be fetched. With authentication enabled, etcd
-    /// lists its members to root only (since 3.5.28 and 3.6.9); for another user the client logs
-    /// one warning.
+    /// addresses that cannot be reached from here changes nothing. The configured endpoints are
+    /// used again while no member is connected or no list can be fetched. With authentication
+    /// enabled, etcd lists its members to root only (since 3.5.28 and 3.6.9); for another user the
+    /// client logs one warning.
     pub auto_sync: bool,
 
     /// The interval at which the list of members is fetched. Default: 0, never.

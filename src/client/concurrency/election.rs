@@ -26,8 +26,8 @@ pub struct Leadership {
     entry: QueueEntry,
 }
 
-/// Elections, shared with Go's `concurrency.Election` and `etcdctl elect` of the same name. Only keys
-/// of the form `NAME/LEASE` count, as for [locks](Client::lock).
+/// Elections, shared with Go's `concurrency.Election` and `etcdctl elect` of the same name. Only
+/// keys of the form `NAME/LEASE` count, as for [locks](Client::lock).
 impl Client {
     /// Waits until this client is elected. [`leader`](Self::leader) and [`observe`](Self::observe)
     /// then show `value` to all clients.
@@ -106,8 +106,8 @@ impl Leadership {
     /// # Errors
     ///
     /// - [`Error::LeaseNotFound`], [`Error::LeaseUnconfirmed`]: the leadership is lost.
-    /// - [`Error::KeyLost`]: the leadership is lost, because another client deleted or overwrote its
-    ///   key.
+    /// - [`Error::KeyLost`]: the leadership is lost, because another client deleted or overwrote
+    ///   its key.
     /// - The errors of [`Client::put`].
     pub async fn proclaim(&self, value: impl Into<Vec<u8>>) -> Result<()> {
         self.entry.set_value(value.into()).await

@@ -18,8 +18,8 @@ use crate::client::handle::Client;
 use crate::client::keep_alive::KeepAlive;
 use crate::error::{Error, Result};
 
-/// An entry in a queue, until it is released or lost. Dropping it releases it, as dropping its lease
-/// does.
+/// An entry in a queue, until it is released or lost. Dropping it releases it, as dropping its
+/// lease does.
 pub(super) struct QueueEntry {
     key: EntryKey,
     lease: EntryLease,

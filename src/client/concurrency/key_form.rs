@@ -32,7 +32,7 @@ pub(super) fn next_suffix(suffix: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-/// The bytes that can follow in the suffix of an entry that begins with `begin`, in ascending order.
+/// The bytes that can follow `begin` in the suffix of an entry, in ascending order.
 fn possible_bytes(begin: &[u8]) -> &'static [u8] {
     let (has_sign, digits) = match begin.strip_prefix(b"-") {
         Some(digits) => (true, digits.len()),

@@ -10,6 +10,9 @@
 //! overwrote. Go waits for all of them. That does not weaken the exclusion, because Go and this
 //! client count each other's entries, but a Go client that waits for a key `NAME/config` keeps its
 //! place, and this client waits behind it.
+//!
+//! The lease is in a key's metadata, but the queue is read with values: from etcd 3.7 on the
+//! response to a keys-only range carries no lease (etcd#22209).
 
 use etcd_client::{Event, EventType, GetOptions, KeyValue};
 use futures::StreamExt;

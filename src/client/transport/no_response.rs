@@ -13,8 +13,8 @@ const MAX_NAMED: usize = 10;
 /// The error of an operation whose time is over.
 ///
 /// The reason names each member that `record` says was tried, with its last failure, and each other
-/// endpoint of the channel that is not connected or a learner. Without a channel, because the client was closed
-/// meanwhile, it names the members of the record.
+/// endpoint of the channel that is a learner or not connected. Without a channel, because the client
+/// was closed meanwhile, it names the members of the record.
 pub(in crate::client) fn timeout_error(
     operation: String,
     after: Duration,

@@ -50,8 +50,8 @@ pub(in crate::registrar) struct Ensure {
     pub(in crate::registrar) lease: i64,
     /// Every lease that this registrar was granted.
     pub(in crate::registrar) own_leases: Vec<i64>,
-    /// The latest revision at which the entry had its keys; `None` for a new entry. Only a newer key
-    /// of another registration is a successor's.
+    /// The latest revision at which the entry had its keys; `None` for a new entry. Only a newer
+    /// key of another registration is a successor's.
     pub(in crate::registrar) owned_revision: Option<i64>,
     /// The generation of `records`.
     pub(in crate::registrar) generation: u64,
