@@ -9,14 +9,19 @@ use super::handle::Client;
 use super::transport::{self, CallOptions};
 use crate::error::Result;
 
+/// The path of a list of members, and the gRPC message that asks for a linearizable one:
+/// `MemberListRequest { linearizable: true }`. etcd-client leaves the field out.
+const LINEARIZABLE_LIST: (&str, &[u8]) =
+    ("/etcdserverpb.Cluster/MemberList", &[0, 0, 0, 0, 2, 8, 1]);
+
 /// The cluster's members. The calls fail like [`Client::put`].
 impl Client {
     /// The status of the member at this endpoint, over a separate connection to it.
     ///
     /// The endpoint has the form of [`Config::endpoints`](crate::Config::endpoints) and need not be
-    /// one of them. TLS and the user are as configured. With authentication enabled, etcd from
-    /// 3.5.28 and 3.6.9 on responds to the root user only, here and in
-    /// [`member_list`](Self::member_list).
+    /// one of them. TLS and the user are as configured. With authentication enabled, this call and
+    /// [`member_list`](Self::member_list) need a user from 3.5.28 and 3.6.8 on, in some releases
+    /// (3.5.30 for the status, 3.6.9 for both) the root user, from 3.6.16 on any user.
     ///
     /// # Errors
     ///
@@ -36,10 +41,17 @@ impl Client {
             .await
     }
 
-    /// Lists the members of the cluster.
+    /// Lists the members of the cluster. The list is linearizable, so it has every change that
+    /// ended before, and needs a leader. etcd 3.4 has no such lists: there a member lists what it
+    /// has applied.
     pub async fn member_list(&self) -> Result<MemberListResponse> {
         let mut cluster = self.inner.transport.cluster.clone();
-        self.call(|| "list members".to_owned(), cluster.member_list())
+        let options = CallOptions {
+            message: Some(LINEARIZABLE_LIST),
+            ..CallOptions::default()
+        };
+        let operation = || "list members".to_owned();
+        self.call(operation, options.scope(cluster.member_list()))
             .await
     }
 

@@ -31,6 +31,8 @@ pub(crate) enum EtcdError {
     /// The token is older than the last change of users or roles. Only a new token helps, as with
     /// `InvalidToken`, but etcd uses the code of an invalid argument.
     OldToken,
+    /// The call has no token, but needs a user.
+    NoUser,
     /// The user lacks a permission. etcd before 3.5.5 says the same of an expired token.
     PermissionDenied,
     /// The user asked for a token while etcd has authentication disabled.
@@ -52,7 +54,7 @@ pub(crate) enum EtcdError {
 }
 
 /// Each error with its code and a part of its text.
-const KNOWN: [(Code, &str, EtcdError); 9] = [
+const KNOWN: [(Code, &str, EtcdError); 10] = [
     (Code::OutOfRange, "has been compacted", EtcdError::Compacted),
     (
         Code::Unavailable,
@@ -60,6 +62,7 @@ const KNOWN: [(Code, &str, EtcdError); 9] = [
         EtcdError::NoLeader,
     ),
     (Code::InvalidArgument, OLD_TOKEN, EtcdError::OldToken),
+    (Code::InvalidArgument, NO_USER, EtcdError::NoUser),
     (
         Code::FailedPrecondition,
         "authentication is not enabled",
@@ -127,7 +130,7 @@ impl EtcdError {
     pub(crate) fn is_auth_refusal(self) -> bool {
         matches!(
             self,
-            Self::InvalidToken | Self::OldToken | Self::PermissionDenied
+            Self::InvalidToken | Self::OldToken | Self::NoUser | Self::PermissionDenied
         )
     }
 }
@@ -138,11 +141,8 @@ pub(super) fn is_refusal_of_user(error: &etcd_client::Error) -> bool {
     let etcd_client::Error::GRpcStatus(status) = error else {
         return false;
     };
-    let is_of_user = match EtcdError::decode(status.code(), status.message()) {
-        EtcdError::Other => status.message().contains(NO_USER),
-        error => error.is_auth_refusal(),
-    };
-    is_of_user && status.message().starts_with("etcdserver: ")
+    let error = EtcdError::decode(status.code(), status.message());
+    error.is_auth_refusal() && status.message().starts_with("etcdserver: ")
 }
 
 /// The status for the reason with which etcd cancels a watch. Watches share a stream, so etcd gives
@@ -210,7 +210,7 @@ mod tests {
         (
             Code::InvalidArgument,
             "etcdserver: user name is empty",
-            EtcdError::Other,
+            EtcdError::NoUser,
         ),
         (
             Code::PermissionDenied,

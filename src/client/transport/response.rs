@@ -59,8 +59,8 @@ impl UnaryResponse {
     }
 
     /// A response to `Authenticate` with an empty token, which replaces the refusal by an etcd that
-    /// has authentication disabled. etcd ignores the token. Once authentication is enabled, etcd
-    /// rejects the token as expired, and etcd-client renews it.
+    /// has authentication disabled. Calls are sent without it. Once authentication is enabled, etcd
+    /// refuses them for the lack of a user, and etcd-client fetches a token.
     pub(super) fn empty_token() -> Self {
         let (mut head, _) = Response::new(()).into_parts();
         let grpc = HeaderValue::from_static("application/grpc");
@@ -98,8 +98,9 @@ impl UnaryResponse {
     }
 
     /// Applies [`map_refusal`] to the response.
-    pub(super) fn with_refusal_mapped(mut self) -> Self {
-        map_refusal(self.trailers.as_mut().unwrap_or(&mut self.head.headers));
+    pub(super) fn with_refusal_mapped(mut self, has_user: bool) -> Self {
+        let headers = self.trailers.as_mut().unwrap_or(&mut self.head.headers);
+        map_refusal(headers, has_user);
         self
     }
 
@@ -144,15 +145,16 @@ pub(super) fn message_in(headers: &HeaderMap) -> String {
 ///
 /// - etcd refuses a token that is older than its users and roles (a JWT after any change of them)
 ///   as an invalid argument. etcd's own client renews such a token; etcd-client renews a token only
-///   for the code of an expired one.
+///   for the code of an expired one. The same helps if the call of a user has no token.
 /// - A learner refuses calls from 3.6 on as a failed precondition. Another member may take them.
-pub(super) fn map_refusal(headers: &mut HeaderMap) {
+pub(super) fn map_refusal(headers: &mut HeaderMap, has_user: bool) {
     // The message is decoded for failures only.
     let Some(code) = code_in(headers).filter(|code| *code != Code::Ok) else {
         return;
     };
     let code = match EtcdError::decode(code, &message_in(headers)) {
         EtcdError::OldToken => Code::Unauthenticated,
+        EtcdError::NoUser if has_user => Code::Unauthenticated,
         EtcdError::Learner => Code::Unavailable,
         _ => return,
     };
@@ -215,7 +217,7 @@ mod tests {
                 "etcdserver:%20revision%20of%20auth%20store%20is%20old",
                 Code::Unauthenticated,
             ),
-            ("3", "etcdserver: user name is empty", Code::InvalidArgument),
+            ("3", "etcdserver: user name is empty", Code::Unauthenticated),
             (
                 "2",
                 "etcdserver: revision of auth store is old",
@@ -249,9 +251,19 @@ mod tests {
                     data,
                     trailers,
                 }
-                .with_refusal_mapped();
+                .with_refusal_mapped(true);
                 assert_eq!(response.code(), named, "{message}");
             }
         }
+    }
+
+    #[test]
+    fn client_without_a_user_needs_no_token() {
+        let mut headers = HeaderMap::new();
+        headers.insert("grpc-status", HeaderValue::from_static("3"));
+        let text = HeaderValue::from_static("etcdserver: user name is empty");
+        headers.insert("grpc-message", text);
+        map_refusal(&mut headers, false);
+        assert_eq!(code_in(&headers), Some(Code::InvalidArgument));
     }
 }

@@ -22,6 +22,7 @@ use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
+use http_body_util::Full;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -45,6 +46,9 @@ use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 use crate::error::Error;
 
+/// The header with the user's token.
+const TOKEN: HeaderName = HeaderName::from_static("token");
+
 /// With this header a member without a leader refuses a call before it looks at the request, and
 /// ends a stream instead of leaving the stream silent. etcd's own client sends it for leases too.
 const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
@@ -67,6 +71,8 @@ pub(in crate::client) struct CallOptions {
     pub(in crate::client) attempted: Option<AttemptedEndpoints>,
     /// The attempts of the operation that the calls belong to.
     pub(in crate::client) record: Option<AttemptRecord>,
+    /// The gRPC message to send to a path, because etcd-client leaves out a field of it.
+    pub(in crate::client) message: Option<(&'static str, &'static [u8])>,
 }
 
 impl CallOptions {
@@ -105,6 +111,8 @@ struct RpcState {
     membership: Arc<Membership>,
     codec: Codec,
     is_logging: bool,
+    /// Whether the calls are a user's.
+    has_user: bool,
     closed: CancellationToken,
     /// How long a call is repeated.
     timeout: Duration,
@@ -128,6 +136,7 @@ impl RpcService {
                     capped_at_4_mib: false,
                 },
                 is_logging: config.enable_grpc_debug_log,
+                has_user: config.username.is_some(),
                 closed: closed.clone(),
                 timeout: config.request_timeout,
                 token: Token::default(),
@@ -209,9 +218,15 @@ impl Service<Request<Body>> for RpcService {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let state = Arc::clone(&self.state);
         let mut options = CallOptions::current();
+        // The path differs where etcd-client renews the token first.
+        if let Some((path, message)) = options.message
+            && request.uri().path() == path
+        {
+            *request.body_mut() = Body::new(Full::new(Bytes::from_static(message)));
+        }
         Box::pin(async move {
             let response = match options.pinned.take() {
                 Some(pinned) => state.call(&pinned, None, request, options).await,
@@ -243,6 +258,11 @@ impl RpcState {
             let yes = HeaderValue::from_static("true");
             head.headers.insert(HAS_LEADER, yes);
         }
+        // From `UnaryResponse::empty_token`. etcd 3.4 refuses this token even while authentication
+        // is disabled.
+        if head.headers.get(TOKEN).is_some_and(HeaderValue::is_empty) {
+            head.headers.remove(TOKEN);
+        }
         codec.add_headers(&mut head.headers);
         // Reads avoid the members of their failed attempts, and the log names the last member. A
         // write needs neither.
@@ -265,7 +285,7 @@ impl RpcState {
         let message = collect(body).await.and_then(|plain| codec.encode(plain));
         let message = log_refusal(message, &mut log)?;
         if kind == CallKind::ServerStream {
-            let body = Body::new(http_body_util::Full::new(message));
+            let body = Body::new(Full::new(message));
             let request = Request::from_parts(head, body);
             let stream = self.stream(channel, membership, request, codec, context, log);
             return stream.await;
@@ -302,7 +322,7 @@ impl RpcState {
         if self.codec.gzip && response.code() == Code::Unimplemented {
             return Err(gzip_error(&response.message()));
         }
-        Ok(response.with_refusal_mapped().into_response())
+        Ok(response.with_refusal_mapped(self.has_user).into_response())
     }
 
     async fn stream(
@@ -329,7 +349,7 @@ impl RpcState {
         };
         let response = response
             .map_err(map_not_grpc)
-            .and_then(|response| check_stream_head(response, &codec));
+            .and_then(|response| check_stream_head(response, &codec, self.has_user));
         let (head, body) = match response {
             Ok(response) => response.into_parts(),
             Err(status) => {
@@ -343,7 +363,7 @@ impl RpcState {
             awaited.fail(&Status::new(code, message_in(&head.headers)));
             end_log(code);
         }
-        let closed = self.closed.clone().cancelled_owned();
+        let (closed, has_user) = (self.closed.clone().cancelled_owned(), self.has_user);
         let server = head.extensions.get::<ServedBy>().cloned();
         let membership = membership.cloned();
         let body = ResponseStream::new(codec, body, closed, awaited, move |trailers, status| {
@@ -353,7 +373,7 @@ impl RpcState {
             {
                 membership.record_refusal(server.as_ref());
             }
-            map_refusal(trailers);
+            map_refusal(trailers, has_user);
             end_log(match status {
                 Some(status) => status.code(),
                 None => code_in(trailers).unwrap_or(Code::Ok),
@@ -404,9 +424,10 @@ async fn open_past_learners(
 fn check_stream_head(
     mut response: Response<Body>,
     codec: &Codec,
+    has_user: bool,
 ) -> Result<Response<Body>, Status> {
     let headers = response.headers_mut();
-    map_refusal(headers);
+    map_refusal(headers, has_user);
     if codec.gzip && code_in(headers) == Some(Code::Unimplemented) {
         return Err(gzip_error(&message_in(headers)));
     }

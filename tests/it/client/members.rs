@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::support::frames::FrameServer;
 use crate::support::log::Log;
 use crate::support::process::isolate;
-use crate::support::{TestResult, call_count, config, wait_for, wait_until};
+use crate::support::{Feature, TestResult, call_count, config, connect, wait_for, wait_until};
 use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Config, Error};
 use tokio::time::timeout;
@@ -354,5 +354,35 @@ async fn unreachable_endpoints_are_named_with_their_errors() -> TestResult {
         "{reason}"
     );
     assert!(reason.contains(&hangs), "{reason}");
+    Ok(())
+}
+
+/// Go's client asks for a linearizable list as well.
+#[tokio::test]
+async fn member_list_has_all_ended_changes() -> TestResult {
+    if Feature::LINEARIZABLE_MEMBER_LIST.is_missing() {
+        return Ok(());
+    }
+    let cluster = EtcdCluster::start().await?;
+    let clients = cluster.members().iter().map(|m| connect(m.endpoint()));
+    let clients = futures::future::join_all(clients).await;
+    let is_listed = async |client: &Client, id| -> TestResult<bool> {
+        let list = client.member_list().await?;
+        Ok(list.members().iter().any(|member| member.id() == id))
+    };
+    for round in 0..100 {
+        let [changing, listing] = [round, round + 1].map(|n| &clients[n % 3]);
+        let mut id = 0;
+        // etcd refuses until its members have been connected for long enough.
+        wait_until("the learner is added", async || {
+            let added = changing.member_add_as_learner(["http://127.0.0.1:1"]).await;
+            id = added.map_or(0, |added| added.member().map_or(0, |member| member.id()));
+            id != 0
+        })
+        .await;
+        assert!(is_listed(listing, id).await?, "not in round {round}");
+        changing.member_remove(id).await?;
+        assert!(!is_listed(listing, id).await?, "still in round {round}");
+    }
     Ok(())
 }

@@ -15,18 +15,19 @@ pub mod log;
 pub mod process;
 pub mod raw;
 pub mod registered_process;
+pub mod versions;
 
 use std::error::Error;
-use std::path::PathBuf;
-use std::process::Command;
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::StreamExt;
-use goo_etcd::testing::{Etcd, EtcdBuilder};
+use goo_etcd::testing::Etcd;
 use goo_etcd::{Client, Config, Directory, GetOptions, Snapshot};
 use tokio::sync::MutexGuard;
 use tokio_util::task::AbortOnDropHandle;
+
+pub use versions::{Feature, etcd_versions, find_etcd, version};
 
 pub type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -126,11 +127,15 @@ pub async fn leases(etcd: &Etcd) -> TestResult<Vec<i64>> {
 
 /// The page with etcd's own metrics.
 pub async fn metrics_page(etcd: &Etcd) -> TestResult<String> {
+    page(etcd, "/metrics").await
+}
+
+/// A page that etcd serves over HTTP, with its head.
+pub async fn page(etcd: &Etcd, path: &str) -> TestResult<String> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut connection = tokio::net::TcpStream::connect(etcd.endpoint()).await?;
-    connection
-        .write_all(b"GET /metrics HTTP/1.0\r\nHost: etcd\r\n\r\n")
-        .await?;
+    let request = format!("GET {path} HTTP/1.0\r\nHost: etcd\r\n\r\n");
+    connection.write_all(request.as_bytes()).await?;
     let mut page = String::new();
     connection.read_to_string(&mut page).await?;
     Ok(page)
@@ -146,55 +151,6 @@ pub async fn call_count(etcd: &Etcd, method: &str) -> TestResult<u64> {
         .filter(|line| line.contains(&method))
         .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
     Ok(calls.sum::<f64>() as u64)
-}
-
-/// The path of another version of etcd: from an environment variable, or where `scripts/tools` puts
-/// it. `None` if the variable is `none`.
-///
-/// # Panics
-///
-/// If the program does not exist.
-pub fn find_etcd(variable: &str, name: &str) -> Option<PathBuf> {
-    let set = std::env::var(variable).unwrap_or_default();
-    if set == "none" {
-        return None;
-    }
-    let found = if set.is_empty() {
-        PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join("target/tools/bin")
-            .join(name)
-    } else {
-        set.into()
-    };
-    assert!(
-        found.is_file(),
-        "{} is missing: run scripts/tools, or set {variable} to one or to `none`",
-        found.display()
-    );
-    Some(found)
-}
-
-/// The version of the etcd under test, such as `(3, 5)`: of the one that tests start without
-/// choosing another program.
-pub fn version() -> (u32, u32) {
-    static VERSION: LazyLock<(u32, u32)> = LazyLock::new(|| {
-        let program = find_etcd("ETCD", "etcd").expect("ETCD names a program");
-        let output = Command::new(program).arg("--version").output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let mut numbers = text
-            .split(['.', ':', '\n'])
-            .filter_map(|part| part.trim().parse().ok());
-        let mut next = || numbers.next().expect("the version has two numbers");
-        (next(), next())
-    });
-    *VERSION
-}
-
-/// The usual etcd and, if available, the newest one, which behaves differently.
-pub fn etcd_versions() -> Vec<EtcdBuilder> {
-    let newest = find_etcd("ETCD_NEWEST", "etcd-newest");
-    let newest = newest.map(|program| Etcd::builder().program(program));
-    [Etcd::builder()].into_iter().chain(newest).collect()
 }
 
 /// The number of open watches, by etcd's own metrics.
