@@ -31,7 +31,7 @@ test: ## all tests, against real etcd servers
 
 # The tests of the promises that depend on etcd.
 ETCD_TESTS = client:: registrar:: directory:: testing:: end_to_end:: migration:: named_clients:: \
-	idle_etcd::
+	idle_etcd:: partitions::
 
 test-etcds: ## the tests that depend on etcd, on the etcds that `make test` does not use
 	@$(WITH_TOOLS) $(WITH_THREADS) for variable in ETCD_3_4 ETCD_3_6 ETCD_3_7; do \

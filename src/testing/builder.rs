@@ -1,7 +1,6 @@
 //! Starts servers and clusters with options.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::ConnectOptions;
@@ -123,7 +122,7 @@ impl EtcdBuilder {
     /// Fails like [`Etcd::start`]. If one member fails to start, the others are stopped.
     pub async fn start_cluster(self, size: usize) -> Result<EtcdCluster> {
         let (members, _) = self.start_members(size, false).await?;
-        Ok(EtcdCluster::new(members))
+        Ok(EtcdCluster::new(members, None))
     }
 
     /// As [`start_cluster`](Self::start_cluster), but [`EtcdCluster::isolate`] can cut members off
@@ -137,14 +136,14 @@ impl EtcdBuilder {
     /// Fails like [`start_cluster`](Self::start_cluster).
     pub async fn start_partitionable_cluster(self, size: usize) -> Result<EtcdCluster> {
         let (members, peers) = self.start_members(size, true).await?;
-        Ok(EtcdCluster::partitionable(members, peers))
+        Ok(EtcdCluster::new(members, Some(peers)))
     }
 
     async fn start_members(
         self,
         size: usize,
         partitionable: bool,
-    ) -> Result<(Vec<Etcd>, Arc<PeerNetwork>)> {
+    ) -> Result<(Vec<Etcd>, PeerNetwork)> {
         let mut attempt = 1;
         loop {
             let (members, peers) = self.launch_members(size, partitionable).await?;
@@ -165,17 +164,19 @@ impl EtcdBuilder {
         &self,
         size: usize,
         partitionable: bool,
-    ) -> Result<(Vec<Etcd>, Arc<PeerNetwork>)> {
+    ) -> Result<(Vec<Etcd>, PeerNetwork)> {
         let members = (0..size)
             .map(|index| Member::new(index, partitionable))
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(TestingError::io("finding a free loopback port"))?;
-        let peers = Arc::new(PeerNetwork::new());
-        for member in &members {
-            if let Some(proxy) = &member.peer_proxy {
-                let target = member.peer.endpoint();
-                peers.add_proxy(proxy, member.peer_url(), target).await?;
-            }
+        let mut listeners = Vec::new();
+        for proxy in members
+            .iter()
+            .filter_map(|member| member.peer_proxy.as_ref())
+        {
+            let listener = proxy.listen().await;
+            listeners
+                .push(listener.map_err(TestingError::io("listening for the peers of an etcd"))?);
         }
         let initial_cluster = members
             .iter()
@@ -185,7 +186,8 @@ impl EtcdBuilder {
         let members = members
             .into_iter()
             .map(|member| Etcd::launch(self.options.clone(), member, initial_cluster.clone()))
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
+        let peers = PeerNetwork::start(listeners, &members);
         Ok((members, peers))
     }
 }

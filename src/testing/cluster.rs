@@ -30,13 +30,8 @@ pub struct EtcdCluster {
 }
 
 impl EtcdCluster {
-    pub(super) fn new(members: Vec<Etcd>) -> Self {
-        let peers = None;
-        Self { members, peers }
-    }
-
-    pub(super) fn partitionable(members: Vec<Etcd>, peers: Arc<PeerNetwork>) -> Self {
-        let peers = Some(peers);
+    pub(super) fn new(members: Vec<Etcd>, peers: Option<PeerNetwork>) -> Self {
+        let peers = peers.map(Arc::new);
         Self { members, peers }
     }
 
@@ -90,8 +85,12 @@ impl EtcdCluster {
     }
 
     /// Cuts a member off from the others in both directions; clients still reach it. When this
-    /// method returns, no more data passes. The member notices that it has lost its leader only
-    /// after an election timeout of at least one second.
+    /// method returns, no more data passes to or from it, and the others reach each other as before.
+    /// The member notices that it has lost its leader only after an election timeout of at least one
+    /// second.
+    ///
+    /// The kernel's tables tell which member a connection belongs to: in `/proc` on Linux, through
+    /// `lsof` elsewhere. Without them the other members are cut off from each other, too.
     ///
     /// # Panics
     ///
@@ -99,8 +98,8 @@ impl EtcdCluster {
     /// [`start_partitionable`](Self::start_partitionable) or
     /// [`EtcdBuilder::start_partitionable_cluster`](super::EtcdBuilder::start_partitionable_cluster).
     pub async fn isolate(&self, index: usize) {
-        let member = self.member(index).peer_url();
-        self.network().isolate(&member).await;
+        assert!(index < self.members.len(), "there is no member {index}");
+        self.network().isolate(index).await;
     }
 
     /// Reconnects an isolated member to the others. Does not wait until it has caught up.
@@ -109,8 +108,8 @@ impl EtcdCluster {
     ///
     /// Panics like [`isolate`](Self::isolate).
     pub fn rejoin(&self, index: usize) {
-        let member = self.member(index).peer_url();
-        self.network().rejoin(&member);
+        assert!(index < self.members.len(), "there is no member {index}");
+        self.network().rejoin(index);
     }
 
     fn network(&self) -> &PeerNetwork {
@@ -175,16 +174,56 @@ impl EtcdCluster {
             .await
     }
 
+    /// Promotes the learner that [`replace_with_learner`](Self::replace_with_learner) has added to a
+    /// voting member, as soon as it has caught up with the log.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the learner has not been promoted within the builder's timeout.
+    ///
+    /// # Panics
+    ///
+    /// Panics if there is no member with this index.
+    pub async fn promote(&self, index: usize) -> Result<()> {
+        let learner = self.member(index);
+        self.change_until_done(learner, async || self.promote_once(learner).await)
+            .await
+    }
+
+    async fn promote_once(&self, learner: &Etcd) -> Result<()> {
+        let mut client = self.client_of_another(learner).await?;
+        // An earlier attempt may have promoted it without a response.
+        match find_listed(&mut client, learner).await? {
+            Some(listed) if listed.is_learner() => {
+                let promoted = client.member_promote(listed.id()).await;
+                promoted.map_err(TestingError::client("promoting a learner"))?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     async fn replace_with(&self, index: usize, options: MemberAddOptions) -> Result<()> {
         let member = self.member(index);
         member.wipe().await?;
+        self.change_until_done(member, async || self.remove_and_add(member, &options).await)
+            .await?;
+        member.set_joins_existing(true);
+        member.start_again().await
+    }
+
+    /// Attempts a change of the cluster until it succeeds, because etcd refuses until its members
+    /// have been connected for some seconds, and never responds to a request that was forwarded to a
+    /// leader when that leader was killed.
+    async fn change_until_done(
+        &self,
+        member: &Etcd,
+        change: impl AsyncFn() -> Result<()>,
+    ) -> Result<()> {
         let deadline = Instant::now() + member.options().timeout;
-        // Several attempts, because etcd refuses to change a cluster until its members have been
-        // connected for some seconds, and never responds to a request that was forwarded to a
-        // leader when that leader was killed.
         loop {
-            let error = match timeout(CHANGE_TIMEOUT, self.remove_and_add(member, &options)).await {
-                Ok(Ok(())) => break,
+            let error = match timeout(CHANGE_TIMEOUT, change()).await {
+                Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) => error,
                 Err(_) => TestingError::NoLeader,
             };
@@ -193,24 +232,13 @@ impl EtcdCluster {
             }
             sleep(POLL_INTERVAL).await;
         }
-        member.set_joins_existing(true);
-        member.start_again().await
     }
 
     /// Removes the member from the cluster and adds it again. Skips steps that an earlier attempt
     /// has done.
     async fn remove_and_add(&self, member: &Etcd, options: &MemberAddOptions) -> Result<()> {
         let mut client = self.client_of_another(member).await?;
-        let peer_url = member.peer_url();
-        let list = client
-            .member_list()
-            .await
-            .map_err(TestingError::client("listing members"))?;
-        let listed = list
-            .members()
-            .iter()
-            .find(|m| m.peer_urls().contains(&peer_url));
-        if let Some(listed) = listed {
+        if let Some(listed) = find_listed(&mut client, member).await? {
             // A member without a name has not started: an earlier attempt has added it.
             if listed.name().is_empty() {
                 return Ok(());
@@ -221,7 +249,7 @@ impl EtcdCluster {
                 .map_err(TestingError::client("removing a member"))?;
         }
         client
-            .member_add([peer_url], Some(options.clone()))
+            .member_add([member.peer_url()], Some(options.clone()))
             .await
             .map_err(TestingError::client("adding a member"))?;
         Ok(())
@@ -235,4 +263,17 @@ impl EtcdCluster {
         }
         Err(TestingError::NoLeader)
     }
+}
+
+/// The member in etcd's list of members, if it is there.
+async fn find_listed(client: &mut Client, member: &Etcd) -> Result<Option<etcd_client::Member>> {
+    let list = client
+        .member_list()
+        .await
+        .map_err(TestingError::client("listing members"))?;
+    let peer_url = member.peer_url();
+    let mut members = list.members().iter();
+    Ok(members
+        .find(|listed| listed.peer_urls().contains(&peer_url))
+        .cloned())
 }

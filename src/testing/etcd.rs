@@ -3,8 +3,8 @@
 use std::fmt;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use etcd_client::{Client, CompactionOptions};
@@ -36,10 +36,25 @@ pub struct Etcd {
     inner: Arc<Inner>,
 }
 
+/// An [`Etcd`] that does not keep the server running.
+pub(super) struct WeakEtcd {
+    inner: Weak<Inner>,
+}
+
+impl WeakEtcd {
+    /// The process id; `None` while the server is down, and after its last handle.
+    pub(super) fn pid(&self) -> Option<u32> {
+        let inner = self.inner.upgrade()?;
+        Etcd { inner }.pid()
+    }
+}
+
 struct Inner {
     // Fields drop in this order: the process must end before its folder is removed.
     process: Mutex<Option<Process>>,
     options: Options,
+    /// The program of the next start.
+    program: Mutex<Option<PathBuf>>,
     member: Member,
     initial_cluster: String,
     /// Whether the next start joins an existing cluster (`--initial-cluster-state`).
@@ -70,6 +85,7 @@ impl Etcd {
                     .map_err(TestingError::io("starting the reaper of an etcd"))?,
                 data_dir: folder.path().join("data"),
                 folder,
+                program: Mutex::new(options.program.clone()),
                 options,
                 member,
                 initial_cluster,
@@ -101,6 +117,12 @@ impl Etcd {
     /// The URL at which the other members reach this one.
     pub fn peer_url(&self) -> String {
         self.inner.member.peer_url()
+    }
+
+    pub(super) fn downgrade(&self) -> WeakEtcd {
+        WeakEtcd {
+            inner: Arc::downgrade(&self.inner),
+        }
     }
 
     /// Where the member itself listens for its peers, also behind a proxy.
@@ -175,6 +197,12 @@ impl Etcd {
     pub async fn start_again(&self) -> Result<()> {
         self.spawn()?;
         self.wait_ready().await
+    }
+
+    /// Sets the etcd program of the next start, for example of the next release: then
+    /// [`stop`](Self::stop) and [`start_again`](Self::start_again) upgrade this member.
+    pub fn set_program(&self, path: impl Into<PathBuf>) {
+        *self.inner.program.lock() = Some(path.into());
     }
 
     /// Kills the server, starts it with the same port and data, and waits until it responds. For a
@@ -314,7 +342,7 @@ impl Etcd {
             .map_err(TestingError::io("opening etcd's log"))?;
         let length = log.metadata().map_or(0, |metadata| metadata.len());
         inner.log_start.store(length, Ordering::Relaxed);
-        let program = inner.options.program.clone().unwrap_or_else(find_etcd);
+        let program = inner.program.lock().clone().unwrap_or_else(find_etcd);
         let args = inner.options.command_line(
             &inner.member,
             &inner.data_dir,

@@ -51,6 +51,7 @@ mod port;
 mod process;
 mod proxy;
 mod ready;
+mod socket_owner;
 mod timing;
 
 pub use builder::EtcdBuilder;

@@ -2,40 +2,37 @@
 //!
 //! Each member has a proxy, and advertises the proxy's address to its peers. Members connect to
 //! each other in both directions. To isolate a member, its own connections to the other members,
-//! which go through their proxies, must be closed too. The first request of a connection shows the
-//! sender: rafthttp (etcd's peer protocol) sends the sender's peer URLs in a header. Only version
-//! requests and probes lack this header. They are forwarded, except while any member is isolated.
+//! which go through their proxies, must be closed too. The sender of a connection is the process
+//! that owns it, because not every request names its sender: a follower's renewal of a lease, which
+//! it sends to the leader, does not. Where the system does not tell the owner, the connection counts
+//! as cut while any member is isolated.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
+use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
 
-use super::error::{Result, TestingError};
-use super::port::Port;
+use super::etcd::{Etcd, WeakEtcd};
+use super::socket_owner::find_owner;
 use super::timing::POLL_INTERVAL;
-
-/// The maximum number of bytes to read of a request in search of its sender.
-const MAX_HEAD: usize = 16 << 10;
-
-/// The header in which rafthttp sends the sender's peer URLs.
-const SENDER_HEADER: &str = "x-peerurls:";
 
 /// The proxies of all members. Dropping it closes them and all connections between the members.
 pub(super) struct PeerNetwork {
     state: Arc<NetworkState>,
-    proxies: Mutex<Vec<JoinHandle<()>>>,
+    proxies: Vec<JoinHandle<()>>,
 }
 
 struct NetworkState {
-    /// The peer URLs of the isolated members.
-    isolated: watch::Sender<BTreeSet<String>>,
+    /// The members, which here are their indices.
+    members: Vec<WeakEtcd>,
+    isolated: watch::Sender<BTreeSet<usize>>,
     connections: Mutex<Connections>,
 }
 
@@ -46,63 +43,59 @@ struct Connections {
     routes: BTreeMap<u64, Route>,
 }
 
-/// The two ends of a connection: the peer URL of the receiver, and that of the sender if known.
-#[derive(Debug, Clone)]
+/// The two ends of a connection: the receiver, and the sender if known.
+#[derive(Debug, Clone, Copy)]
 struct Route {
-    from: Option<String>,
-    to: String,
+    from: Option<usize>,
+    to: usize,
 }
 
 impl Route {
-    fn is_cut(&self, isolated: &BTreeSet<String>) -> bool {
-        let is_from = |from| isolated.contains(from);
-        !isolated.is_empty()
-            && (isolated.contains(&self.to) || self.from.as_ref().is_none_or(is_from))
+    fn is_cut(self, isolated: &BTreeSet<usize>) -> bool {
+        let is_from = |from| isolated.contains(&from);
+        !isolated.is_empty() && (isolated.contains(&self.to) || self.from.is_none_or(is_from))
     }
 }
 
 impl PeerNetwork {
-    pub(super) fn new() -> Self {
+    /// Starts the proxies of the members: forwards from each listener to the member of the same
+    /// index.
+    pub(super) fn start(listeners: Vec<TcpListener>, members: &[Etcd]) -> Self {
+        let state = Arc::new(NetworkState {
+            members: members.iter().map(Etcd::downgrade).collect(),
+            isolated: watch::Sender::default(),
+            connections: Mutex::default(),
+        });
+        let proxies = listeners.into_iter().zip(members).enumerate();
+        let proxies = proxies.map(|(to, (listener, member))| {
+            let target = member.peer_endpoint();
+            tokio::spawn(accept(listener, to, target, Arc::clone(&state)))
+        });
         Self {
-            state: Arc::new(NetworkState {
-                isolated: watch::Sender::default(),
-                connections: Mutex::default(),
-            }),
-            proxies: Mutex::default(),
+            proxies: proxies.collect(),
+            state,
         }
     }
 
-    /// Starts the proxy of a member: forwards from `port` to `target`, where the member listens.
-    /// `to` is the member's peer URL.
-    pub(super) async fn add_proxy(&self, port: &Port, to: String, target: String) -> Result<()> {
-        let listener = port
-            .listen()
-            .await
-            .map_err(TestingError::io("listening for the peers of an etcd"))?;
-        let proxy = tokio::spawn(accept(listener, to, target, Arc::clone(&self.state)));
-        self.proxies.lock().push(proxy);
-        Ok(())
-    }
-
-    /// Isolates the member with this peer URL. When this method returns, no more data passes to or
+    /// Isolates the member with this index. When this method returns, no more data passes to or
     /// from it.
-    pub(super) async fn isolate(&self, member: &str) {
+    pub(super) async fn isolate(&self, member: usize) {
         let isolated = &self.state.isolated;
-        isolated.send_modify(|isolated| _ = isolated.insert(member.to_owned()));
+        isolated.send_modify(|isolated| _ = isolated.insert(member));
         while self.state.has_cut_connection() {
             tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
-    pub(super) fn rejoin(&self, member: &str) {
+    pub(super) fn rejoin(&self, member: usize) {
         let isolated = &self.state.isolated;
-        isolated.send_modify(|isolated| _ = isolated.remove(member));
+        isolated.send_modify(|isolated| _ = isolated.remove(&member));
     }
 }
 
 impl Drop for PeerNetwork {
     fn drop(&mut self) {
-        for proxy in self.proxies.get_mut().drain(..) {
+        for proxy in self.proxies.drain(..) {
             proxy.abort();
         }
     }
@@ -123,6 +116,19 @@ impl NetworkState {
         let connections = self.connections.lock();
         let mut routes = connections.routes.values();
         routes.any(|route| route.is_cut(&isolated))
+    }
+
+    /// The member that has opened this connection.
+    fn find_sender(&self, peer: &TcpStream) -> Option<usize> {
+        let (SocketAddr::V4(from), SocketAddr::V4(to)) =
+            (peer.peer_addr().ok()?, peer.local_addr().ok()?)
+        else {
+            return None;
+        };
+        let pids: Vec<_> = self.members.iter().map(WeakEtcd::pid).collect();
+        let running: Vec<_> = pids.iter().copied().flatten().collect();
+        let owner = find_owner(from, to, &running)?;
+        pids.iter().position(|pid| *pid == Some(owner))
     }
 }
 
@@ -151,15 +157,14 @@ impl Drop for OpenConnection {
     }
 }
 
-async fn accept(listener: TcpListener, to: String, target: String, state: Arc<NetworkState>) {
+async fn accept(listener: TcpListener, to: usize, target: String, state: Arc<NetworkState>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((peer, _)) => {
-                    let state = Arc::clone(&state);
-                    connections.spawn(forward(peer, to.clone(), target.clone(), state));
+                    connections.spawn(forward(peer, to, target.clone(), Arc::clone(&state)));
                 }
                 // Most likely the process has no free file descriptor: pause, then try again.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
@@ -168,27 +173,25 @@ async fn accept(listener: TcpListener, to: String, target: String, state: Arc<Ne
     }
 }
 
-async fn forward(mut peer: TcpStream, to: String, target: String, state: Arc<NetworkState>) {
-    let Some(head) = read_head(&mut peer).await else {
+async fn forward(peer: TcpStream, to: usize, target: String, state: Arc<NetworkState>) {
+    let network = Arc::clone(&state);
+    // The search reads many files.
+    let search = spawn_blocking(move || (network.find_sender(&peer), peer));
+    let Ok((from, mut peer)) = search.await else {
         return;
     };
-    let route = Route {
-        from: parse_sender(&head),
-        to,
-    };
+    let route = Route { from, to };
     let mut isolated = state.isolated.subscribe();
     // Registered before the check below, so that a later `isolate` finds it. Declared before the
     // sockets, so that it drops after them: they are closed when `isolate` no longer sees it.
-    let _open = OpenConnection::new(state, route.clone());
+    let _open = OpenConnection::new(state, route);
     let copy = async move {
         let Ok(mut member) = TcpStream::connect(target).await else {
             return;
         };
         let _ = peer.set_nodelay(true);
         let _ = member.set_nodelay(true);
-        if member.write_all(&head).await.is_ok() {
-            let _ = copy_bidirectional(&mut peer, &mut member).await;
-        }
+        let _ = copy_bidirectional(&mut peer, &mut member).await;
     };
     tokio::select! {
         biased;
@@ -198,56 +201,18 @@ async fn forward(mut peer: TcpStream, to: String, target: String, state: Arc<Net
     }
 }
 
-/// Reads at least the head of a peer's first request; `None` if the connection ends before.
-async fn read_head(peer: &mut TcpStream) -> Option<Vec<u8>> {
-    let mut head = Vec::new();
-    while head.len() < MAX_HEAD && !head.windows(4).any(|end| end == b"\r\n\r\n") {
-        if peer.read_buf(&mut head).await.ok()? == 0 {
-            return None;
-        }
-    }
-    Some(head)
-}
-
-/// The peer URL of the member that sent the request, from its head.
-fn parse_sender(head: &[u8]) -> Option<String> {
-    let head = String::from_utf8_lossy(head);
-    let mut lines = head.split("\r\n").take_while(|line| !line.is_empty());
-    lines.find_map(|line| {
-        let (name, value) = line.split_at_checked(SENDER_HEADER.len())?;
-        let url = value.trim().to_owned();
-        name.eq_ignore_ascii_case(SENDER_HEADER).then_some(url)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn sender_is_parsed_from_the_head() {
-        let stream = "GET /raft/stream/msgapp/8e9e05c52164694d HTTP/1.1\r\nHost: 127.0.0.1:11002\r\n\
-            X-Peerurls: http://127.0.0.1:11001\r\nX-Raft-To: 91bc3c398fb3c146\r\n\r\n";
-        assert_eq!(
-            parse_sender(stream.as_bytes()).as_deref(),
-            Some("http://127.0.0.1:11001")
-        );
-        let probe = "GET /raft/probing HTTP/1.1\r\nHost: 127.0.0.1:11002\r\n\r\n\
-            X-PeerURLs: http://127.0.0.1:11001\r\n";
-        assert_eq!(parse_sender(probe.as_bytes()), None);
-    }
-
-    #[test]
     fn connections_of_isolated_members_are_cut() {
-        let isolated = BTreeSet::from(["a".to_owned()]);
-        let is_cut = |from: Option<&str>, to: &str, isolated: &_| {
-            let (from, to) = (from.map(str::to_owned), to.to_owned());
-            Route { from, to }.is_cut(isolated)
-        };
-        assert!(is_cut(Some("a"), "b", &isolated));
-        assert!(is_cut(Some("b"), "a", &isolated));
-        assert!(is_cut(None, "b", &isolated));
-        assert!(!is_cut(Some("b"), "c", &isolated));
-        assert!(!is_cut(None, "a", &BTreeSet::new()));
+        let isolated = BTreeSet::from([0]);
+        let is_cut = |from, to, isolated: &_| Route { from, to }.is_cut(isolated);
+        assert!(is_cut(Some(0), 1, &isolated));
+        assert!(is_cut(Some(1), 0, &isolated));
+        assert!(is_cut(None, 1, &isolated));
+        assert!(!is_cut(Some(1), 2, &isolated));
+        assert!(!is_cut(None, 0, &BTreeSet::new()));
     }
 }

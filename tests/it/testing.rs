@@ -178,6 +178,15 @@ async fn member_is_replaced_and_cluster_wiped() -> TestResult {
     last.restart().await?;
     assert_eq!(stored_value(last, "key").await?.as_deref(), Some("value"));
 
+    cluster.replace_with_learner(1).await?;
+    let learner = cluster.member(1);
+    assert!(stored_value(learner, "key").await.is_err());
+    cluster.promote(1).await?;
+    wait_until("the promoted learner responds", async || {
+        stored_value(learner, "key").await.is_ok()
+    })
+    .await;
+
     cluster.wipe_and_restart().await?;
     assert_eq!(stored_value(last, "key").await?, None);
     Ok(())
