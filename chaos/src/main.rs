@@ -7,8 +7,8 @@
 //!
 //! The program runs three etcd members, twenty servers (each a process; a third of them register
 //! two instances) and five clients. A seeded schedule of faults runs against them: members are
-//! killed, paused, restarted and wiped, one or all at a time; connections of clients and servers
-//! are cut or go silent; history is compacted; leases are revoked; keys are deleted and overwritten
+//! killed, paused, restarted and wiped, one or all at a time; the leader hangs; a member returns as
+//! a learner and is promoted; connections of clients and servers are cut or go silent; history is compacted; leases are revoked; keys are deleted and overwritten
 //! by hand; servers are killed, are asked to leave, and join in bursts. The program records what
 //! each directory showed and how each call ended, and then checks (see `check/`):
 //!

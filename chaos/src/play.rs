@@ -149,6 +149,15 @@ impl Testbed {
             Fault::WipeMember(member) => {
                 self.cluster.replace(*member).await?;
             }
+            Fault::ReplaceWithLearner(member) => {
+                self.cluster.replace_with_learner(*member).await?;
+                sleep(lasts).await;
+                self.cluster.promote(*member).await?;
+            }
+            Fault::HangLeader => {
+                let leader = self.cluster.leader().await?;
+                self.pause(&[self.cluster.member(leader)], lasts).await?;
+            }
             Fault::KillAll => {
                 self.cluster.kill_all().await?;
                 sleep(lasts).await;

@@ -155,7 +155,7 @@ impl Extension {
     /// extends no lease; the observer records a new leader separately.
     pub fn by(fault: &Fault, from: Duration, to: Duration) -> Option<Self> {
         let path = match fault {
-            Fault::PauseMember(_) | Fault::PauseAll => None,
+            Fault::PauseMember(_) | Fault::HangLeader | Fault::PauseAll => None,
             Fault::Cut(path) | Fault::Blackhole(path) => Some(*path),
             _ => return None,
         };
@@ -189,6 +189,8 @@ impl Scope {
             | Fault::PauseMember(_)
             | Fault::RestartMember(_)
             | Fault::WipeMember(_)
+            | Fault::ReplaceWithLearner(_)
+            | Fault::HangLeader
             | Fault::KillAll
             | Fault::PauseAll
             | Fault::WipeAll => Some(Scope::All),

@@ -96,12 +96,15 @@ impl Lane {
     pub(super) fn members(mut self) -> Vec<Planned> {
         type Kind = (fn(usize) -> Fault, u64, u64);
         // With the range of durations in milliseconds. A lost majority lasts up to twice the
-        // servers' TTL, a dead member both shorter and longer than an election.
+        // servers' TTL, a dead member both shorter and longer than an election, and a leader hangs
+        // for longer than the TTL.
         let kinds: Vec<Kind> = vec![
             (Fault::KillMember, 300, 6_000),
             (Fault::PauseMember, 300, 8_000),
             (Fault::RestartMember, 0, 0),
             (Fault::WipeMember, 0, 0),
+            (Fault::ReplaceWithLearner, 500, 4_000),
+            (|_| Fault::HangLeader, 4_000, 8_000),
             (|_| Fault::KillAll, 100, 6_000),
             (|_| Fault::PauseAll, 300, 5_000),
             (|_| Fault::WipeAll, 0, 2_000),

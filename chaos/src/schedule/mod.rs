@@ -121,6 +121,10 @@ pub enum Fault {
     RestartMember(usize),
     /// The member loses its data and is replaced by an empty one.
     WipeMember(usize),
+    /// The same, but the new member is a learner at first, and is promoted after a while.
+    ReplaceWithLearner(usize),
+    /// SIGSTOP of the leader for longer than a lease lasts; SIGCONT after that.
+    HangLeader,
     KillAll,
     PauseAll,
     /// All members lose their data: a new history begins.
@@ -153,6 +157,10 @@ impl fmt::Display for Fault {
             Fault::PauseMember(member) => write!(f, "pause member {member}"),
             Fault::RestartMember(member) => write!(f, "restart member {member}"),
             Fault::WipeMember(member) => write!(f, "wipe member {member}"),
+            Fault::ReplaceWithLearner(member) => {
+                write!(f, "replace member {member} with a learner")
+            }
+            Fault::HangLeader => write!(f, "hang the leader"),
             Fault::KillAll => write!(f, "kill all members"),
             Fault::PauseAll => write!(f, "pause all members"),
             Fault::WipeAll => write!(f, "wipe all members"),

@@ -42,7 +42,7 @@ fn three_minutes_have_every_kind_of_fault() {
                 fault => format!("{:?}", std::mem::discriminant(fault)),
             })
             .collect();
-        assert_eq!(kinds.len(), 7 + 4 + 4 + 3 + 3, "seed {seed}: {kinds:?}");
+        assert_eq!(kinds.len(), 9 + 4 + 4 + 3 + 3, "seed {seed}: {kinds:?}");
     }
 }
 
