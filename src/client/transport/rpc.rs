@@ -259,8 +259,11 @@ impl RpcState {
             head.headers.insert(HAS_LEADER, yes);
         }
         // From `UnaryResponse::empty_token`. etcd 3.4 refuses this token even while authentication
-        // is disabled.
-        if head.headers.get(TOKEN).is_some_and(HeaderValue::is_empty) {
+        // is disabled, except for renewals. They keep it, because etcd from 3.5.28 on then refuses
+        // the stream at once, and etcd-client fetches a token; without one etcd refuses the first
+        // renewal.
+        let is_empty = head.headers.get(TOKEN).is_some_and(HeaderValue::is_empty);
+        if is_empty && path != "/etcdserverpb.Lease/LeaseKeepAlive" {
             head.headers.remove(TOKEN);
         }
         codec.add_headers(&mut head.headers);
