@@ -20,7 +20,7 @@ use crate::runtime;
 
 /// How long one member may take to open a stream before another is tried. etcd itself needs
 /// milliseconds.
-pub(super) const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
+const STREAM_OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// A client of one etcd cluster.
 ///
@@ -299,6 +299,11 @@ impl Client {
         transport.timeout_error(operation, after, record)
     }
 
+    /// Why no member responded within the time of `record`'s operation.
+    pub(super) fn no_response_reason(&self, record: &AttemptRecord) -> String {
+        self.inner.transport.rpc.no_response_reason(record)
+    }
+
     /// Opens a stream within `request_timeout`. Moves on to another member when one fails
     /// transiently, or does not open the stream within [`STREAM_OPEN_TIMEOUT`].
     pub(super) async fn open_stream<T, F: Future<Output = Result<T>>>(
@@ -306,22 +311,11 @@ impl Client {
         operation: impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
-        self.open_stream_within(STREAM_OPEN_TIMEOUT, operation, open)
-            .await
-    }
-
-    /// [`open_stream`](Self::open_stream) with another time limit for each member.
-    pub(super) async fn open_stream_within<T, F: Future<Output = Result<T>>>(
-        &self,
-        per_member: Duration,
-        operation: impl Fn() -> String,
-        open: impl Fn() -> F,
-    ) -> Result<T> {
         let options = CallOptions {
             attempted: Some(AttemptedEndpoints::default()),
             ..CallOptions::default()
         };
-        let opened = pin!(options.scope(self.open_on_any_member(per_member, &operation, open)));
+        let opened = pin!(options.scope(self.open_on_any_member(&operation, open)));
         self.with_timeout(&operation, opened).await
     }
 
@@ -332,7 +326,6 @@ impl Client {
     /// one.
     async fn open_on_any_member<T, F: Future<Output = Result<T>>>(
         &self,
-        per_member: Duration,
         operation: &impl Fn() -> String,
         open: impl Fn() -> F,
     ) -> Result<T> {
@@ -341,7 +334,7 @@ impl Client {
         let record = CallOptions::current().record.unwrap_or_default();
         loop {
             // Boxed, because the future is large and opening a stream is rare.
-            let failure = match timeout(per_member, Box::pin(open())).await {
+            let failure = match timeout(STREAM_OPEN_TIMEOUT, Box::pin(open())).await {
                 Ok(Err(error)) if error.code().is_some_and(transport::is_transient) => {
                     tracing::debug!(%error, "cannot open a stream, trying another member");
                     Some(error)

@@ -2,34 +2,39 @@
 
 use std::fmt;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use etcd_client::{LeaseKeepAliveResponse, LeaseKeepAliveStream, LeaseKeeper};
+use etcd_client::LeaseKeepAliveResponse;
 use futures::stream::{Stream, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::etcd_error::EtcdError;
-use super::handle::{Client, STREAM_OPEN_TIMEOUT};
-use super::lease::{ID_NOT_POSITIVE, PROBE_TTL, lease_error, validate_id};
-use super::renewal::LeaseClock;
+use super::handle::Client;
+use super::lease::{ID_NOT_POSITIVE, validate_id};
+use super::probes::probe_ttl;
+use super::renewal::{LeaseClock, LeaseStreams, Pace, Renewed, operation};
 use super::transport::CallOptions;
 use crate::backoff::Backoff;
-use crate::balance::AttemptedEndpoints;
+use crate::balance::AttemptRecord;
 use crate::error::{Error, Result};
 
 /// Renewals of leases. The calls fail like [`Client::revoke`].
+///
+/// All renewals of a client share their streams, usually one. A renewal that gets no response is
+/// also sent to another member: after a twelfth of the TTL, at most 1 s.
 impl Client {
     /// Renews a lease once. The response has its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
         validate_id(id, ID_NOT_POSITIVE)?;
-        self.open_stream(|| operation(id), || self.renew_confirmed(id, None))
+        let mut renewer = Renewer::new(self, id);
+        self.with_timeout(|| operation(id), renewer.renew_until_final())
             .await
-            .map(|(response, _)| response)
     }
 
     /// Keeps a lease alive: a background task renews it every third of its TTL until the
@@ -37,19 +42,9 @@ impl Client {
     /// renewal.
     pub async fn keep_alive(&self, id: i64) -> Result<KeepAlive> {
         validate_id(id, ID_NOT_POSITIVE)?;
-        let open = || async {
-            let sent_at = Instant::now();
-            let (first, stream) = self.renew_confirmed(id, None).await?;
-            Ok((sent_at, first, stream))
-        };
-        let (sent_at, first, stream) = self.open_stream(|| operation(id), open).await?;
-        let renewer = Renewer {
-            client: self.clone(),
-            id,
-            stream: Some(stream),
-            ttl: granted_ttl(&first),
-            clock: LeaseClock::new(sent_at, granted_ttl(&first)),
-        };
+        let mut renewer = Renewer::new(self, id);
+        let renewal = renewer.renew_until_final();
+        let first = self.with_timeout(|| operation(id), renewal).await?;
         let clock = renewer.clock.clone();
         let (responses, latest) = watch::channel(Ok(first));
         Ok(KeepAlive {
@@ -59,90 +54,28 @@ impl Client {
         })
     }
 
-    /// Renews a lease for a registrar: on `stream`, which the previous renewal returned, or else on
-    /// a new one, on any member. Each member may take `per_member` to respond, at most
-    /// [`STREAM_OPEN_TIMEOUT`].
-    ///
-    /// A response that the lease is gone is not confirmed, because the registrar then grants a new
-    /// lease anyway. The probe would create a lease with the same id for a moment. If this process
-    /// died before revoking it, keys put under it in that moment would stay until it expires.
-    pub(crate) async fn renew(
-        &self,
-        id: i64,
-        stream: Option<RenewalStream>,
-        per_member: Duration,
-    ) -> Result<RenewalStream> {
-        let per_member = per_member.min(STREAM_OPEN_TIMEOUT);
-        if let Some(stream) = stream {
-            let renewal = Box::pin(self.renew_unconfirmed(id, Some(stream)));
-            match timeout(per_member, self.or_closed(renewal)).await {
-                Ok(Ok((_, stream))) => return Ok(stream),
-                Ok(Err(error)) if error.is_permanent() => return Err(error),
-                Ok(Err(error)) => tracing::debug!(%error, "lost a stream of renewals"),
-                Err(_) => tracing::debug!(id, "no response to a renewal, trying another member"),
-            }
+    /// The renewals of a registrar's leases.
+    pub(crate) fn renewals(&self) -> Renewals {
+        Renewals {
+            client: self.clone(),
+            streams: LeaseStreams::of(self),
         }
-        let renew = || self.renew_unconfirmed(id, None);
-        self.open_stream_within(per_member, || operation(id), renew)
-            .await
-            .map(|(_, stream)| stream)
     }
 
-    /// Renews a lease once, and confirms a response that it is gone.
+    /// Renews a lease once, and confirms a response that it is gone. `ttl` is the lease's, if it is
+    /// known.
     async fn renew_confirmed(
         &self,
+        streams: &LeaseStreams,
         id: i64,
-        stream: Option<RenewalStream>,
-    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
-        match self.renew_unconfirmed(id, stream).await {
-            Err(Error::LeaseNotFound { .. }) => Err(self.confirm_gone(id).await),
-            renewed => renewed,
-        }
-    }
-
-    /// Renews a lease once, on `stream` or a new one. After a failure the stream is dropped, so
-    /// that a late response is never taken for the response to the next renewal.
-    async fn renew_unconfirmed(
-        &self,
-        id: i64,
-        stream: Option<RenewalStream>,
-    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
-        if let Some(stream) = stream {
-            match self.renew_on(stream).await {
-                // A stream keeps the token that it was opened with, and etcd checks that token at
-                // each renewal (from 3.5.28 and 3.6.9 on). A new stream gets a fresh token, so its
-                // refusal is final.
-                Err(error) if EtcdError::of(&error).is_auth_refusal() => {
-                    tracing::debug!(%error, "a stream of renewals was refused, opening another");
-                }
-                result => return result,
+        ttl: Option<Duration>,
+    ) -> Result<Renewed> {
+        match streams.renew(id, Pace::of_ttl(ttl)).await {
+            Ok(renewed) if self.probes().contains(id, renewed.response.ttl()) => {
+                Err(self.revoke_probe(id).await)
             }
-        }
-        let stream = self.open_renewal_stream(id).await?;
-        self.renew_on(stream).await
-    }
-
-    async fn open_renewal_stream(&self, id: i64) -> Result<RenewalStream> {
-        let mut lease = self.inner.transport.lease.clone();
-        match lease.keep_alive(id).await {
-            Ok((keeper, responses)) => Ok(RenewalStream {
-                id,
-                keeper,
-                responses,
-            }),
-            Err(error) => Err(lease_error(operation(id), id, error)),
-        }
-    }
-
-    async fn renew_on(
-        &self,
-        mut stream: RenewalStream,
-    ) -> Result<(LeaseKeepAliveResponse, RenewalStream)> {
-        let id = stream.id;
-        match stream.renew().await? {
-            response if response.ttl() == PROBE_TTL => Err(self.revoke_probe(id).await),
-            response if response.ttl() > 0 => Ok((response, stream)),
-            _ => Err(Error::LeaseNotFound { id }),
+            Err(Error::LeaseNotFound { .. }) => Err(self.confirm_gone(id, ttl).await),
+            renewed => renewed,
         }
     }
 
@@ -151,24 +84,34 @@ impl Client {
     /// A leader responds to a renewal from the log entries that it has applied. A new leader may
     /// not have applied the grant yet and then responds that the lease does not exist (etcd#6978;
     /// seen with 3.5.1). A grant goes through the log, so etcd refuses to grant an id that exists.
-    async fn confirm_gone(&self, id: i64) -> Error {
-        match self.grant_raw(PROBE_TTL, id).await {
-            Ok(_) => self.revoke_probe(id).await,
-            Err(refused) if EtcdError::of(&refused) == EtcdError::LeaseExists => {
-                Error::LeaseNotApplied { id }
+    async fn confirm_gone(&self, id: i64, ttl: Option<Duration>) -> Error {
+        let ttl = probe_ttl(ttl.map(|ttl| ttl.as_secs().try_into().unwrap_or(i64::MAX)));
+        let probes = self.probes();
+        let may_exist = probes.remember(id, ttl);
+        let granted = self.grant_raw(ttl, id).await;
+        let error = match granted {
+            Ok(granted) => {
+                probes.remember(id, granted.ttl());
+                return self.revoke_probe(id).await;
             }
+            Err(error) => error,
+        };
+        let refused = match EtcdError::of(&error) {
+            EtcdError::LeaseExists => Error::LeaseNotApplied { id },
             // An etcd without space grants nothing until it has space again, so the probe says
             // nothing and the renewal's own response counts.
-            Err(refused) if EtcdError::of(&refused) == EtcdError::NoSpace => {
-                Error::LeaseNotFound { id }
-            }
-            // The probe may have been granted nevertheless; the next renewal finds it by its TTL.
-            Err(unknown) => unknown,
+            EtcdError::NoSpace => Error::LeaseNotFound { id },
+            // The probe may have been granted nevertheless. The next renewal finds it by its TTL.
+            _ => return error,
+        };
+        if !may_exist {
+            probes.forget(id);
         }
+        refused
     }
 
     /// Revokes the probe that has replaced a lease, and returns the error for the lease. A probe
-    /// that cannot be revoked is recognised by its TTL until it expires.
+    /// that cannot be revoked is remembered until it expires.
     async fn revoke_probe(&self, id: i64) -> Error {
         if let Err(error) = self.revoke(id).await {
             tracing::debug!(%error, "cannot revoke a probe lease, leaving it to expire");
@@ -177,23 +120,28 @@ impl Client {
     }
 }
 
-/// A stream to one member on which a lease is renewed.
-pub(crate) struct RenewalStream {
-    id: i64,
-    keeper: LeaseKeeper,
-    responses: LeaseKeepAliveStream,
+/// The renewals of a registrar's leases, from [`Client::renewals`]. Clones share their streams,
+/// which end with the last of them.
+#[derive(Clone)]
+pub(crate) struct Renewals {
+    client: Client,
+    streams: Arc<LeaseStreams>,
 }
 
-impl RenewalStream {
-    /// Sends one renewal and waits for its response.
-    async fn renew(&mut self) -> Result<LeaseKeepAliveResponse> {
-        let failed = |error| lease_error(operation(self.id), self.id, error);
-        self.keeper.keep_alive().await.map_err(failed)?;
-        let response = self.responses.message().await.map_err(failed)?;
-        response.ok_or_else(|| Error::StreamLost {
-            operation: operation(self.id),
-            reason: "the server ended the stream".to_owned(),
-        })
+impl Renewals {
+    /// Renews a lease of `ttl` once, within `request_timeout`. Returns when the renewal was sent,
+    /// from when the lease lasts a TTL.
+    ///
+    /// A response that the lease is gone is not confirmed, because the registrar then grants a new
+    /// lease anyway. The probe would create a lease with the same id for a moment. If this process
+    /// died before revoking it, keys put under it in that moment would stay until it expires.
+    pub(crate) async fn renew(&self, id: i64, ttl: Duration) -> Result<Instant> {
+        let renewal = self.streams.renew(id, Pace::of_ttl(Some(ttl)));
+        let renewed = self.client.with_timeout(|| operation(id), renewal).await?;
+        if self.client.probes().contains(id, renewed.response.ttl()) {
+            return Err(self.client.revoke_probe(id).await);
+        }
+        Ok(renewed.sent_at)
     }
 }
 
@@ -240,16 +188,34 @@ impl fmt::Debug for KeepAlive {
     }
 }
 
-/// The task behind a [`KeepAlive`].
+/// The renewals of one lease.
 struct Renewer {
     client: Client,
+    streams: Arc<LeaseStreams>,
     id: i64,
-    stream: Option<RenewalStream>,
-    ttl: Duration,
+    /// `None` before the first renewal.
+    ttl: Option<Duration>,
+    /// When the last confirmed renewal was sent.
+    renewed_at: Instant,
     clock: LeaseClock,
+    /// The latest failure of the current renewal, if it was not that of a stream.
+    last_error: Arc<Mutex<Option<String>>>,
 }
 
 impl Renewer {
+    fn new(client: &Client, id: i64) -> Self {
+        let now = Instant::now();
+        Self {
+            client: client.clone(),
+            streams: LeaseStreams::of(client),
+            id,
+            ttl: None,
+            renewed_at: now,
+            clock: LeaseClock::new(now, Duration::ZERO),
+            last_error: Arc::default(),
+        }
+    }
+
     async fn run(mut self, responses: watch::Sender<Result<LeaseKeepAliveResponse>>) {
         let client = self.client.clone();
         let mut responses = ResponsesOfTask {
@@ -271,12 +237,19 @@ impl Renewer {
         &mut self,
         responses: &watch::Sender<Result<LeaseKeepAliveResponse>>,
     ) -> Result<LeaseKeepAliveResponse> {
-        let (id, ttl, expires_at) = (self.id, self.ttl, self.clock.expires_at());
-        let last_error = Mutex::new("no response to a renewal".to_owned());
-        let mut renewal = pin!(async {
-            sleep(ttl / 3).await;
-            self.renew_until_final(&last_error).await
-        });
+        let (id, expires_at) = (self.id, self.clock.expires_at());
+        let ttl = self.ttl.unwrap_or_default();
+        let due_at = self.renewed_at + ttl / 3;
+        let (client, last_error) = (self.client.clone(), Arc::clone(&self.last_error));
+        let record = AttemptRecord::default();
+        let options = CallOptions {
+            record: Some(record.clone()),
+            ..CallOptions::default()
+        };
+        let mut renewal = pin!(options.scope(async {
+            sleep_until(due_at).await;
+            self.renew_until_final().await
+        }));
         // The renewal keeps running: at the same moment etcd hands the keys of the lease to others.
         tokio::select! {
             biased;
@@ -287,43 +260,30 @@ impl Renewer {
         drop(responses.send_replace(Err(Error::LeaseUnconfirmed {
             id,
             after: ttl + expires_at.elapsed(),
-            reason,
+            reason: reason.unwrap_or_else(|| client.no_response_reason(&record)),
         })));
         renewal.await
     }
 
-    /// Retries until the lease is renewed or the failure is final, and keeps the latest failure in
-    /// `last_error`.
-    async fn renew_until_final(
-        &mut self,
-        last_error: &Mutex<String>,
-    ) -> Result<LeaseKeepAliveResponse> {
-        // A hung member must leave time for others within the TTL.
-        let limit = (self.ttl / 3).min(self.client.request_timeout());
-        let options = CallOptions {
-            attempted: Some(AttemptedEndpoints::default()),
-            ..CallOptions::default()
-        };
+    /// Retries until the lease is renewed or the failure is final.
+    async fn renew_until_final(&mut self) -> Result<LeaseKeepAliveResponse> {
         let mut backoff = Backoff::for_etcd();
-        let id = self.id;
         loop {
-            let sent_at = Instant::now();
-            let renewal = self.client.renew_confirmed(id, self.stream.take());
-            let renewal = options.clone().scope(renewal);
-            let renewed = self.client.within(limit, || operation(id), renewal);
-            let error = match renewed.await {
-                Ok((response, stream)) => {
-                    self.stream = Some(stream);
-                    self.ttl = granted_ttl(&response);
-                    self.clock.renew(sent_at, self.ttl);
+            let renewal = self
+                .client
+                .renew_confirmed(&self.streams, self.id, self.ttl);
+            match renewal.await {
+                Ok(Renewed { sent_at, response }) => {
+                    let ttl = granted_ttl(&response);
+                    self.ttl = Some(ttl);
+                    self.renewed_at = sent_at;
+                    self.clock.renew(sent_at, ttl);
+                    *self.last_error.lock() = None;
                     return Ok(response);
                 }
-                Err(error) => error,
-            };
-            if error.is_permanent() {
-                return Err(error);
+                Err(error) if error.is_permanent() => return Err(error),
+                Err(error) => *self.last_error.lock() = Some(error.to_string()),
             }
-            *last_error.lock() = error.to_string();
             sleep(backoff.next()).await;
         }
     }
@@ -351,8 +311,4 @@ impl Drop for ResponsesOfTask {
 /// The TTL in a response; at least one second, as for every lease that exists.
 fn granted_ttl(response: &LeaseKeepAliveResponse) -> Duration {
     Duration::from_secs(response.ttl().max(1).unsigned_abs())
-}
-
-fn operation(id: i64) -> String {
-    format!("keep lease {id:x} alive")
 }

@@ -1,5 +1,6 @@
 //! Leases: granting, revoking and listing them. [`keep_alive`](super::keep_alive) renews them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
@@ -9,17 +10,8 @@ use etcd_client::{
 
 use super::etcd_error::EtcdError;
 use super::handle::Client;
+use super::probes::Probes;
 use crate::error::{Error, Result};
-
-/// The TTL of a probe lease, in seconds.
-///
-/// To find out whether a lease still exists, the client tries to grant one with the same id
-/// ([`Client::confirm_gone`]). If that succeeds, the lease was gone, and the new one is a probe
-/// that the client revokes at once. The unusual TTL marks it, because etcd never changes the TTL of
-/// a lease: a later renewal recognises a probe that could not be revoked, and [`Client::grant`]
-/// never grants this TTL. 13 s is above etcd's usual minimum of 2 s, which would replace a smaller
-/// TTL, and short, because keys that are put under a probe in the meantime stay until it expires.
-pub(super) const PROBE_TTL: i64 = 13;
 
 /// The longest TTL that etcd grants, in seconds (`MaxLeaseTTL` in `server/lease/lessor.go`).
 const MAX_TTL: u64 = 9_000_000_000;
@@ -28,15 +20,11 @@ const MAX_TTL: u64 = 9_000_000_000;
 ///
 /// - [`Error::Invalid`]: the id is not above 0.
 /// - [`Error::LeaseNotFound`]: the lease expired, was revoked, or never existed.
-///
-/// A TTL of 13 s is reserved for internal probes: `grant(13)` grants 14 s. Do not renew a 13 s
-/// lease of another program through this client, because the client would take it for a probe and
-/// revoke it.
 impl Client {
     /// Grants a lease that expires `ttl` seconds after its last renewal.
     ///
     /// The response has the TTL that was granted, which may be longer: etcd's minimum is one and a
-    /// half election timeouts (2 s by default), and 13 s becomes 14 s.
+    /// half election timeouts (2 s by default).
     pub async fn grant(&self, ttl: i64) -> Result<LeaseGrantResponse> {
         self.grant_checked(ttl, 0).await
     }
@@ -57,15 +45,9 @@ impl Client {
                 "a lease lasts at least one second",
             ));
         }
-        let ttl = if ttl == PROBE_TTL { ttl + 1 } else { ttl };
         let granted = self.grant_raw(ttl, id).await?;
-        if granted.ttl() != PROBE_TTL {
-            return Ok(granted);
-        }
-        // A shorter TTL was asked for, and 13 s is the minimum of this etcd. A renewal would take
-        // this lease for a probe.
-        self.revoke(granted.id()).await?;
-        self.grant_raw(PROBE_TTL + 1, id).await
+        self.probes().forget(granted.id());
+        Ok(granted)
     }
 
     /// Grants a lease without checking its TTL. With id 0 etcd chooses one.
@@ -84,13 +66,17 @@ impl Client {
         validate_id(id, ID_NOT_POSITIVE)?;
         let mut lease = self.inner.transport.lease.clone();
         let operation = || format!("revoke lease {id:x}");
-        self.with_timeout(operation, async {
+        let revoked = self.with_timeout(operation, async {
             lease
                 .revoke(id)
                 .await
                 .map_err(|error| lease_error(operation(), id, error))
-        })
-        .await
+        });
+        let revoked = revoked.await;
+        if matches!(revoked, Ok(_) | Err(Error::LeaseNotFound { .. })) {
+            self.probes().forget(id);
+        }
+        revoked
     }
 
     /// The remaining and the granted TTL of a lease, in seconds, and its keys if the options ask
@@ -107,10 +93,15 @@ impl Client {
             .call(operation, lease.time_to_live(id, options.into()))
             .await?;
         // etcd reports a lease that does not exist with a TTL of -1.
-        if response.ttl() < 0 || response.granted_ttl() == PROBE_TTL {
+        if response.ttl() < 0 || self.probes().contains(id, response.granted_ttl()) {
             return Err(Error::LeaseNotFound { id });
         }
         Ok(response)
+    }
+
+    /// The leases that this client has granted as probes.
+    pub(super) fn probes(&self) -> Arc<Probes> {
+        self.extension()
     }
 
     /// Lists the ids of all leases.

@@ -28,6 +28,7 @@ mod held_leases;
 mod keep_alive;
 mod kv;
 mod lease;
+mod probes;
 mod renewal;
 mod transport;
 mod txn;
@@ -45,7 +46,7 @@ pub use etcd_client::{
 };
 pub use handle::Client;
 pub use keep_alive::KeepAlive;
-pub(crate) use keep_alive::RenewalStream;
+pub(crate) use keep_alive::Renewals;
 pub use txn::Txn;
 pub(crate) use watch::RawWatch;
 pub use watch::{Watch, WatchOptions, WatchResponse};

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::state::{Action, ActionOutcome, Ensure, StoredKey, WritePlan};
 use crate::client::etcd_error::EtcdError;
 use crate::client::{
-    AttemptRecord, Client, Compare, CompareOp, PutOptions, RenewalStream, TxnOp, TxnOpResponse,
+    AttemptRecord, Client, Compare, CompareOp, PutOptions, Renewals, TxnOp, TxnOpResponse,
 };
 use crate::error::{Error, Result};
 
@@ -21,8 +21,8 @@ const MAX_CONFLICTS: usize = 5;
 pub(super) struct Executor {
     client: Client,
     ttl: Duration,
-    /// The open stream of renewals, and the lease that the stream renews.
-    renewals: Mutex<Option<(i64, RenewalStream)>>,
+    /// `None` while there is no lease to renew.
+    renewals: Mutex<Option<Renewals>>,
 }
 
 impl Executor {
@@ -82,6 +82,7 @@ impl Executor {
                 Ok(ActionOutcome::Deleted { revision })
             }
             Action::Revoke { lease } => {
+                *self.renewals.lock() = None;
                 self.client.revoke(*lease).await?;
                 Ok(ActionOutcome::Revoked)
             }
@@ -98,14 +99,13 @@ impl Executor {
     }
 
     async fn renew(&self, lease: i64) -> Result<ActionOutcome> {
-        let open = self.renewals.lock().take();
-        let stream = open.and_then(|(of, stream)| (of == lease).then_some(stream));
-        // Half of the action's time limit, which leaves time for a second member if the first
-        // hangs.
-        let limit = self.ttl / 6;
-        let stream = self.client.renew(lease, stream, limit).await?;
-        *self.renewals.lock() = Some((lease, stream));
-        Ok(ActionOutcome::Renewed)
+        let renewals = self
+            .renewals
+            .lock()
+            .get_or_insert_with(|| self.client.renewals())
+            .clone();
+        let sent_at = renewals.renew(lease, self.ttl).await?;
+        Ok(ActionOutcome::Renewed { sent_at })
     }
 
     /// Brings an entry's keys into etcd; `None` after too many conflicts.

@@ -76,7 +76,7 @@ impl Record {
 
 impl AttemptRecord {
     /// Records that an attempt is sent to an endpoint.
-    pub(super) fn begin(&self, address: &Arc<str>) {
+    pub(crate) fn begin(&self, address: &Arc<str>) {
         let now = Instant::now();
         let mut record = self.0.lock();
         if let Some(tried) = record.find(address) {
@@ -111,7 +111,7 @@ impl AttemptRecord {
     }
 
     /// Records that a call could be sent to no endpoint.
-    pub(super) fn fail_unsent(&self, status: &Status) {
+    pub(crate) fn fail_unsent(&self, status: &Status) {
         self.0.lock().unsent = Some(failure("", status));
     }
 

@@ -21,7 +21,7 @@ use super::awaited_response::AwaitedResponse;
 
 /// The length of a message's prefix: one byte that says whether the message is compressed, and four
 /// with its length ("gRPC over HTTP2").
-const PREFIX: usize = 5;
+pub(super) const PREFIX: usize = 5;
 
 /// Smaller messages are not compressed. gzip would make them longer, because its header and trailer
 /// take 18 bytes.

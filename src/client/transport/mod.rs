@@ -8,7 +8,7 @@
 //! - `raw_client`: etcd-client over a service of ours.
 //! - `awaited_response`: how a member responded, for the record of an operation's attempts.
 //! - `no_response`: the reason in the error of an operation whose time is over.
-//! - `token`: the age of the user's token.
+//! - `token`: the user's token and its age.
 //! - `call_log`: the debug log.
 
 mod awaited_response;

@@ -1,6 +1,7 @@
 //! Why an operation had no response: the failures of the members that it tried, and the state of
 //! those that are not connected.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::members::{Addresses, describe_learner};
@@ -61,6 +62,13 @@ pub(super) fn is_disconnected(channel: &BalancedChannel, learners: &Addresses) -
 
 fn takes_calls(endpoint: &EndpointStatus, learners: &Addresses) -> bool {
     is_connected(endpoint) && !learners.contains(&endpoint.address)
+}
+
+/// The addresses of the endpoints that take calls.
+pub(super) fn ready_members(channel: &BalancedChannel, learners: &Addresses) -> Vec<Arc<str>> {
+    let endpoints = channel.endpoints();
+    let ready = endpoints.iter().filter(|e| takes_calls(e, learners));
+    ready.map(|e| e.address.as_str().into()).collect()
 }
 
 fn is_connected(endpoint: &EndpointStatus) -> bool {

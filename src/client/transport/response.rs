@@ -9,7 +9,7 @@ use http_body_util::BodyExt as _;
 use tonic::body::Body;
 use tonic::{Code, Status};
 
-use super::message::Codec;
+use super::message::{Codec, PREFIX};
 use crate::balance::{ServedBy, is_not_grpc};
 use crate::client::etcd_error::EtcdError;
 
@@ -83,6 +83,11 @@ impl UnaryResponse {
 
     pub(super) fn message(&self) -> String {
         message_in(self.trailers.as_ref().unwrap_or(&self.head.headers))
+    }
+
+    /// The message without its prefix.
+    pub(super) fn payload(&self) -> &[u8] {
+        self.data.get(PREFIX..).unwrap_or_default()
     }
 
     /// Whether the response is this error.

@@ -23,6 +23,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
 use http_body_util::Full;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -117,6 +118,7 @@ struct RpcState {
     /// How long a call is repeated.
     timeout: Duration,
     token: Token,
+    runtime: Handle,
 }
 
 impl RpcService {
@@ -140,6 +142,8 @@ impl RpcService {
                 closed: closed.clone(),
                 timeout: config.request_timeout,
                 token: Token::default(),
+                // The channel has found one.
+                runtime: Handle::current(),
             }),
         }
     }
@@ -172,6 +176,24 @@ impl RpcService {
             .await
     }
 
+    /// The user's token.
+    pub(in crate::client) fn token(&self) -> &Token {
+        &self.state.token
+    }
+
+    /// The runtime on which the client was built.
+    pub(in crate::client) fn runtime(&self) -> &Handle {
+        &self.state.runtime
+    }
+
+    /// The members that take calls.
+    pub(in crate::client) fn ready_members(&self) -> Vec<Arc<str>> {
+        let channel = self.state.channel.load_full();
+        channel.map_or_else(Vec::new, |channel| {
+            no_response::ready_members(&channel, &self.state.membership.learners())
+        })
+    }
+
     /// Whether the runtime has ended on which the client was built.
     pub(in crate::client) fn has_runtime_ended(&self) -> bool {
         let channel = self.state.channel.load();
@@ -199,7 +221,7 @@ impl RpcService {
     }
 
     /// Why no member responded within the time of `record`'s operation.
-    pub(super) fn no_response_reason(&self, record: &AttemptRecord) -> String {
+    pub(in crate::client) fn no_response_reason(&self, record: &AttemptRecord) -> String {
         let channel = self.state.channel.load_full();
         no_response::reason(
             record,

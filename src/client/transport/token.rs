@@ -1,18 +1,22 @@
-//! The user's token: how old it is, and whose turn it is to renew it.
+//! The user's token: its value, how old it is, and whose turn it is to renew it.
 
 use std::future::Future;
 use std::time::Duration;
 
+use etcd_client::proto::PbAuthenticateResponse;
 use parking_lot::Mutex;
+use prost::Message as _;
 use tokio::time::Instant;
+use tonic::metadata::AsciiMetadataValue;
 
 /// How long a new token may be unknown to some member. Tokens reach the members in the order of
 /// etcd's log, and a member may lag behind.
 const SPREADS_WITHIN: Duration = Duration::from_secs(2);
 
-/// When etcd last issued a token to this client, and the right to ask for another.
+/// The user's token, when etcd issued it, and the right to ask for another.
 #[derive(Debug, Default)]
-pub(super) struct Token {
+pub(in crate::client) struct Token {
+    value: Mutex<Option<AsciiMetadataValue>>,
     issued_at: Mutex<Option<Instant>>,
     renewal: tokio::sync::Mutex<()>,
 }
@@ -22,8 +26,23 @@ impl Token {
         *self.issued_at.lock() = Some(Instant::now());
     }
 
+    /// Records the token in a response to `Authenticate`, as etcd-client does.
+    pub(super) fn record_value(&self, response: &[u8]) {
+        let response = PbAuthenticateResponse::decode(response).ok();
+        let value = response.and_then(|response| response.token.parse().ok());
+        *self.value.lock() = value.map(|mut value: AsciiMetadataValue| {
+            value.set_sensitive(true);
+            value
+        });
+    }
+
+    /// The token, for calls that etcd-client does not make.
+    pub(in crate::client) fn value(&self) -> Option<AsciiMetadataValue> {
+        self.value.lock().clone()
+    }
+
     /// Whether some member may not know the token yet.
-    pub(super) fn is_new(&self) -> bool {
+    pub(in crate::client) fn is_new(&self) -> bool {
         let issued_at = *self.issued_at.lock();
         issued_at.is_some_and(|issued_at| issued_at.elapsed() < SPREADS_WITHIN)
     }

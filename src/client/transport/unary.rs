@@ -67,7 +67,11 @@ impl UnaryCall<'_> {
             // at 0, 2 and 4 fifths of the timeout, and the waiting calls have the rest.
             CallKind::Authenticate => {
                 let response = self.send_hedged(&[part * 2, part * 2]).await;
-                response.map(ignore_auth_disabled)
+                let response = ignore_auth_disabled(response?);
+                if response.code() == Code::Ok {
+                    self.token.record_value(response.payload());
+                }
+                Ok(response)
             }
             CallKind::Idempotent => self.retry_transient().await,
             _ => self.send_via_leader().await,

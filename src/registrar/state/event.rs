@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::action::Action;
 use super::stored_key::StoredKey;
 use crate::error::Error;
@@ -37,8 +39,9 @@ pub(in crate::registrar) enum KeyEvent {
 pub(in crate::registrar) enum ActionOutcome {
     /// etcd granted a lease, with the TTL that etcd chose.
     Granted { lease: i64, ttl: Duration },
-    /// The lease was renewed.
-    Renewed,
+    /// The lease was renewed, by a message sent at this time. That may be before the action began,
+    /// if the response to an earlier renewal was still to come.
+    Renewed { sent_at: Instant },
     /// All keys of the entry were as they should be at this revision.
     Ensured { revision: i64 },
     /// Another registration, which has the lease `by`, owns one of the keys, so no key was

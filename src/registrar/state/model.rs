@@ -283,7 +283,9 @@ impl Harness {
                 self.leases.insert(lease);
                 ActionOutcome::Granted { lease, ttl: TTL }
             }
-            Action::Renew { lease } if self.leases.contains(lease) => ActionOutcome::Renewed,
+            Action::Renew { lease } if self.leases.contains(lease) => ActionOutcome::Renewed {
+                sent_at: self.now.instant,
+            },
             Action::Renew { .. } => ActionOutcome::LeaseGone,
             Action::Revoke { lease } => {
                 self.end_lease(*lease);

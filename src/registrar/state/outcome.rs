@@ -49,8 +49,8 @@ impl Reconciler {
             return;
         };
         match outcome {
-            ActionOutcome::Renewed => {
-                lease.on_renewed(started);
+            ActionOutcome::Renewed { sent_at } => {
+                lease.on_renewed(sent_at.min(started));
                 self.renewal_backoff.reset();
                 let entries = self.entries.values_mut();
                 for entry in entries.filter(|entry| !entry.needs_check) {

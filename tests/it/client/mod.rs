@@ -10,6 +10,7 @@ mod faults;
 mod gateways;
 mod idle_connections;
 mod learners;
+mod leases;
 mod limits;
 mod locks;
 mod members;

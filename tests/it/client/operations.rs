@@ -509,9 +509,9 @@ async fn leases_hold_if_the_minimum_ttl_equals_a_probes() -> TestResult {
     let mut plain = etcd.client().await?;
     assert_eq!(plain.lease_grant(10, None).await?.ttl(), 13);
     let granted = client.grant(10).await?;
-    assert_eq!(granted.ttl(), 14);
-    assert_eq!(client.keep_alive_once(granted.id()).await?.ttl(), 14);
-    assert_eq!(client.grant_with_id(77, 13).await?.ttl(), 14);
-    assert_eq!(client.keep_alive_once(77).await?.ttl(), 14);
+    assert_eq!(granted.ttl(), 13);
+    assert_eq!(client.keep_alive_once(granted.id()).await?.ttl(), 13);
+    assert_eq!(client.grant_with_id(77, 13).await?.ttl(), 13);
+    assert_eq!(client.keep_alive_once(77).await?.ttl(), 13);
     Ok(())
 }

@@ -56,7 +56,7 @@ fn repeated_conflicts_back_off_and_delay_no_other() {
             match harness.step() {
                 Step::SleepUntil(at) => harness.advance(at.unwrap() - harness.now.instant),
                 Step::Perform(renew @ Action::Renew { .. }) => {
-                    harness.finish(&renew, ActionOutcome::Renewed);
+                    harness.finish(&renew, harness.renewed());
                 }
                 Step::Perform(action) => {
                     assert_eq!(short(&action), "put a @1 #0");

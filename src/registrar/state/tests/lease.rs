@@ -54,7 +54,7 @@ fn no_renewal_for_the_ttl_is_recovering_until_one_succeeds() {
     harness.advance(MAX_BACKOFF);
     let renew = harness.action();
     // etcd was only restarted, and still has the lease and the key.
-    harness.finish(&renew, ActionOutcome::Renewed);
+    harness.finish(&renew, harness.renewed());
     assert_eq!(state(&handle), RegistrationState::Registered);
     harness.advance(TTL / 3);
     assert_eq!(harness.settle(1), ["renew 1"]);

@@ -127,6 +127,11 @@ impl Harness {
         ActionOutcome::Deleted { revision }
     }
 
+    fn renewed(&self) -> ActionOutcome {
+        let sent_at = self.now.instant;
+        ActionOutcome::Renewed { sent_at }
+    }
+
     fn fail(&mut self, action: &Action) {
         let error = Error::Timeout {
             operation: "test".into(),
@@ -151,7 +156,7 @@ impl Harness {
         while let Step::Perform(action) = self.step() {
             let outcome = match action {
                 Action::Grant => ActionOutcome::Granted { lease, ttl: TTL },
-                Action::Renew { .. } => ActionOutcome::Renewed,
+                Action::Renew { .. } => self.renewed(),
                 Action::Ensure(_) => self.ensured(),
                 Action::Delete { .. } => self.deleted(),
                 Action::Revoke { .. } => ActionOutcome::Revoked,

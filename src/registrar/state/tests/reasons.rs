@@ -29,7 +29,7 @@ fn next_mutation(harness: &mut Harness) -> Action {
     loop {
         match harness.step() {
             Step::Perform(renew @ Action::Renew { .. }) => {
-                harness.finish(&renew, ActionOutcome::Renewed);
+                harness.finish(&renew, harness.renewed());
             }
             Step::Perform(action) => return action,
             Step::SleepUntil(at) => harness.advance(at.unwrap() - harness.now.instant),

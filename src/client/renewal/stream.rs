@@ -1,0 +1,278 @@
+//! A stream of renewals to one member.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::LeaseKeepAliveResponse;
+use etcd_client::proto::PbLeaseKeepAliveResponse;
+use http::uri::PathAndQuery;
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Request, Status, Streaming};
+use tonic_prost::ProstCodec;
+
+use super::plan;
+use crate::balance::{AttemptRecord, AttemptedEndpoints};
+use crate::client::transport::{CallOptions, RpcService};
+
+const PATH: PathAndQuery = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
+
+/// The most leases that wait for a response on one stream. Each of them takes some 100 bytes.
+const MAX_UNANSWERED: usize = 65_536;
+
+/// The request of a renewal. etcd-client does not export its own.
+#[derive(Clone, PartialEq, prost::Message)]
+struct LeaseKeepAliveRequest {
+    #[prost(int64, tag = "1")]
+    id: i64,
+}
+
+/// A response to a renewal.
+#[derive(Debug, Clone)]
+pub(in crate::client) struct Renewed {
+    /// When the renewal was sent that etcd responded to. The lease lasts a TTL from then on.
+    pub(in crate::client) sent_at: Instant,
+    pub(in crate::client) response: LeaseKeepAliveResponse,
+}
+
+/// Why a stream ended.
+#[derive(Debug, Clone)]
+pub(super) struct StreamEnd {
+    /// Whether the member has never responded on the stream. A stream keeps the token that it was
+    /// opened with, so only the refusal of a fresh one says anything about the user.
+    pub(super) is_fresh: bool,
+    pub(super) cause: EndCause,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum EndCause {
+    /// The member or the connection ended the stream.
+    Status(Box<Status>),
+    /// The stream was closed here: it was silent, or its runtime ended.
+    Closed,
+}
+
+/// An open stream, and the renewals that wait for a response on it. It ends when it is dropped.
+#[derive(Debug)]
+pub(super) struct LeaseStream {
+    waiting: Arc<Mutex<Waiting>>,
+    requests: mpsc::Sender<LeaseKeepAliveRequest>,
+    attempted: AttemptedEndpoints,
+    opened_at: Instant,
+    task: AbortOnDropHandle<()>,
+}
+
+/// The renewals without a response.
+#[derive(Debug, Default)]
+struct Waiting {
+    /// At most one for each lease, so that a response is never taken for one to a later renewal.
+    unanswered: HashMap<i64, Unanswered>,
+    /// Since when the member has owed a response and sent none.
+    silent_since: Option<Instant>,
+    has_responded: bool,
+    end: Option<StreamEnd>,
+}
+
+#[derive(Debug)]
+struct Unanswered {
+    sent_at: Instant,
+    callers: Vec<oneshot::Sender<Renewed>>,
+}
+
+impl LeaseStream {
+    /// Opens a stream to a member that is not in `avoided`, if there is one. gRPC servers in Go
+    /// send the head of a response with its first message, so this returns at once; the caller
+    /// sends the first renewal.
+    pub(super) fn open(
+        rpc: RpcService,
+        runtime: &Handle,
+        avoided: impl IntoIterator<Item = Arc<str>>,
+    ) -> Self {
+        let (requests, to_send) = mpsc::channel(MAX_UNANSWERED);
+        let attempted = AttemptedEndpoints::avoiding(avoided);
+        let waiting = Arc::<Mutex<Waiting>>::default();
+        let ends = EndOnDrop(Arc::clone(&waiting));
+        let options = CallOptions {
+            attempted: Some(attempted.clone()),
+            ..CallOptions::default()
+        };
+        let running = async move {
+            let responses = options.scope(call(rpc, to_send)).await;
+            let status = ends.pass_on(responses).await;
+            ends.end(EndCause::Status(Box::new(status)));
+        };
+        Self {
+            waiting,
+            requests,
+            attempted,
+            opened_at: Instant::now(),
+            task: AbortOnDropHandle::new(runtime.spawn(running)),
+        }
+    }
+
+    /// Sends a renewal, unless one of this lease is waiting for its response already. `None` if the
+    /// stream has ended, or too many leases wait on it.
+    pub(super) fn renew(&self, id: i64, now: Instant) -> Option<oneshot::Receiver<Renewed>> {
+        let (caller, response) = oneshot::channel();
+        let mut waiting = self.waiting.lock();
+        if waiting.end.is_some() {
+            return None;
+        }
+        if let Some(unanswered) = waiting.unanswered.get_mut(&id) {
+            unanswered.callers.retain(|caller| !caller.is_closed());
+            unanswered.callers.push(caller);
+            return Some(response);
+        }
+        self.requests.try_send(LeaseKeepAliveRequest { id }).ok()?;
+        if waiting.unanswered.len() >= MAX_UNANSWERED {
+            return None;
+        }
+        waiting.silent_since.get_or_insert(now);
+        let unanswered = Unanswered {
+            sent_at: now,
+            callers: vec![caller],
+        };
+        waiting.unanswered.insert(id, unanswered);
+        Some(response)
+    }
+
+    /// The member that the stream was sent to. `None` until one is connected.
+    pub(super) fn member(&self) -> Option<Arc<str>> {
+        self.attempted.last()
+    }
+
+    /// Records a response for the operation that waited for it.
+    pub(super) fn record_success(&self, record: &AttemptRecord) {
+        if let Some(member) = self.member() {
+            record.succeed(&member);
+        }
+    }
+
+    /// Records the end of the stream for an operation that waited for a response.
+    pub(super) fn record_end(&self, end: &StreamEnd, record: &AttemptRecord) {
+        let EndCause::Status(status) = &end.cause else {
+            return;
+        };
+        match self.member() {
+            Some(member) => {
+                record.begin(&member);
+                record.fail(&member, status);
+            }
+            None => record.fail_unsent(status),
+        }
+    }
+
+    pub(super) fn opened_at(&self) -> Instant {
+        self.opened_at
+    }
+
+    pub(super) fn end(&self) -> Option<StreamEnd> {
+        self.waiting.lock().end.clone()
+    }
+
+    /// How long the member has owed a response without sending one.
+    pub(super) fn silence(&self, now: Instant) -> Duration {
+        let since = self.waiting.lock().silent_since;
+        since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    pub(super) fn to_plan(&self) -> plan::Stream {
+        if self.member().is_none() {
+            return plan::Stream::Waiting;
+        }
+        match self.waiting.lock().silent_since {
+            None => plan::Stream::Idle,
+            Some(since) => plan::Stream::Owing(since),
+        }
+    }
+
+    /// Ends the stream. etcd learns of it, and the callers that wait on it ask elsewhere.
+    pub(super) fn close(&self) {
+        self.waiting.lock().end(EndCause::Closed);
+        self.task.abort();
+    }
+}
+
+impl Waiting {
+    fn respond(&mut self, response: LeaseKeepAliveResponse, now: Instant) {
+        self.has_responded = true;
+        let answered = self.unanswered.remove(&response.id());
+        self.silent_since = (!self.unanswered.is_empty()).then_some(now);
+        let Some(Unanswered { sent_at, callers }) = answered else {
+            return;
+        };
+        for caller in callers {
+            // A caller that has given up needs no response.
+            drop(caller.send(Renewed {
+                sent_at,
+                response: response.clone(),
+            }));
+        }
+    }
+
+    /// The callers find out because their channels close.
+    fn end(&mut self, cause: EndCause) {
+        let is_fresh = !self.has_responded;
+        self.end.get_or_insert(StreamEnd { is_fresh, cause });
+        self.unanswered.clear();
+        self.silent_since = None;
+    }
+}
+
+/// Ends a stream with its task, which also ends with its runtime.
+struct EndOnDrop(Arc<Mutex<Waiting>>);
+
+impl EndOnDrop {
+    /// Passes the responses on, until the stream ends.
+    async fn pass_on(
+        &self,
+        responses: Result<Streaming<PbLeaseKeepAliveResponse>, Status>,
+    ) -> Status {
+        let mut responses = match responses {
+            Ok(responses) => responses,
+            Err(status) => return status,
+        };
+        loop {
+            match responses.message().await {
+                Ok(Some(response)) => {
+                    let response = LeaseKeepAliveResponse(response);
+                    self.0.lock().respond(response, Instant::now());
+                }
+                Ok(None) => return Status::unavailable("the server ended the stream"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    fn end(&self, cause: EndCause) {
+        self.0.lock().end(cause);
+    }
+}
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.end(EndCause::Closed);
+    }
+}
+
+async fn call(
+    rpc: RpcService,
+    to_send: mpsc::Receiver<LeaseKeepAliveRequest>,
+) -> Result<Streaming<PbLeaseKeepAliveResponse>, Status> {
+    let mut request = Request::new(ReceiverStream::new(to_send));
+    if let Some(token) = rpc.token().value() {
+        request.metadata_mut().insert("token", token);
+    }
+    let mut grpc = tonic::client::Grpc::new(rpc);
+    grpc.ready()
+        .await
+        .map_err(|error| Status::unavailable(error.to_string()))?;
+    let codec = ProstCodec::<LeaseKeepAliveRequest, PbLeaseKeepAliveResponse>::default();
+    let response = grpc.streaming(request, PATH, codec).await?;
+    Ok(response.into_inner())
+}
