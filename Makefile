@@ -4,8 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .PHONY: help tools demo chaos test test-etcds check fuzz
 
-# The start of a recipe, in the same shell as its commands.
-WITH_TOOLS = set -eu; tools=$$(scripts/tools); eval "$$tools"; \
+# The start of a recipe, in the same shell as its commands. Only tests need more than one etcd.
+WITH_TOOLS = set -eu; tools=$$(scripts/tools required); eval "$$tools"; export PROTOC ETCD;
+WITH_ETCDS = set -eu; tools=$$(scripts/tools); eval "$$tools"; \
 	export PROTOC ETCD ETCD_3_4 ETCD_NEWEST ETCD_3_6 ETCD_3_7;
 
 help: ## list the targets
@@ -27,14 +28,14 @@ TEST_THREADS ?= 12
 WITH_THREADS = export RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$(TEST_THREADS)};
 
 test: ## all tests, against real etcd servers
-	@$(WITH_TOOLS) $(WITH_THREADS) cargo test --workspace --all-features
+	@$(WITH_ETCDS) $(WITH_THREADS) cargo test --workspace --all-features
 
 # The tests of the promises that depend on etcd.
 ETCD_TESTS = client:: registrar:: directory:: testing:: end_to_end:: migration:: named_clients:: \
-	idle_etcd:: partitions::
+	idle_etcd:: partitions:: reasons::
 
 test-etcds: ## the tests that depend on etcd, on the etcds that `make test` does not use
-	@$(WITH_TOOLS) $(WITH_THREADS) for variable in ETCD_3_4 ETCD_3_6 ETCD_3_7; do \
+	@$(WITH_ETCDS) $(WITH_THREADS) for variable in ETCD_3_4 ETCD_3_6 ETCD_3_7; do \
 	etcd=$${!variable}; \
 	if [ "$$etcd" = none ]; then echo "== left out: $$variable is none"; continue; fi; \
 	echo "== $$variable: $$("$$etcd" --version | head -n 1)"; \

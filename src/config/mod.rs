@@ -78,8 +78,8 @@ pub struct Config {
     /// configured endpoints stay in use until every listed member has been connected, so a list of
     /// addresses that cannot be reached from here changes nothing. The configured endpoints are
     /// used again while no member is connected or no list can be fetched. With authentication
-    /// enabled, etcd lists its members to root only (since 3.5.28 and 3.6.9); for another user the
-    /// client logs one warning.
+    /// enabled, some releases of etcd, such as 3.6.9, list their members to root only; for another
+    /// user the client logs one warning.
     pub auto_sync: bool,
 
     /// The interval at which the list of members is fetched. Default: 0, never.

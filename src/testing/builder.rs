@@ -64,7 +64,8 @@ impl EtcdCluster {
 
 impl EtcdBuilder {
     /// Adds flags for etcd, such as `["--auth-token-ttl", "1"]`. They override the flags that this
-    /// module sets.
+    /// module sets. etcd 3.6 renamed the flags `--experimental-NAME` to `--NAME`, and 3.7 refuses the
+    /// old names.
     ///
     /// With `--cert-file` the client port uses TLS; see [`connect_options`](Self::connect_options).
     pub fn args<I, S>(mut self, args: I) -> Self

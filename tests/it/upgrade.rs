@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::support::{TestResult, config, find_etcd, key, listing, page, wait_for, wait_until};
+use crate::support::{
+    TestResult, config, find_etcd, key, listing, page, say_left_out, wait_for, wait_until,
+};
 use futures::StreamExt;
 use goo_etcd::testing::{Etcd, EtcdCluster};
 use goo_etcd::{Client, Directory, Instance, Registrar, RegistrationState, Watch, WatchOptions};
@@ -83,7 +85,7 @@ async fn members_are_upgraded_one_by_one_and_nothing_is_lost() -> TestResult {
         find_etcd("ETCD_3_7", "etcd-3.7"),
     ];
     let [Some(first), Some(second), Some(third)] = releases else {
-        eprintln!("left out: an upgrade needs etcd 3.5, 3.6 and 3.7");
+        say_left_out("an upgrade needs etcd 3.5, 3.6 and 3.7");
         return Ok(());
     };
     // etcd 3.7 cannot read entries that 3.5 has written, so a snapshot must have replaced them.

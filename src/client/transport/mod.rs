@@ -1,7 +1,7 @@
 //! How a client's calls reach etcd: connecting, authenticating, and the clients of etcd-client.
 //!
-//! - `rpc`: the gRPC service beneath etcd-client, and the options of its calls. Streams are opened
-//!   there.
+//! - `rpc`: the gRPC service beneath etcd-client. Streams are opened there.
+//! - `call_options`: where the calls of the current task go.
 //! - `unary`: the attempts of a unary call. `method` says which calls may be repeated.
 //! - `message` and `response`: messages, their limits and gzip.
 //! - `members`: the members of the cluster that are called, kept current.
@@ -13,6 +13,7 @@
 
 mod awaited_response;
 mod call_log;
+mod call_options;
 mod members;
 mod message;
 mod method;
@@ -39,9 +40,10 @@ use crate::error::{Error, Result};
 use members::FollowedMembers;
 use raw_client::{options, unauthenticated};
 
+pub(super) use call_options::CallOptions;
 pub(super) use members::single_member;
 pub(super) use no_response::timeout_error;
-pub(super) use rpc::{CallOptions, RpcService};
+pub(super) use rpc::RpcService;
 pub(super) use unary::is_transient;
 
 /// The connections of one client, and the clients of etcd-client that use them.

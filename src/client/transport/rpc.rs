@@ -1,9 +1,5 @@
 //! The gRPC service beneath etcd-client, which sends each call to a member that can execute it.
 //!
-//! etcd-client builds its requests inside its own methods and takes no options for them. The only
-//! way to tell this service how to route a call is therefore a task-local variable, which is set
-//! while etcd-client's method runs: see [`CallOptions`].
-//!
 //! The service stands between etcd-client, which encodes the messages and adds the user's token,
 //! and the [`BalancedChannel`], which keeps the members connected and picks one. The service adds
 //! the parts that depend on etcd:
@@ -32,6 +28,7 @@ use tower::{BoxError, Service};
 
 use super::awaited_response::AwaitedResponse;
 use super::call_log::CallLog;
+use super::call_options::CallOptions;
 use super::members::{FollowedMembers, Membership, refusal_pauses};
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
@@ -57,47 +54,6 @@ const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
 /// How often learners may refuse a stream before the caller gets the refusal. Callers that must have
 /// a stream try again, so this only has to suffice until the learners are left out.
 const MAX_REFUSALS: usize = 8;
-
-tokio::task_local! {
-    /// The options of the calls that the current task makes.
-    static CALL_OPTIONS: CallOptions;
-}
-
-/// Routing of the calls made within a scope. By default a call goes to any member.
-#[derive(Debug, Clone, Default)]
-pub(in crate::client) struct CallOptions {
-    /// Use this channel only.
-    pub(in crate::client) pinned: Option<BalancedChannel>,
-    /// Members to avoid if others are available. The calls add the members that they are sent to.
-    pub(in crate::client) attempted: Option<AttemptedEndpoints>,
-    /// The attempts of the operation that the calls belong to.
-    pub(in crate::client) record: Option<AttemptRecord>,
-    /// The gRPC message to send to a path, because etcd-client leaves out a field of it.
-    pub(in crate::client) message: Option<(&'static str, &'static [u8])>,
-}
-
-impl CallOptions {
-    /// The options of the innermost scope around the caller.
-    pub(in crate::client) fn current() -> Self {
-        CALL_OPTIONS
-            .try_with(CallOptions::clone)
-            .unwrap_or_default()
-    }
-
-    /// The member that the latest call was sent to.
-    pub(in crate::client) fn last_attempted(&self) -> Option<Arc<str>> {
-        self.attempted.as_ref()?.last()
-    }
-
-    /// Applies the options to the calls that `work` makes. Without a record of its own, `work` uses
-    /// that of the scope around it.
-    pub(in crate::client) async fn scope<T>(mut self, work: impl Future<Output = T>) -> T {
-        if self.record.is_none() {
-            self.record = Self::current().record;
-        }
-        CALL_OPTIONS.scope(self, work).await
-    }
-}
 
 /// The gRPC service that etcd-client calls. Clones share their state.
 #[derive(Debug, Clone)]

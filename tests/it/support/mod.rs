@@ -27,7 +27,7 @@ use goo_etcd::{Client, Config, Directory, GetOptions, Snapshot};
 use tokio::sync::MutexGuard;
 use tokio_util::task::AbortOnDropHandle;
 
-pub use versions::{Feature, etcd_versions, find_etcd, version};
+pub use versions::{Feature, etcd_versions, find_etcd, say_left_out, version};
 
 pub type TestResult<T = ()> = Result<T, Box<dyn Error>>;
 
