@@ -102,10 +102,6 @@ impl EtcdError {
     pub(crate) fn of_client(error: &etcd_client::Error) -> Self {
         match error {
             etcd_client::Error::GRpcStatus(status) => Self::decode(status.code(), status.message()),
-            // etcd-client turns a renewal's response with a TTL of 0 into this error.
-            etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
-                Self::LeaseNotFound
-            }
             _ => Self::Other,
         }
     }

@@ -24,6 +24,9 @@ use crate::error::{Error, Result};
 /// processor time, and a token that is refused time and again will not be accepted.
 const MAX_TOKENS: u32 = 3;
 
+/// How many steps a renewal takes before it waits. Usually it takes one.
+const MAX_STEPS: usize = 10;
+
 /// The streams on which a client renews its leases, at most one per member.
 #[derive(Debug)]
 pub(in crate::client) struct LeaseStreams {
@@ -125,8 +128,9 @@ impl LeaseStreams {
         let now = Instant::now();
         let ready = self.client.inner.transport.rpc.ready_members();
         let mut members = self.members.lock();
-        members.update(&ready, now);
-        loop {
+        // A stream may end at any time, also at once after the end of its runtime.
+        for _ in 0..MAX_STEPS {
+            members.update(&ready, now);
             let known = members.known(&ready);
             let candidates: Vec<_> = known
                 .iter()
@@ -150,17 +154,17 @@ impl LeaseStreams {
                 }
             };
             let sent = stream.and_then(|stream| Some((stream.renew(id, now)?, stream)));
-            let Some((response, stream)) = sent else {
-                // The stream has just ended, or it is full.
-                return Some(now + pace.hedge_after());
-            };
-            asked.push(Asked {
-                stream,
-                at: now,
-                response,
-                is_recorded: false,
-            });
+            // Without a stream that has just ended, or is full, another step follows.
+            if let Some((response, stream)) = sent {
+                asked.push(Asked {
+                    stream,
+                    at: now,
+                    response,
+                    is_recorded: false,
+                });
+            }
         }
+        Some(now + pace.hedge_after())
     }
 
     fn open(
@@ -183,6 +187,7 @@ impl LeaseStreams {
             return;
         };
         members.standing(&member).on_response(now);
+        members.of_none = Standing::default();
         // Of two streams to one member the one that responded is kept.
         let is_double = |stream: &Arc<LeaseStream>| {
             !Arc::ptr_eq(stream, responding) && stream.member().as_ref() == Some(&member)

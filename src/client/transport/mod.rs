@@ -7,7 +7,7 @@
 //! - `members`: the members of the cluster that are called, kept current.
 //! - `raw_client`: etcd-client over a service of ours.
 //! - `awaited_response`: how a member responded, for the record of an operation's attempts.
-//! - `no_response`: the reason in the error of an operation whose time is over.
+//! - `no_response`: the reason in the error of an operation whose time is over. `reach` asks for it.
 //! - `token`: the user's token and its age.
 //! - `call_log`: the debug log.
 
@@ -19,6 +19,7 @@ mod message;
 mod method;
 mod no_response;
 mod raw_client;
+mod reach;
 mod response;
 mod rpc;
 mod token;

@@ -32,7 +32,6 @@ use super::call_options::CallOptions;
 use super::members::{FollowedMembers, Membership, refusal_pauses};
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
-use super::no_response::{self, is_disconnected};
 use super::raw_client::EtcdService;
 use super::response::{code_in, collect, is_error_in, map_not_grpc, map_refusal, message_in};
 use super::token::Token;
@@ -42,7 +41,6 @@ use crate::balance::{
 };
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
-use crate::error::Error;
 
 /// The header with the user's token.
 const TOKEN: HeaderName = HeaderName::from_static("token");
@@ -58,14 +56,14 @@ const MAX_REFUSALS: usize = 8;
 /// The gRPC service that etcd-client calls. Clones share their state.
 #[derive(Debug, Clone)]
 pub(in crate::client) struct RpcService {
-    state: Arc<RpcState>,
+    pub(super) state: Arc<RpcState>,
 }
 
 #[derive(Debug)]
-struct RpcState {
+pub(super) struct RpcState {
     /// `None` once the client is closed, although a raw client may still hold the service.
-    channel: ArcSwapOption<BalancedChannel>,
-    membership: Arc<Membership>,
+    pub(super) channel: ArcSwapOption<BalancedChannel>,
+    pub(super) membership: Arc<Membership>,
     codec: Codec,
     is_logging: bool,
     /// Whether the calls are a user's.
@@ -142,48 +140,10 @@ impl RpcService {
         &self.state.runtime
     }
 
-    /// The members that take calls.
-    pub(in crate::client) fn ready_members(&self) -> Vec<Arc<str>> {
-        let channel = self.state.channel.load_full();
-        channel.map_or_else(Vec::new, |channel| {
-            no_response::ready_members(&channel, &self.state.membership.learners())
-        })
-    }
-
     /// Whether the runtime has ended on which the client was built.
     pub(in crate::client) fn has_runtime_ended(&self) -> bool {
         let channel = self.state.channel.load();
         channel.as_ref().is_some_and(|channel| channel.has_ended())
-    }
-
-    /// Whether no member takes calls: none is connected, or only learners are. False once the client is closed.
-    pub(in crate::client) fn is_disconnected(&self) -> bool {
-        let channel = self.state.channel.load();
-        channel
-            .as_ref()
-            .is_some_and(|channel| is_disconnected(channel, &self.state.membership.learners()))
-    }
-
-    /// The error of an operation whose time is over.
-    pub(super) fn timeout_error(
-        &self,
-        operation: String,
-        after: Duration,
-        record: &AttemptRecord,
-    ) -> Error {
-        let channel = self.state.channel.load_full();
-        let learners = self.state.membership.learners();
-        no_response::timeout_error(operation, after, record, channel.as_deref(), &learners)
-    }
-
-    /// Why no member responded within the time of `record`'s operation.
-    pub(in crate::client) fn no_response_reason(&self, record: &AttemptRecord) -> String {
-        let channel = self.state.channel.load_full();
-        no_response::reason(
-            record,
-            channel.as_deref(),
-            &self.state.membership.learners(),
-        )
     }
 }
 
