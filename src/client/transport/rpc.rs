@@ -36,9 +36,7 @@ use super::raw_client::EtcdService;
 use super::response::{code_in, collect, is_error_in, map_not_grpc, map_refusal, message_in};
 use super::token::Token;
 use super::unary::UnaryCall;
-use crate::balance::{
-    AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext, Replay, ServedBy,
-};
+use crate::balance::{AttemptedEndpoints, BalancedChannel, CallContext, Replay, ServedBy};
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
 
