@@ -17,6 +17,10 @@ use crate::error::{Error, Result};
 /// The first revision that can be compacted.
 const FIRST_REVISION: i64 = 1;
 
+/// How long etcd may take to cancel the watch. etcd does not cancel it at all if the history is
+/// compacted up to revision 1 at most, or if the member has not compacted yet.
+const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(1);
+
 impl Client {
     /// Makes one call, as [`Client::call`] does, whose revision may have been compacted. `key` is
     /// one that the user may read.
@@ -30,8 +34,9 @@ impl Client {
         match self.call(operation, call).await {
             Err(error) if EtcdError::of(&error) == EtcdError::Compacted => {
                 let left = self.request_timeout().saturating_sub(started.elapsed());
+                let limit = left.min(LOOK_UP_TIMEOUT);
                 // Boxed, because the future is large and rarely needed.
-                let compact_revision = Box::pin(self.read_compact_revision(key, left)).await;
+                let compact_revision = Box::pin(self.read_compact_revision(key, limit)).await;
                 Err(Error::Compacted { compact_revision })
             }
             result => result,

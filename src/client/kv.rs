@@ -6,7 +6,7 @@ use etcd_client::{
 };
 
 use super::handle::{Client, display_key};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Keys and values. Each call fails with
 ///
@@ -75,11 +75,18 @@ impl Client {
 
     /// Compacts the history before this revision. Reads and watches before it then fail with
     /// [`Error::Compacted`](crate::Error::Compacted), and so does another compaction up to it.
+    ///
+    /// etcd accepts the revision 0 once, if nothing has been compacted yet, and removes nothing. A
+    /// negative revision fails with [`Error::Invalid`](crate::Error::Invalid).
     pub async fn compact(
         &self,
         revision: i64,
         options: impl Into<Option<CompactionOptions>>,
     ) -> Result<CompactionResponse> {
+        if revision < 0 {
+            let reason = "a revision is not negative";
+            return Err(Error::invalid("revision", revision.to_string(), reason));
+        }
         let mut kv = self.inner.transport.kv.clone();
         self.call_at_revision(
             b"",

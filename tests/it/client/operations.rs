@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::support::{PATIENCE, TestResult, config};
+use crate::support::{PATIENCE, TestResult, config, wait_for};
 use futures::StreamExt;
 use goo_etcd::client::{CompactionOptions, DeleteOptions, SortOrder, SortTarget};
 use goo_etcd::testing::Etcd;
@@ -138,6 +138,38 @@ async fn compaction_removes_only_older_revisions() -> TestResult {
         refused.to_string().contains(&future.to_string()),
         "{refused}"
     );
+    Ok(())
+}
+
+/// etcd cancels no watch after such compactions, so it does not say the revision.
+#[tokio::test]
+async fn compaction_of_nothing_fails_early() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let mut config = config([etcd.endpoint()]);
+    config.request_timeout = PATIENCE * 10;
+    let client = Client::new("main", config).await?;
+    for revision in [0, 1] {
+        client.compact(revision, None).await?;
+        let again = wait_for("the refusal", client.compact(revision, None)).await;
+        assert!(
+            matches!(
+                &again,
+                Err(Error::Compacted {
+                    compact_revision: 0,
+                    ..
+                })
+            ),
+            "{revision}: {again:?}"
+        );
+    }
+    for negative in [-1, -5, i64::MIN] {
+        let refused = client.compact(negative, None).await.unwrap_err();
+        assert!(matches!(refused, Error::Invalid { .. }), "{refused:?}");
+        assert!(
+            refused.to_string().contains(&negative.to_string()),
+            "{refused}"
+        );
+    }
     Ok(())
 }
 
