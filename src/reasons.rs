@@ -11,10 +11,14 @@ const KNOWN_FOR: Duration = Duration::from_secs(60);
 /// How many reasons are remembered, at most.
 const CAPACITY: usize = 16;
 
+/// The words before a number that tells faults apart, as in "HTTP 502" and "os error 111".
+const CODE_NAMES: [&str; 4] = ["HTTP", "status", "code", "error"];
+
 /// The reasons that were reported for one fault, so that each is logged once and wakes watchers
 /// once, even if several alternate.
 ///
-/// Reasons are alike if they differ only in words with digits: addresses, times, ids.
+/// Reasons are alike if they differ only in words with digits: addresses, times, ids. The number
+/// after one of [`CODE_NAMES`] counts.
 #[derive(Debug, Default)]
 pub(crate) struct SeenReasons(VecDeque<(u64, SystemTime)>);
 
@@ -23,7 +27,7 @@ impl SeenReasons {
     pub(crate) fn insert(&mut self, reason: &str, now: SystemTime) -> bool {
         let is_known = |at: SystemTime| now.duration_since(at).unwrap_or_default() < KNOWN_FOR;
         self.0.retain(|(_, at)| is_known(*at));
-        let hash = hash_without_numbers(reason);
+        let hash = hash_without_variable_words(reason);
         if let Some((_, at)) = self.0.iter_mut().find(|(seen, _)| *seen == hash) {
             *at = now;
             return false;
@@ -41,12 +45,14 @@ impl SeenReasons {
     }
 }
 
-fn hash_without_numbers(reason: &str) -> u64 {
+fn hash_without_variable_words(reason: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
+    let mut is_code = false;
     for word in reason.split_whitespace() {
-        let is_numbered = word.contains(|c: char| c.is_ascii_digit());
-        let word = if is_numbered { "#" } else { word };
-        word.hash(&mut hasher);
+        let is_left_out = !is_code && word.contains(|c: char| c.is_ascii_digit());
+        let counted = if is_left_out { "#" } else { word };
+        counted.hash(&mut hasher);
+        is_code = CODE_NAMES.contains(&word.trim_start_matches('('));
     }
     hasher.finish()
 }
@@ -89,6 +95,17 @@ mod tests {
         assert!(!seen.insert("no response of 10.0.0.2:2379 within 41ms", START));
         assert!(!seen.insert("no response of etcd-2 within 5s", START));
         assert!(seen.insert("no response of etcd-2 within 5s: denied", START));
+    }
+
+    #[test]
+    fn status_codes_count() {
+        let mut seen = SeenReasons::default();
+        for code in ["HTTP 502", "HTTP 503", "status code 502", "(os error 111)"] {
+            let reason = format!("10.0.0.1:80: got {code} with text/html");
+            assert!(seen.insert(&reason, START), "{reason}");
+            let reason = format!("10.0.0.2:80: got {code} with text/html");
+            assert!(!seen.insert(&reason, START), "{reason}");
+        }
     }
 
     #[test]
