@@ -272,19 +272,14 @@ impl Client {
         let pinned = options.pinned.clone();
         match timeout(limit, options.scope(work)).await {
             Ok(result) => result,
-            Err(_) => Err(match &pinned {
-                Some(_) => {
-                    let learners = Default::default();
-                    transport::timeout_error(
-                        operation(),
-                        limit,
-                        &record,
-                        pinned.as_ref(),
-                        &learners,
-                    )
-                }
-                None => self.timeout_error(operation(), limit, &record),
-            }),
+            Err(_) if pinned.is_some() => {
+                let (pinned, learners) = (pinned.as_ref(), Default::default());
+                let operation = operation();
+                Err(transport::timeout_error(
+                    operation, limit, &record, pinned, &learners,
+                ))
+            }
+            Err(_) => Err(self.timeout_error(operation(), limit, &record)),
         }
     }
 
