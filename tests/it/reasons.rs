@@ -5,11 +5,12 @@ use std::time::Duration;
 use crate::support::balanced::call;
 use crate::support::log::Log;
 use crate::support::process::isolate;
-use crate::support::{TestResult, config, connect, wait_until};
+use crate::support::users::{enable_auth, user};
+use crate::support::{TestResult, connect, wait_until};
 use etcd_client::{AlarmAction, AlarmType, Permission, RoleRevokePermissionOptions};
 use goo_etcd::testing::{Etcd, Proxy};
 use goo_etcd::{
-    BalancedChannel, Client, Config, Directory, Freshness, Instance, Registrar, Registration,
+    BalancedChannel, Client, Directory, Freshness, Instance, Registrar, Registration,
     RegistrationState,
 };
 
@@ -18,27 +19,6 @@ const SEVERAL_ATTEMPTS: Duration = Duration::from_secs(3);
 
 /// Where the user `app` may read and write.
 const APP: &str = "services/greeter/";
-
-/// Enables authentication, with the users `root` and `app`.
-async fn enable_auth(etcd: &Etcd) -> TestResult {
-    let mut auth = etcd.client().await?.auth_client();
-    auth.user_add("root", "root's", None).await?;
-    auth.user_grant_role("root", "root").await?;
-    auth.user_add("app", "hunter2", None).await?;
-    auth.role_add("app").await?;
-    let permission = Permission::read_write(APP).with_prefix();
-    auth.role_grant_permission("app", permission).await?;
-    auth.user_grant_role("app", "app").await?;
-    auth.auth_enable().await?;
-    Ok(())
-}
-
-fn user(name: &str, password: &str, endpoint: String) -> Config {
-    let mut config = config([endpoint]);
-    config.username = Some(name.to_owned());
-    config.password = Some(password.to_owned());
-    config
-}
 
 async fn revoke_permission(root: &Client) -> TestResult {
     let options = RoleRevokePermissionOptions::new().with_prefix();
@@ -74,10 +54,10 @@ async fn stale_directory_names_the_latest_failure() -> TestResult {
     }
     let (log, _scope) = Log::start("goo_etcd::directory=info");
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
+    enable_auth(&etcd, APP).await?;
     let proxy = Proxy::start(etcd.endpoint()).await?;
-    let root = Client::new("root", user("root", "root's", etcd.endpoint())).await?;
-    let app = Client::new("app", user("app", "hunter2", proxy.endpoint())).await?;
+    let root = Client::new("root", user("root", "root's", [etcd.endpoint()])).await?;
+    let app = Client::new("app", user("app", "hunter2", [proxy.endpoint()])).await?;
     let directory = Directory::watch(&app, "greeter").await?;
     let channel = BalancedChannel::builder(&directory)
         .ready_timeout(Duration::from_millis(1))
@@ -135,9 +115,9 @@ async fn registration_says_why_etcd_refuses_it() -> TestResult {
     }
     let (log, _scope) = Log::start("goo_etcd::registrar=info");
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
-    let root = Client::new("root", user("root", "root's", etcd.endpoint())).await?;
-    let app = Client::new("app", user("app", "hunter2", etcd.endpoint())).await?;
+    enable_auth(&etcd, APP).await?;
+    let root = Client::new("root", user("root", "root's", [etcd.endpoint()])).await?;
+    let app = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
     let registrar = Registrar::new(&app);
     let small = Instance::new("greeter", "10.0.0.1:80");
     let registered = registrar.register(small).await?;

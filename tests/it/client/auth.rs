@@ -4,27 +4,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::support::users::{enable_auth, user};
 use crate::support::{PATIENCE, TestResult, wait_for, wait_until};
 use futures::StreamExt;
 use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
-use goo_etcd::{Client, Config, Error, PutOptions, WatchOptions};
+use goo_etcd::{Client, Error, PutOptions, WatchOptions};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tonic::Code;
 
-/// Enables authentication, with a user `app` that may read and write keys under `app/`.
-async fn enable_auth(etcd: &Etcd) -> TestResult {
-    let mut auth = etcd.client().await?.auth_client();
-    auth.user_add("root", "root's", None).await?;
-    auth.user_grant_role("root", "root").await?;
-    auth.user_add("app", "hunter2", None).await?;
-    auth.role_add("app").await?;
-    let permission = etcd_client::Permission::read_write("app/").with_prefix();
-    auth.role_grant_permission("app", permission).await?;
-    auth.user_grant_role("app", "app").await?;
-    auth.auth_enable().await?;
-    Ok(())
-}
+/// Where the user `app` may read and write.
+const APP: &str = "app/";
 
 /// A cluster whose tokens expire after 5 s without use.
 async fn start_cluster_with_short_tokens() -> TestResult<EtcdCluster> {
@@ -32,17 +22,8 @@ async fn start_cluster_with_short_tokens() -> TestResult<EtcdCluster> {
         .args(["--auth-token-ttl", "5"])
         .start_cluster(3)
         .await?;
-    enable_auth(cluster.member(0)).await?;
+    enable_auth(cluster.member(0), APP).await?;
     Ok(cluster)
-}
-
-fn user(endpoints: Vec<String>, password: &str) -> Config {
-    let mut config = Config::default();
-    config.endpoints = endpoints;
-    config.username = Some("app".to_owned());
-    config.password = Some(password.to_owned());
-    config.dial_timeout = PATIENCE;
-    config
 }
 
 /// The number of authentications that a member has received.
@@ -106,7 +87,7 @@ impl PolledWatches {
 #[tokio::test]
 async fn expired_token_is_renewed_once_per_member() -> TestResult {
     let cluster = start_cluster_with_short_tokens().await?;
-    let client = Client::new("app", user(cluster.endpoints(), "hunter2")).await?;
+    let client = Client::new("app", user("app", "hunter2", cluster.endpoints())).await?;
     // Counted from the first token on, so that authentications during the idle time count as well.
     let before = all_authentications(&cluster).await?;
     let watches = PolledWatches::start(&client, 50).await?;
@@ -160,8 +141,8 @@ async fn moved_watches_renew_the_token_once() -> TestResult {
     };
     second.cut().await;
     third.cut().await;
-    let endpoints = proxies.iter().map(Proxy::endpoint).collect();
-    let client = Client::new("app", user(endpoints, "hunter2")).await?;
+    let endpoints = proxies.iter().map(Proxy::endpoint);
+    let client = Client::new("app", user("app", "hunter2", endpoints)).await?;
     let watches = PolledWatches::start(&client, 50).await?;
     // Calls keep the token on the second member, but not on the third.
     second.restore().await?;
@@ -188,9 +169,9 @@ async fn moved_watches_renew_the_token_once() -> TestResult {
 #[tokio::test]
 async fn wrong_password_fails_after_one_attempt() -> TestResult {
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
+    enable_auth(&etcd, APP).await?;
     let before = authentications(&etcd).await?;
-    let mut config = user(vec![etcd.endpoint()], "hunter3");
+    let mut config = user("app", "hunter3", [etcd.endpoint()]);
     // Longer than the test waits, so that the timeout cannot end the call.
     config.dial_timeout = PATIENCE * 10;
     let result = wait_for("the error", Client::new("wrong", config)).await;
@@ -206,8 +187,8 @@ async fn wrong_password_fails_after_one_attempt() -> TestResult {
 #[tokio::test]
 async fn missing_permission_refuses_each_call_once() -> TestResult {
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
-    let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    enable_auth(&etcd, APP).await?;
+    let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
     let before = authentications(&etcd).await?;
     let refusals = [
         client.put("other", "1", None).await.unwrap_err(),
@@ -239,9 +220,9 @@ async fn missing_permission_refuses_each_call_once() -> TestResult {
 #[tokio::test]
 async fn lazy_client_authenticates_once_for_its_first_calls() -> TestResult {
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
+    enable_auth(&etcd, APP).await?;
     let before = authentications(&etcd).await?;
-    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2"))?;
+    let client = Client::connect_lazy("app", user("app", "hunter2", [etcd.endpoint()]))?;
     assert_eq!(authentications(&etcd).await?, before);
     let puts = (0..64).map(|n| client.put(format!("app/{n}"), "1", None));
     futures::future::try_join_all(puts).await?;
@@ -268,9 +249,9 @@ async fn lazy_client_authenticates_once_for_its_first_calls() -> TestResult {
 #[tokio::test]
 async fn lazy_client_with_a_wrong_password_fails_each_call() -> TestResult {
     let etcd = Etcd::start().await?;
-    enable_auth(&etcd).await?;
+    enable_auth(&etcd, APP).await?;
     let before = authentications(&etcd).await?;
-    let client = Client::connect_lazy("wrong", user(vec![etcd.endpoint()], "hunter3"))?;
+    let client = Client::connect_lazy("wrong", user("app", "hunter3", [etcd.endpoint()]))?;
     for done in 1..4 {
         let error = client.get("app/a", None).await.unwrap_err();
         let text = format!("{error} {error:?} {client:?}");
@@ -285,7 +266,7 @@ async fn lazy_client_with_a_wrong_password_fails_each_call() -> TestResult {
 #[tokio::test]
 async fn lazy_client_works_without_authentication() -> TestResult {
     let etcd = Etcd::start().await?;
-    let client = Client::connect_lazy("app", user(vec![etcd.endpoint()], "hunter2"))?;
+    let client = Client::connect_lazy("app", user("app", "hunter2", [etcd.endpoint()]))?;
     client.put("other", "1", None).await?;
     assert_eq!(client.get("other", None).await?.count(), 1);
     Ok(())
@@ -310,9 +291,9 @@ async fn cache_does_not_bypass_permissions() -> TestResult {
     })
     .await;
     drop((directory, client));
-    enable_auth(&etcd).await?;
+    enable_auth(&etcd, APP).await?;
     // A client of the same name finds the file.
-    let client = Client::connect_lazy("test", user(vec![etcd.endpoint()], "hunter2"))?;
+    let client = Client::connect_lazy("test", user("app", "hunter2", [etcd.endpoint()]))?;
     // The first call authenticates, which on a busy machine may take longer than a cached directory
     // waits for its list.
     client.ping().await?;
@@ -334,8 +315,8 @@ async fn outdated_jwt_is_renewed_once() -> TestResult {
         ])
         .start()
         .await?;
-    enable_auth(&etcd).await?;
-    let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    enable_auth(&etcd, APP).await?;
+    let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
     client.put("app/a", "1", None).await?;
     let prefix = WatchOptions::new().with_prefix();
     let mut watch = client.watch("app/", prefix).await?;
@@ -369,8 +350,8 @@ async fn token_expiry_between_renewals_keeps_the_lease() -> TestResult {
         .into_iter()
         .map(|builder| async {
             let etcd = builder.args(["--auth-token-ttl", "2"]).start().await?;
-            enable_auth(&etcd).await?;
-            let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+            enable_auth(&etcd, APP).await?;
+            let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
             // The lease is renewed every 4 s; no other call keeps the token alive.
             let lease = client.grant(12).await?.id();
             let mut kept = client.keep_alive(lease).await?;
@@ -396,7 +377,7 @@ async fn authentication_may_be_enabled_later() -> TestResult {
         .into_iter()
         .map(|builder| async {
             let etcd = builder.start().await?;
-            let config = user(vec![etcd.endpoint()], "hunter2");
+            let config = user("app", "hunter2", [etcd.endpoint()]);
             let early = Client::new("early", config.clone()).await?;
             let lazy = Client::connect_lazy("lazy", config)?;
             let mut watches = Vec::new();
@@ -411,7 +392,7 @@ async fn authentication_may_be_enabled_later() -> TestResult {
                 client.put(key, "", on_lease).await?;
                 kept.push(client.keep_alive(lease).await?);
             }
-            enable_auth(&etcd).await?;
+            enable_auth(&etcd, APP).await?;
             for client in [&early, &lazy] {
                 client.put("app/b", client.name(), None).await?;
                 assert_eq!(client.get("app/b", None).await?.count(), 1);
@@ -454,7 +435,7 @@ async fn watch_of_a_forbidden_range_fails_at_once() -> TestResult {
     auth.user_add("app", "hunter2", None).await?;
     auth.user_grant_role("app", "app").await?;
     auth.auth_enable().await?;
-    let client = Client::new("app", user(vec![etcd.endpoint()], "hunter2")).await?;
+    let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
     drop(client.watch("config", None).await?);
     let before = (
         authentications(&etcd).await?,
@@ -474,7 +455,7 @@ async fn watch_of_a_forbidden_range_fails_at_once() -> TestResult {
 #[tokio::test]
 async fn expired_token_and_hung_member_fail_no_read() -> TestResult {
     let cluster = start_cluster_with_short_tokens().await?;
-    let mut config = user(cluster.endpoints(), "hunter2");
+    let mut config = user("app", "hunter2", cluster.endpoints());
     // The election of another leader takes seconds on a busy machine.
     config.request_timeout = PATIENCE;
     let client = Client::new("app", config).await?;

@@ -15,6 +15,7 @@ pub mod log;
 pub mod process;
 pub mod raw;
 pub mod registered_process;
+pub mod users;
 pub mod versions;
 
 use std::error::Error;

@@ -31,6 +31,19 @@ async fn put_many(client: &Client, count: usize, key: impl Fn(usize) -> String) 
     for_each_key(client, count, key, |key| TxnOp::put(key, "1", None)).await
 }
 
+async fn lock_and_unlock(client: &Client) -> TestResult {
+    let lock = client.try_lock("a", TTL).await?.ok_or("not free")?;
+    lock.unlock().await?;
+    Ok(())
+}
+
+/// How many reads etcd receives during `work`.
+async fn count_reads(etcd: &Etcd, work: impl Future<Output = TestResult>) -> TestResult<u64> {
+    let before = call_count(etcd, "Range").await?;
+    work.await?;
+    Ok(call_count(etcd, "Range").await? - before)
+}
+
 #[tokio::test]
 async fn other_queues_and_keys_do_not_count() -> TestResult {
     let etcd = Etcd::start().await?;
@@ -98,27 +111,17 @@ async fn many_other_keys_cost_few_reads() -> TestResult {
     let client = connect(etcd.endpoint()).await;
     // A folder below the name is skipped.
     put_many(&client, 20_000, |i| format!("a/b/{i}")).await?;
-    let before = call_count(&etcd, "Range").await?;
-    client
-        .try_lock("a", TTL)
-        .await?
-        .ok_or("not free")?
-        .unlock()
-        .await?;
-    assert!(client.leader("a").await?.is_none());
-    let reads = call_count(&etcd, "Range").await? - before;
+    let with_leader = async {
+        lock_and_unlock(&client).await?;
+        assert!(client.leader("a").await?.is_none());
+        Ok(())
+    };
+    let reads = count_reads(&etcd, with_leader).await?;
     assert!(reads <= 10, "{reads}");
 
     // Names that could be leases are read in pages.
     put_many(&client, 20_000, |i| format!("a/{i}")).await?;
-    let before = call_count(&etcd, "Range").await?;
-    client
-        .try_lock("a", TTL)
-        .await?
-        .ok_or("not free")?
-        .unlock()
-        .await?;
-    let reads = call_count(&etcd, "Range").await? - before;
+    let reads = count_reads(&etcd, lock_and_unlock(&client)).await?;
     assert!(reads <= 40, "{reads}");
     Ok(())
 }
@@ -144,12 +147,14 @@ async fn changes_of_other_keys_cause_no_reads() -> TestResult {
     .await;
     tokio::time::sleep(Duration::from_millis(300)).await;
 
-    let before = call_count(&etcd, "Range").await?;
-    put_many(&client, 1_000, |i| format!("a/{i}")).await?;
-    let key = |i| format!("a/{i}");
-    for_each_key(&client, 1_000, key, |key| TxnOp::delete(key, None)).await?;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let reads = call_count(&etcd, "Range").await? - before;
+    let changes = async {
+        let key = |i| format!("a/{i}");
+        put_many(&client, 1_000, key).await?;
+        for_each_key(&client, 1_000, key, |key| TxnOp::delete(key, None)).await?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        Ok(())
+    };
+    let reads = count_reads(&etcd, changes).await?;
     assert!(reads <= 5, "{reads}");
     assert!(!waiting.is_finished() && !observing.is_finished());
 
