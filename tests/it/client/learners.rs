@@ -48,6 +48,20 @@ impl SlowVoters {
         Ok(self.proxies[2].bytes_up() - before >= LARGE as u64)
     }
 
+    /// A client whose first put was sent to the learner. A stall of this process may let a voting
+    /// member connect first; then another client tries.
+    async fn client_that_met_the_learner(&self) -> TestResult<Client> {
+        let mut met = None;
+        wait_until("a first call reaches the learner", async || {
+            let client = Client::new("main", self.config()).await.unwrap();
+            let reached = self.put_reaches_the_learner(&client).await.unwrap();
+            met = reached.then_some(client);
+            reached
+        })
+        .await;
+        Ok(met.ok_or("no client")?)
+    }
+
     async fn promote_learner_and_wait_for_its_use(&self, client: &Client) -> TestResult {
         let list = client.member_list().await?;
         let learner = list.members().iter().find(|member| member.is_learner());
@@ -127,8 +141,7 @@ async fn refused_calls_go_to_another_member() -> TestResult {
     }
 
     // The learner is left out after one refusal.
-    let client = Client::new("main", voters.config()).await?;
-    assert!(voters.put_reaches_the_learner(&client).await?);
+    let client = voters.client_that_met_the_learner().await?;
     for _ in 0..10 {
         assert!(!voters.put_reaches_the_learner(&client).await?);
     }
@@ -141,7 +154,8 @@ async fn refused_calls_go_to_another_member() -> TestResult {
 
 #[tokio::test]
 async fn lock_outlives_a_member_that_became_a_learner() -> TestResult {
-    let ttl = Duration::from_secs(5);
+    // Much longer than the streams take to move, even on a busy machine.
+    let ttl = Duration::from_secs(12);
     let cluster = EtcdCluster::start().await?;
     let mut clients = Vec::new();
     // Some of the streams are on the member that is replaced.

@@ -285,7 +285,7 @@ async fn nothing_is_sent_in_plaintext() -> TestResult {
 
 /// Over TLS etcd sends a learner's refusal of a stream after the response's head.
 #[tokio::test]
-async fn learner_refuses_no_stream_for_good() -> TestResult {
+async fn streams_open_beside_a_learner() -> TestResult {
     let folder = tempfile::tempdir()?;
     let authority = Authority::new("ours")?;
     let shown = authority.sign(Flaws::default())?;
