@@ -289,8 +289,8 @@ impl Renewer {
     }
 }
 
-/// The responses of a [`Renewer`]. If its task is dropped because the runtime has ended, an error is
-/// the last item.
+/// The responses of a [`Renewer`]. If its task is dropped because the runtime has ended, an error
+/// is the last item.
 struct ResponsesOfTask {
     responses: watch::Sender<Result<LeaseKeepAliveResponse>>,
     id: i64,

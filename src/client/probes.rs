@@ -21,8 +21,11 @@ const REMEMBERED_FOR: Duration = Duration::from_secs(120);
 ///
 /// To find out whether a lease still exists, the client tries to grant one with the same id. If
 /// that succeeds, the lease was gone, and the new one is a probe that the client revokes at once. A
-/// probe that could not be revoked, or whose grant got no response, must not be taken for the lease.
-/// etcd never changes the TTL of a lease, so a probe gets another TTL than the lease had.
+/// probe that could not be revoked, or whose grant got no response, must not be taken for the
+/// lease. etcd never changes the TTL of a lease, so a probe gets another TTL than the lease had.
+///
+/// Only the client that requested a probe knows it. Another client that renews the same lease takes
+/// the probe for it, and keeps it alive, until the probe is revoked.
 #[derive(Debug, Default)]
 pub(super) struct Probes(Mutex<HashMap<i64, Probe>>);
 

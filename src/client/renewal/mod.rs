@@ -1,6 +1,6 @@
 //! Renewing leases.
 //!
-//! All leases of a client share a [`LeaseStreams`]: at most one open stream per member, and a
+//! All leases of a client share a [`LeaseStreams`]: at most two open streams per member, and a
 //! message for each renewal. Usually one stream carries all renewals.
 //!
 //! ```text
@@ -10,9 +10,10 @@
 //! ```
 //!
 //! etcd responds to the renewals of one stream one after the other. A follower passes each to the
-//! leader, and waits 7 s for a leader that hangs, even after another was elected. A stream that owes
-//! a response is therefore stuck for every lease. The renewal is sent on another member's stream
-//! beside it, and the stuck one is closed once another member has responded.
+//! leader, and waits 7 s for a leader that hangs, even after another was elected. A stream that
+//! owes a response is therefore stuck for every lease. The renewal is sent on another member's
+//! stream beside it, and the stuck one is closed once another member has responded. If no member
+//! responds, each is asked on a second stream beside the silent one, because it may only be slow.
 //!
 //! The streams end with the last handle to the `LeaseStreams`, so that a client without leases has
 //! none.

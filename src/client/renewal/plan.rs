@@ -1,6 +1,7 @@
 //! Which member a renewal is sent to next, and when.
 
 use std::cmp::Reverse;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -13,11 +14,11 @@ use super::standing::Standing;
 pub(super) struct Candidate<'a> {
     pub(super) standing: &'a Standing,
     pub(super) stream: Stream,
-    /// When this renewal was sent to the member, while it has no response.
+    /// When this renewal was sent on the stream, while it has no response.
     pub(super) asked_at: Option<Instant>,
 }
 
-/// The open stream of a candidate.
+/// The newest open stream of a candidate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stream {
     None,
@@ -36,8 +37,8 @@ pub(super) enum Step {
     Send(usize),
     /// Send the renewal on a new stream to one of these candidates.
     Open(Vec<usize>),
-    /// Close the stream of this candidate, which is silent, and ask for the next step.
-    Replace(usize),
+    /// Send the renewal on a further stream to this candidate, whose stream is silent.
+    Reopen(usize),
     /// Wait for a response, until then.
     Wait(Option<Instant>),
 }
@@ -54,7 +55,8 @@ enum Promise {
 /// Decides what a renewal does next.
 ///
 /// The renewal is sent to another member when each one asked so far has been silent for a while. A
-/// member that did not respond is asked again only after all others, on a new stream.
+/// member that did not respond is asked again only after all others, on a further stream. The
+/// silent one stays open, because the member may only be slow.
 pub(super) fn next_step(pace: Pace, now: Instant, candidates: &[Candidate]) -> Step {
     let overdue_at = |candidate: &Candidate| candidate.overdue_at(pace);
     let asked = || candidates.iter().filter(|c| c.asked_at.is_some());
@@ -78,17 +80,24 @@ pub(super) fn next_step(pace: Pace, now: Instant, candidates: &[Candidate]) -> S
         let without_stream = equals.filter(|(_, c)| c.stream == Stream::None);
         return Step::Open(without_stream.map(|(index, _)| index).collect());
     }
-    let replace_at = |(index, candidate): (usize, &Candidate)| {
-        candidate.asked_at?;
-        Some((candidate.replace_at(pace)?, index))
+    let is_waiting = candidates.iter().any(|c| c.stream == Stream::Waiting);
+    let reopen_at = |(index, candidate): (usize, &Candidate)| {
+        let reopen_at = candidate.reopen_at(pace)?;
+        // Where a stream waits, a further one would wait as well.
+        let after_waiting = now + pace.reopen_after(Duration::ZERO);
+        Some(if is_waiting {
+            (reopen_at.max(after_waiting), index)
+        } else {
+            (reopen_at, index)
+        })
     };
-    let next = candidates.iter().enumerate().filter_map(replace_at).min();
+    let next = candidates.iter().enumerate().filter_map(reopen_at).min();
     let retry_at = candidates.iter().filter(|c| c.asked_at.is_none());
     let retry_at = retry_at.filter_map(|c| c.standing.retry_at()).min();
     match next {
-        Some((replace_at, index)) if replace_at <= now => Step::Replace(index),
-        Some((replace_at, _)) => {
-            Step::Wait(Some(retry_at.map_or(replace_at, |at| at.min(replace_at))))
+        Some((reopen_at, index)) if reopen_at <= now => Step::Reopen(index),
+        Some((reopen_at, _)) => {
+            Step::Wait(Some(retry_at.map_or(reopen_at, |at| at.min(reopen_at))))
         }
         None => Step::Wait(retry_at),
     }
@@ -99,30 +108,29 @@ impl Candidate<'_> {
     /// renewal, because etcd responds to one after the other.
     fn overdue_at(&self, pace: Pace) -> Option<Instant> {
         let asked_at = self.asked_at?;
-        let hedge_after = pace.hedge_after();
+        let round_trip = self.standing.round_trip();
         let silent_since = match self.stream {
             Stream::Owing(since) => since,
             _ => asked_at,
         };
         // Where other leases get responses, this one may still be forgotten.
-        Some((silent_since + hedge_after).min(asked_at + hedge_after * 3))
+        let forgotten_at = asked_at + pace.reopen_after(round_trip);
+        Some((silent_since + pace.hedge_after(round_trip)).min(forgotten_at))
     }
 
-    /// When the stream is replaced, if no other member can be asked.
-    fn replace_at(&self, pace: Pace) -> Option<Instant> {
+    /// When the member is asked on a further stream, if no other member can be asked.
+    fn reopen_at(&self, pace: Pace) -> Option<Instant> {
         let asked_at = self.asked_at?;
-        let replace_after = pace.replace_after(self.standing.replaced());
-        match self.stream {
-            // No member is connected, so a new stream would wait as well.
-            Stream::Waiting => None,
-            Stream::Owing(since) => Some((since + replace_after).min(asked_at + replace_after * 2)),
-            _ => Some(asked_at + replace_after),
-        }
+        let reopen_after = pace.reopen_after(self.standing.round_trip());
+        Some(match self.stream {
+            Stream::Owing(since) => (since + reopen_after).min(asked_at + reopen_after * 2),
+            _ => asked_at + reopen_after,
+        })
     }
 
     fn promise(&self, pace: Pace, now: Instant) -> Promise {
         let is_overdue = match self.stream {
-            Stream::Owing(since) => since + pace.hedge_after() <= now,
+            Stream::Owing(since) => since + pace.hedge_after(self.standing.round_trip()) <= now,
             _ => false,
         };
         if is_overdue || self.standing.is_silent() {
@@ -139,8 +147,7 @@ impl Candidate<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
+    use super::super::standing::Response;
     use super::*;
 
     const TTL: Duration = Duration::from_secs(12);
@@ -195,16 +202,14 @@ mod tests {
                     Step::Wait(until) => return until,
                     Step::Send(index) => ("send", index),
                     Step::Open(indices) => ("open", indices[0]),
-                    Step::Replace(index) => ("replace", index),
+                    Step::Reopen(index) => ("reopen", index),
                 };
                 let at = (self.now - self.start).as_secs_f64();
                 self.steps.push(format!("{at} {verb} {index}"));
                 let member = &mut self.members[index];
-                if verb == "replace" {
+                if verb == "reopen" {
                     member.standing.on_silent();
-                    member.standing.on_replaced();
-                    (member.stream, member.asked_at) = (None, None);
-                    continue;
+                    member.stream = None;
                 }
                 let owing = match member.stream {
                     Some(Stream::Owing(since)) => since,
@@ -231,9 +236,12 @@ mod tests {
             (member.stream, member.asked_at) = (None, None);
         }
 
-        fn respond(&mut self, index: usize) {
+        fn respond(&mut self, index: usize, round_trip: Duration) {
             let member = &mut self.members[index];
-            member.standing.on_response(self.now);
+            member.standing.on_response(Response {
+                at: self.now,
+                round_trip,
+            });
             (member.stream, member.asked_at) = (Some(Stream::Idle), None);
         }
 
@@ -242,37 +250,51 @@ mod tests {
         }
     }
 
+    /// The renewal is due after a third of the TTL, so the lease ends eight hedges later.
     #[tokio::test(start_paused = true)]
-    async fn each_member_is_asked_before_one_is_asked_again() {
+    async fn each_member_is_asked_until_the_lease_ends() {
         let mut play = Play::new(3);
-        play.wait(HEDGE_AFTER * 6);
+        play.wait(HEDGE_AFTER * 8);
         let expected = [
             "0 open 0",
             "1 open 1",
             "2 open 2",
-            "3 replace 0",
-            "3 open 0",
-            "4 replace 1",
-            "4 open 1",
-            "5 replace 2",
-            "5 open 2",
+            "3 reopen 0",
+            "4 reopen 1",
+            "5 reopen 2",
+            "6 reopen 0",
+            "7 reopen 1",
         ];
         assert_eq!(play.take_steps(), expected);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn single_silent_member_is_asked_ever_more_rarely() {
+    async fn single_silent_member_is_asked_every_three_hedges() {
         let mut play = Play::new(1);
-        play.wait(HEDGE_AFTER * 22);
-        let expected = [
-            "0 open 0",
-            "3 replace 0",
-            "3 open 0",
-            "9 replace 0",
-            "9 open 0",
-            "21 replace 0",
-            "21 open 0",
-        ];
+        play.wait(HEDGE_AFTER * 8);
+        let expected = ["0 open 0", "3 reopen 0", "6 reopen 0"];
+        assert_eq!(play.take_steps(), expected);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn member_gets_twice_the_time_of_its_last_response() {
+        let mut play = Play::new(2);
+        play.ask();
+        play.respond(0, HEDGE_AFTER * 3 / 2);
+        play.take_steps();
+        play.wait(HEDGE_AFTER * 4);
+        assert_eq!(play.take_steps(), ["0 send 0", "3 open 1"]);
+    }
+
+    /// A third of the TTL, and half of it for a further stream.
+    #[tokio::test(start_paused = true)]
+    async fn member_that_was_slow_once_delays_others_little() {
+        let mut play = Play::new(2);
+        play.ask();
+        play.respond(0, TTL);
+        play.take_steps();
+        play.wait(TTL * 2 / 3);
+        let expected = ["0 send 0", "4 open 1", "6 reopen 0", "7 reopen 1"];
         assert_eq!(play.take_steps(), expected);
     }
 
@@ -281,7 +303,7 @@ mod tests {
         let mut play = Play::new(3);
         for index in [0, 2, 1] {
             play.now += HEDGE_AFTER;
-            play.respond(index);
+            play.respond(index, Duration::ZERO);
         }
         assert_eq!(play.step(), Step::Send(1));
         // Another lease has waited there for too long.
@@ -323,12 +345,23 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn unconnected_stream_is_never_replaced() {
-        let mut play = Play::new(1);
+    async fn no_further_stream_is_opened_while_one_waits() {
+        let mut play = Play::new(2);
+        play.ask();
+        play.now += HEDGE_AFTER;
         play.ask();
         play.members[0].stream = Some(Stream::Waiting);
-        play.now += HEDGE_AFTER * 100;
-        assert_eq!(play.step(), Step::Wait(None));
+        for _ in 0..100 {
+            play.now += HEDGE_AFTER * 3;
+            let Step::Wait(Some(until)) = play.step() else {
+                panic!("{:?}", play.step());
+            };
+            assert!(until > play.now);
+        }
+        // A member was connected, and does not respond.
+        play.members[0].stream = Some(Stream::Owing(play.now));
+        play.now += HEDGE_AFTER * 3;
+        assert!(matches!(play.step(), Step::Reopen(_)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -13,34 +13,42 @@ const MAX_PAUSE: Duration = Duration::from_millis(400);
 /// What is known of a member, since its last response.
 #[derive(Debug)]
 pub(super) struct Standing {
-    /// A stream to the member was closed because the member owed a response.
+    /// A stream to the member was given up because the member owed a response.
     is_silent: bool,
-    /// How many silent streams in a row were replaced.
-    replaced: u32,
     /// The member refused a new stream, and is not asked before.
     retry_at: Option<Instant>,
     pauses: Backoff,
-    responded_at: Option<Instant>,
+    last: Option<Response>,
+}
+
+/// When a member last responded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Response {
+    pub(super) at: Instant,
+    /// How long the member took for the latest renewal that waited for no other. Zero before that.
+    pub(super) round_trip: Duration,
 }
 
 impl Default for Standing {
     fn default() -> Self {
         Self {
             is_silent: false,
-            replaced: 0,
             retry_at: None,
             pauses: Backoff::with_jitter(Duration::from_millis(50), MAX_PAUSE, 0.5..1.0),
-            responded_at: None,
+            last: None,
         }
     }
 }
 
 impl Standing {
-    pub(super) fn on_response(&mut self, now: Instant) {
-        *self = Self {
-            responded_at: Some(now),
-            ..Self::default()
-        };
+    /// Learns of a response, unless it was earlier than one that is known.
+    pub(super) fn on_response(&mut self, response: Response) {
+        if self.last.is_none_or(|last| last.at < response.at) {
+            *self = Self {
+                last: Some(response),
+                ..Self::default()
+            };
+        }
     }
 
     /// The member ended a stream on which it had not responded.
@@ -49,21 +57,17 @@ impl Standing {
         self.is_silent = false;
     }
 
-    /// A stream was closed because the member owed a response.
+    /// A stream was given up because the member owed a response. How fast it was before says
+    /// nothing any more.
     pub(super) fn on_silent(&mut self) {
         self.is_silent = true;
-    }
-
-    pub(super) fn on_replaced(&mut self) {
-        self.replaced += 1;
+        if let Some(last) = &mut self.last {
+            last.round_trip = Duration::ZERO;
+        }
     }
 
     pub(super) fn is_silent(&self) -> bool {
         self.is_silent
-    }
-
-    pub(super) fn replaced(&self) -> u32 {
-        self.replaced
     }
 
     pub(super) fn retry_at(&self) -> Option<Instant> {
@@ -71,6 +75,10 @@ impl Standing {
     }
 
     pub(super) fn responded_at(&self) -> Option<Instant> {
-        self.responded_at
+        self.last.map(|last| last.at)
+    }
+
+    pub(super) fn round_trip(&self) -> Duration {
+        self.last.map_or(Duration::ZERO, |last| last.round_trip)
     }
 }

@@ -17,6 +17,7 @@ use tonic::{Request, Status, Streaming};
 use tonic_prost::ProstCodec;
 
 use super::plan;
+use super::standing::Response;
 use crate::balance::{AttemptRecord, AttemptedEndpoints};
 use crate::client::transport::{CallOptions, RpcService};
 
@@ -74,13 +75,15 @@ struct Waiting {
     unanswered: HashMap<i64, Unanswered>,
     /// Since when the member has owed a response and sent none.
     silent_since: Option<Instant>,
-    has_responded: bool,
+    last: Option<Response>,
     end: Option<StreamEnd>,
 }
 
 #[derive(Debug)]
 struct Unanswered {
     sent_at: Instant,
+    /// Whether no other renewal waited for a response when this one was sent.
+    is_alone: bool,
     callers: Vec<oneshot::Sender<Renewed>>,
 }
 
@@ -135,6 +138,7 @@ impl LeaseStream {
         waiting.silent_since.get_or_insert(now);
         let unanswered = Unanswered {
             sent_at: now,
+            is_alone: waiting.unanswered.is_empty(),
             callers: vec![caller],
         };
         waiting.unanswered.insert(id, unanswered);
@@ -144,6 +148,11 @@ impl LeaseStream {
     /// The member that the stream was sent to. `None` until one is connected.
     pub(super) fn member(&self) -> Option<Arc<str>> {
         self.attempted.last()
+    }
+
+    /// Whether the member takes no calls any more, while another does.
+    pub(super) fn is_left(&self, ready: &[Arc<str>]) -> bool {
+        !ready.is_empty() && self.member().is_some_and(|member| !ready.contains(&member))
     }
 
     /// Records a response for the operation that waited for it.
@@ -165,6 +174,11 @@ impl LeaseStream {
             }
             None => record.fail_unsent(status),
         }
+    }
+
+    /// The latest response.
+    pub(super) fn last_response(&self) -> Option<Response> {
+        self.waiting.lock().last
     }
 
     pub(super) fn opened_at(&self) -> Instant {
@@ -200,10 +214,20 @@ impl LeaseStream {
 
 impl Waiting {
     fn respond(&mut self, response: LeaseKeepAliveResponse, now: Instant) {
-        self.has_responded = true;
         let answered = self.unanswered.remove(&response.id());
         self.silent_since = (!self.unanswered.is_empty()).then_some(now);
-        let Some(Unanswered { sent_at, callers }) = answered else {
+        let round_trip = match &answered {
+            Some(alone) if alone.is_alone => now - alone.sent_at,
+            _ => self.last.map_or(Duration::ZERO, |last| last.round_trip),
+        };
+        self.last = Some(Response {
+            at: now,
+            round_trip,
+        });
+        let Some(Unanswered {
+            sent_at, callers, ..
+        }) = answered
+        else {
             return;
         };
         for caller in callers {
@@ -217,7 +241,7 @@ impl Waiting {
 
     /// The callers find out because their channels close.
     fn end(&mut self, cause: EndCause) {
-        let is_fresh = !self.has_responded;
+        let is_fresh = self.last.is_none();
         self.end.get_or_insert(StreamEnd { is_fresh, cause });
         self.unanswered.clear();
         self.silent_since = None;

@@ -5,6 +5,7 @@ use std::future::{Future as _, poll_fn};
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::Poll;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -27,7 +28,11 @@ const MAX_TOKENS: u32 = 3;
 /// How many steps a renewal takes before it waits. Usually it takes one.
 const MAX_STEPS: usize = 10;
 
-/// The streams on which a client renews its leases, at most one per member.
+/// The most open streams per member.
+const MAX_STREAMS: usize = 2;
+
+/// The streams on which a client renews its leases: one per member, and a further one while that is
+/// silent.
 #[derive(Debug)]
 pub(in crate::client) struct LeaseStreams {
     client: Client,
@@ -37,6 +42,7 @@ pub(in crate::client) struct LeaseStreams {
 /// The members of the cluster, as far as renewals were sent to them.
 #[derive(Debug, Default)]
 struct Members {
+    /// In the order in which they were opened.
     streams: Vec<Arc<LeaseStream>>,
     standings: HashMap<Arc<str>, Standing>,
     /// The standing of a stream that was sent to no member.
@@ -136,21 +142,17 @@ impl LeaseStreams {
                 .iter()
                 .map(|known| members.candidate(known, asked))
                 .collect();
-            let stream = match next_step(pace, now, &candidates) {
-                Step::Wait(until) => return until,
-                Step::Replace(index) => {
-                    if let Some(stream) = known[index].stream.clone() {
-                        members.replace(&stream, now);
-                        asked.retain(|asked| !Arc::ptr_eq(&asked.stream, &stream));
+            let step = next_step(pace, now, &candidates);
+            let stream = match &step {
+                Step::Wait(until) => return *until,
+                Step::Send(index) => known[*index].stream.clone(),
+                Step::Open(indices) => Some(self.open(&mut members, &known, indices)),
+                Step::Reopen(index) => {
+                    if let Some(member) = &known[*index].member {
+                        members.standing(member).on_silent();
+                        members.close_oldest(member, MAX_STREAMS - 1);
                     }
-                    continue;
-                }
-                Step::Send(index) => known[index].stream.clone(),
-                Step::Open(indices) => {
-                    let is_wanted = |n: &usize| indices.contains(n);
-                    let avoided = known.iter().enumerate().filter(|(n, _)| !is_wanted(n));
-                    let avoided = avoided.filter_map(|(_, known)| known.member.clone());
-                    Some(self.open(&mut members, avoided))
+                    Some(self.open(&mut members, &known, &[*index]))
                 }
             };
             let sent = stream.and_then(|stream| Some((stream.renew(id, now)?, stream)));
@@ -164,14 +166,15 @@ impl LeaseStreams {
                 });
             }
         }
-        Some(now + pace.hedge_after())
+        Some(now + pace.hedge_after(Duration::ZERO))
     }
 
-    fn open(
-        &self,
-        members: &mut Members,
-        avoided: impl IntoIterator<Item = Arc<str>>,
-    ) -> Arc<LeaseStream> {
+    fn open(&self, members: &mut Members, known: &[Known], wanted: &[usize]) -> Arc<LeaseStream> {
+        let avoided = known
+            .iter()
+            .enumerate()
+            .filter(|(n, _)| !wanted.contains(n));
+        let avoided = avoided.filter_map(|(_, known)| known.member.clone());
         let rpc = &self.client.inner.transport.rpc;
         let stream = Arc::new(LeaseStream::open(rpc.clone(), rpc.runtime(), avoided));
         members.streams.push(Arc::clone(&stream));
@@ -183,26 +186,16 @@ impl LeaseStreams {
     fn on_response(&self, responding: &Arc<LeaseStream>, pace: Pace, asked: &[Asked]) {
         let now = Instant::now();
         let mut members = self.members.lock();
-        let Some(member) = responding.member() else {
-            return;
+        members.learn_responses();
+        let round_trip_of = |members: &Members, stream: &LeaseStream| {
+            let standing = stream.member().and_then(|m| members.standings.get(&m));
+            standing.map_or(Duration::ZERO, Standing::round_trip)
         };
-        members.standing(&member).on_response(now);
         members.of_none = Standing::default();
-        // Of two streams to one member the one that responded is kept.
-        let is_double = |stream: &Arc<LeaseStream>| {
-            !Arc::ptr_eq(stream, responding) && stream.member().as_ref() == Some(&member)
-        };
-        let double: Vec<_> = members
-            .streams
-            .iter()
-            .filter(|s| is_double(s))
-            .cloned()
-            .collect();
-        for stream in double {
-            members.close(&stream);
-        }
+        let of_responding = round_trip_of(&members, responding);
         for Asked { stream, .. } in asked {
-            if stream.silence(now) >= pace.hedge_after() {
+            let round_trip = round_trip_of(&members, stream).max(of_responding);
+            if stream.silence(now) >= pace.close_after(round_trip) {
                 members.close_silent(stream, now);
             }
         }
@@ -272,8 +265,10 @@ struct Known {
 
 impl Members {
     /// Forgets the streams that have ended, and the members that are neither connected nor have a
-    /// stream.
+    /// stream. A connected stream may stay open after its member was removed from the channel, so
+    /// it is closed when it owes no response.
     fn update(&mut self, ready: &[Arc<str>], now: Instant) {
+        self.learn_responses();
         let ended: Vec<_> = self
             .streams
             .extract_if(.., |stream| stream.end().is_some())
@@ -289,6 +284,14 @@ impl Members {
                 }
             }
         }
+        let streams = self.streams.iter();
+        let unused: Vec<_> = streams
+            .filter(|s| s.is_left(ready) && s.to_plan() == plan::Stream::Idle)
+            .cloned()
+            .collect();
+        for stream in unused {
+            self.close(&stream);
+        }
         for member in ready {
             self.standing(member);
         }
@@ -299,14 +302,44 @@ impl Members {
         }
     }
 
-    /// The members that can be asked. If none is connected, one that stands for the first that
-    /// will be.
+    /// Learns of the members' responses. Of two streams to one member, the one that has responded
+    /// since both were open is kept.
+    fn learn_responses(&mut self) {
+        for stream in self.streams.clone() {
+            let (Some(member), Some(last)) = (stream.member(), stream.last_response()) else {
+                continue;
+            };
+            self.standing(&member).on_response(last);
+            let is_double = |other: &&Arc<LeaseStream>| {
+                !Arc::ptr_eq(other, &stream)
+                    && other.member().as_ref() == Some(&member)
+                    && other.opened_at() < last.at
+                    && other.last_response().is_none_or(|other| other.at < last.at)
+            };
+            let doubles: Vec<_> = self.streams.iter().filter(is_double).cloned().collect();
+            for double in doubles {
+                self.close(&double);
+            }
+        }
+        let members: Vec<_> = self.streams.iter().filter_map(|s| s.member()).collect();
+        for member in members {
+            self.close_oldest(&member, MAX_STREAMS);
+        }
+    }
+
+    /// The members that can be asked, with their newest streams. If none is connected, one that
+    /// stands for the first that will be.
     fn known(&self, ready: &[Arc<str>]) -> Vec<Known> {
-        let of_streams = self.streams.iter().map(|stream| Known {
-            member: stream.member(),
-            stream: Some(Arc::clone(stream)),
-        });
-        let mut known: Vec<_> = of_streams.collect();
+        let mut known = Vec::<Known>::new();
+        for stream in self.streams.iter().rev().filter(|s| !s.is_left(ready)) {
+            let member = stream.member();
+            if member.is_none() || !known.iter().any(|k| k.member == member) {
+                known.push(Known {
+                    member,
+                    stream: Some(Arc::clone(stream)),
+                });
+            }
+        }
         for member in ready {
             if !known.iter().any(|k| k.member.as_ref() == Some(member)) {
                 known.push(Known {
@@ -345,10 +378,14 @@ impl Members {
         self.standings.entry(Arc::clone(member)).or_default()
     }
 
-    fn replace(&mut self, stream: &Arc<LeaseStream>, now: Instant) {
-        self.close_silent(stream, now);
-        if let Some(member) = stream.member() {
-            self.standing(&member).on_replaced();
+    /// Closes the oldest streams to a member, so that `kept` are left.
+    fn close_oldest(&mut self, member: &Arc<str>, kept: usize) {
+        let of_member = self.streams.iter();
+        let of_member = of_member
+            .filter(|stream| stream.member().as_ref() == Some(member) && stream.end().is_none());
+        let oldest: Vec<_> = of_member.rev().skip(kept).cloned().collect();
+        for stream in oldest {
+            self.close(&stream);
         }
     }
 
@@ -367,8 +404,8 @@ impl Members {
     }
 }
 
-/// The next response to one of the renewals, or `None` with a stream that has ended. Pending without
-/// any renewal.
+/// The next response to one of the renewals, or `None` with a stream that has ended. Pending
+/// without any renewal.
 async fn next_response(asked: &mut Vec<Asked>) -> (Arc<LeaseStream>, Option<Renewed>) {
     poll_fn(|cx| {
         for index in 0..asked.len() {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use crate::support::{TestResult, config, connect, leases, metrics_page, wait_for, wait_until};
 use futures::future::try_join_all;
 use futures::{Stream, StreamExt};
-use goo_etcd::testing::{Etcd, EtcdCluster};
-use goo_etcd::{Client, Error, Instance, Lock, Registrar, Registration, RegistrationState};
+use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
+use goo_etcd::{Client, Config, Error, Instance, Lock, Registrar, Registration, RegistrationState};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -140,6 +140,27 @@ async fn leases_share_a_stream_with_a_message_each() -> TestResult {
         (responses..=responses + 2 * LEASES as u64).contains(&messages),
         "{messages} messages for {responses} responses"
     );
+    Ok(())
+}
+
+/// A stream would otherwise stay at an address that was removed for as long as a lease is renewed.
+#[tokio::test]
+async fn removed_address_loses_its_stream() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let proxy = Proxy::start(etcd.endpoint()).await?;
+    let mut config = Config::default();
+    config.endpoints = vec![proxy.endpoint()];
+    config.auto_sync = true;
+    config.auto_sync_interval = Duration::from_millis(500);
+    let client = Client::new("main", config).await?;
+    let lease = client.grant(2).await?.id();
+    let kept = client.keep_alive(lease).await?;
+    wait_until("the proxy has no connection", async || {
+        proxy.connections() == 0
+    })
+    .await;
+    let kept: Vec<_> = kept.take(2).collect().await;
+    assert!(kept.iter().all(Result::is_ok), "{kept:?}");
     Ok(())
 }
 
