@@ -143,6 +143,26 @@ async fn leases_share_a_stream_with_a_message_each() -> TestResult {
     Ok(())
 }
 
+/// A network that is slow, but loses nothing, costs no lease, and not a stream for each renewal.
+#[tokio::test]
+async fn slow_network_loses_no_lease() -> TestResult {
+    let etcd = Etcd::start().await?;
+    let proxy = Proxy::start(etcd.endpoint()).await?;
+    let client = connect(proxy.endpoint()).await;
+    let lease = client.grant(6).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    wait_for("a response", kept.next()).await.unwrap()?;
+    let before = StreamMetrics::read(&etcd).await?;
+    proxy.delay(Duration::from_millis(800));
+    for _ in 0..3 {
+        wait_for("a response", kept.next()).await.unwrap()?;
+    }
+    // The first response took longer than expected, and on a busy machine a second one.
+    let streams = StreamMetrics::read(&etcd).await?.started - before.started;
+    assert!(streams < 3, "{streams} further streams");
+    Ok(())
+}
+
 /// A stream would otherwise stay at an address that was removed for as long as a lease is renewed.
 #[tokio::test]
 async fn removed_address_loses_its_stream() -> TestResult {
