@@ -74,12 +74,21 @@ pub struct Config {
     /// `auto_sync_interval`.
     ///
     /// Learners, members that have not started, and URLs of the other scheme (`http` with TLS,
-    /// `https` without) are ignored. A listed member is called once it has responded, and the
-    /// configured endpoints stay in use until every listed member has been connected, so a list of
-    /// addresses that cannot be reached from here changes nothing. The configured endpoints are
-    /// used again while no member is connected or no list can be fetched. With authentication
-    /// enabled, some releases of etcd, such as 3.6.9, list their members to root only; for another
-    /// user the client logs one warning.
+    /// `https` without) are ignored. So are loopback addresses, unless an endpoint is configured
+    /// with one. A listed member is called once it has responded, and the configured endpoints stay
+    /// in use until every listed member has been connected, so a list of addresses that cannot be
+    /// reached from here changes nothing. They also stay if a voting member has no usable URL. The
+    /// configured endpoints are used again while no member is connected or no list can be fetched.
+    ///
+    /// With authentication enabled, some releases of etcd, such as 3.6.9, list their members to root
+    /// only; for another user the client logs one warning. The same releases say to users only of
+    /// which cluster they are, and the client sends its password and token to members only. Listed
+    /// addresses that are not configured are therefore not called there.
+    ///
+    /// A listed address counts as a member if it has the cluster's id. etcd derives the id from the
+    /// first members' names, peer URLs and `--initial-cluster-token`, so two etcds with default
+    /// settings have the same one: give each cluster a token of its own where both are reached
+    /// through loopback.
     pub auto_sync: bool,
 
     /// The interval at which the list of members is fetched. Default: 0, never.

@@ -161,6 +161,40 @@ async fn auto_sync_keeps_what_a_useless_list_cannot_replace() -> TestResult {
     Ok(())
 }
 
+/// A member may have been given the URL of another cluster. With users etcd from 3.5.28 on does not
+/// say without one which cluster it is of.
+#[tokio::test]
+async fn auto_sync_keeps_the_password_from_other_clusters() -> TestResult {
+    let other_cluster = Etcd::start().await?;
+    let url = other_cluster.client_url();
+    let etcd = Etcd::builder()
+        .args(["--advertise-client-urls", &url])
+        .start()
+        .await?;
+    for etcd in [&etcd, &other_cluster] {
+        let mut auth = etcd.client().await?.auth_client();
+        auth.user_add("root", "secret", None).await?;
+        auth.user_grant_role("root", "root").await?;
+        auth.auth_enable().await?;
+    }
+    let mut config = auto_sync_config(vec![etcd.endpoint()]);
+    config.username = Some("root".to_owned());
+    config.password = Some("secret".to_owned());
+    let client = Client::new("main", config).await?;
+    wait_until("the listed address is probed", async || {
+        client.put("key", "1", None).await.unwrap();
+        call_count(&other_cluster, "MemberList").await.unwrap() > 0
+    })
+    .await;
+    for n in 0..50 {
+        client.put("key", n.to_string(), None).await?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let calls = async |method| call_count(&other_cluster, method).await;
+    assert_eq!((calls("Put").await?, calls("Authenticate").await?), (0, 0));
+    Ok(())
+}
+
 #[tokio::test]
 async fn auto_sync_returns_to_the_configured_endpoints() -> TestResult {
     let listed = Proxy::start("127.0.0.1:1").await?;

@@ -14,7 +14,7 @@ use tonic::{Code, Status};
 
 use super::channel::{self, Addresses, configured_addresses, describe_learner};
 use super::probe::probe;
-use super::set::MemberSet;
+use super::set::{List, MemberSet};
 use crate::backoff::Backoff;
 use crate::balance::{BalancedChannel, EndpointState, EndpointStatus, ServedBy};
 use crate::config::Config;
@@ -54,8 +54,8 @@ impl Membership {
     }
 
     /// Records that etcd has listed its voting members.
-    pub(super) fn record_list(&self, listed: Addresses, cluster_id: Option<u64>) {
-        self.update(|set| set.on_list(listed, cluster_id));
+    pub(super) fn record_list(&self, list: List) {
+        self.update(|set| set.on_list(list));
     }
 
     /// Records that no list could be fetched.
@@ -113,7 +113,11 @@ impl Membership {
 
     /// Probes the members that may not be called yet, and follows the states of the connections
     /// (with `auto_sync`), until the future is dropped.
-    async fn follow(&self, config: &Config, mut statuses: BoxStream<'static, Vec<EndpointStatus>>) {
+    async fn follow(
+        self: &Arc<Self>,
+        config: &Config,
+        mut statuses: BoxStream<'static, Vec<EndpointStatus>>,
+    ) {
         let mut probes = HashMap::new();
         loop {
             self.start_probes(config, &mut probes);
@@ -132,18 +136,19 @@ impl Membership {
     }
 
     fn start_probes(
-        &self,
+        self: &Arc<Self>,
         config: &Config,
         probes: &mut HashMap<String, BoxFuture<'static, String>>,
     ) {
-        let set = self.set.lock();
-        let probed = set.probed();
+        let probed = self.set.lock().probed();
         probes.retain(|address, _| probed.contains(address));
         for address in probed {
-            let (config, cluster_id) = (config.clone(), set.cluster_id());
+            let (config, membership) = (config.clone(), Arc::clone(self));
             probes.entry(address.clone()).or_insert_with(|| {
                 Box::pin(async move {
-                    probe(&config, &address, cluster_id).await;
+                    // The cluster's id may have changed since the start of the probe.
+                    let accepts = |id| membership.set.lock().accepts(&address, id);
+                    probe(&config, &address, accepts).await;
                     address
                 })
             });

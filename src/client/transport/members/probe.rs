@@ -17,8 +17,13 @@ use crate::error::Result;
 /// within this time.
 const PROBE_PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 
-/// Calls a member, again and again, until it responds as a voting member of the cluster does.
-pub(super) async fn probe(config: &Config, address: &str, cluster_id: Option<u64>) {
+/// The pause after a member has refused to say its cluster's id without a user.
+const REFUSED_PAUSE: Duration = Duration::from_secs(60);
+
+/// Calls a member, again and again, until it responds as a voting member does, of a cluster with an
+/// id that `accepts` allows. The id is `None` if the member says it only to users. The user's
+/// password and token are never sent, because the address may be somebody else's.
+pub(super) async fn probe(config: &Config, address: &str, accepts: impl Fn(Option<u64>) -> bool) {
     let mut pauses = Backoff::with_jitter(PROBE_PAUSES.0, PROBE_PAUSES.1, 0.5..1.0);
     let client = match single_member(config, address).and_then(probe_client) {
         Ok(client) => client,
@@ -32,13 +37,23 @@ pub(super) async fn probe(config: &Config, address: &str, cluster_id: Option<u64
         let mut cluster = client.cluster_client();
         match timeout(config.dial_timeout, cluster.member_list()).await {
             Ok(Ok(list)) => {
-                let other = list.header().map(etcd_client::ResponseHeader::cluster_id);
-                if cluster_id.is_none_or(|id| other.is_none_or(|other| other == id)) {
+                let cluster_id = list.header().map(etcd_client::ResponseHeader::cluster_id);
+                if accepts(cluster_id) {
                     return;
                 }
-                tracing::debug!(address, ?other, "a listed address is of another cluster");
+                tracing::debug!(
+                    address,
+                    ?cluster_id,
+                    "a listed address is of another cluster"
+                );
             }
-            Ok(Err(error)) if is_refusal_of_user(&error) => return,
+            Ok(Err(error)) if is_refusal_of_user(&error) => {
+                if accepts(None) {
+                    return;
+                }
+                tracing::debug!(address, "a listed address says its cluster to users only");
+                sleep(REFUSED_PAUSE).await;
+            }
             Ok(Err(error)) => tracing::debug!(address, %error, "a probe failed"),
             Err(_) => tracing::debug!(address, "no response to a probe"),
         }

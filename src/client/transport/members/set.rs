@@ -3,11 +3,24 @@
 //! - The configured endpoints are called from the start, and again whenever no member is connected.
 //! - An address that etcd lists is called once it has responded to a probe. An address that cannot
 //!   be reached from here, as behind address translation, is therefore never called.
-//! - An address that is not listed is no longer called once every listed one is connected.
+//! - An address that is listed but not configured must say by its cluster's id that it is a member.
+//!   etcd may refuse to say so without a user, and the password is for members only.
+//! - An address that is not listed is no longer called once every listed one is connected, if the
+//!   list has an address of each voting member.
 //! - A learner is left out until it responds to a probe as a voting member does. If nobody else is
 //!   known, learners are called, and callers get their refusals.
 
 use super::channel::Addresses;
+
+/// The voting members of the cluster as etcd lists them.
+#[derive(Debug)]
+pub(super) struct List {
+    pub(super) addresses: Addresses,
+    /// Whether each voting member has one of the addresses.
+    pub(super) has_all: bool,
+    /// The id of the cluster that sent the list.
+    pub(super) cluster_id: Option<u64>,
+}
 
 /// The known addresses, and what is known about them.
 #[derive(Debug)]
@@ -15,6 +28,8 @@ pub(super) struct MemberSet {
     configured: Addresses,
     /// The addresses in the latest list. Empty before the first one.
     listed: Addresses,
+    /// Whether that list has an address of each voting member.
+    is_list_complete: bool,
     /// The id of the cluster that sent the latest list.
     cluster_id: Option<u64>,
     /// Whether the latest attempt to fetch a list has failed.
@@ -34,6 +49,7 @@ impl MemberSet {
             used: configured.clone(),
             configured,
             listed: Addresses::new(),
+            is_list_complete: false,
             cluster_id: None,
             has_list_failed: false,
             connected: Addresses::new(),
@@ -60,16 +76,25 @@ impl MemberSet {
         &self.learners
     }
 
-    /// The id of the cluster, if a list said it.
-    pub(super) fn cluster_id(&self) -> Option<u64> {
-        self.cluster_id
+    /// Whether the member at an address may be called, which has responded to a probe as a voting
+    /// member of the cluster with this id. `None` is a member that did not say the id.
+    pub(super) fn accepts(&self, address: &str, cluster_id: Option<u64>) -> bool {
+        match (self.cluster_id, cluster_id) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.configured.contains(address),
+        }
     }
 
     /// etcd has listed its voting members.
-    pub(super) fn on_list(&mut self, listed: Addresses, cluster_id: Option<u64>) {
-        self.listed = listed;
-        self.cluster_id = cluster_id;
+    pub(super) fn on_list(&mut self, list: List) {
+        self.listed = list.addresses;
+        self.is_list_complete = list.has_all;
+        self.cluster_id = list.cluster_id;
         self.has_list_failed = false;
+        if !list.has_all {
+            // One of these may be the only way to a member without an address.
+            self.use_configured();
+        }
         self.settle();
     }
 
@@ -119,9 +144,10 @@ impl MemberSet {
             learners,
             ..
         } = self;
+        let may_replace = self.is_list_complete && !self.has_list_failed;
         reached.extend(connected.iter().cloned());
         reached.retain(|address| listed.contains(address));
-        if !listed.is_empty() && !self.has_list_failed && reached.len() == listed.len() {
+        if !listed.is_empty() && may_replace && reached.len() == listed.len() {
             used.clone_from(listed);
         } else {
             used.retain(|address| {
@@ -147,7 +173,15 @@ mod tests {
     }
 
     fn list(set: &mut MemberSet, listed: &[&str]) {
-        set.on_list(addresses(listed), Some(1));
+        list_with(set, listed, true);
+    }
+
+    fn list_with(set: &mut MemberSet, listed: &[&str], has_all: bool) {
+        set.on_list(List {
+            addresses: addresses(listed),
+            has_all,
+            cluster_id: Some(1),
+        });
     }
 
     #[test]
@@ -183,6 +217,42 @@ mod tests {
             list(&mut set, listed);
             set.on_connected(addresses(&["a", "c"]));
             assert_eq!(set.called(), addresses(&["a", "b", "c"]), "{listed:?}");
+        }
+    }
+
+    #[test]
+    fn incomplete_list_displaces_nothing() {
+        let all = addresses(&["a", "b", "c"]);
+        let mut set = set(&["a", "b", "c"]);
+        set.on_connected(all.clone());
+        list_with(&mut set, &["c"], false);
+        set.on_connected(all.clone());
+        assert_eq!(set.called(), all);
+        list(&mut set, &["c"]);
+        assert_eq!(set.called(), addresses(&["c"]));
+        list_with(&mut set, &["c"], false);
+        assert_eq!(set.called(), all);
+        set.on_connected(addresses(&["c"]));
+        assert_eq!(set.called(), all);
+    }
+
+    #[test]
+    fn listed_address_must_say_its_cluster() {
+        let mut set = set(&["a"]);
+        for (address, id, accepted) in [("a", None, true), ("a", Some(1), true), ("b", None, false)]
+        {
+            assert_eq!(set.accepts(address, id), accepted, "{address} {id:?}");
+        }
+        list(&mut set, &["a", "b"]);
+        for (address, id, accepted) in [
+            ("a", None, true),
+            ("a", Some(1), true),
+            ("a", Some(2), false),
+            ("b", None, false),
+            ("b", Some(1), true),
+            ("b", Some(2), false),
+        ] {
+            assert_eq!(set.accepts(address, id), accepted, "{address} {id:?}");
         }
     }
 
