@@ -29,7 +29,7 @@ use tower::{BoxError, Service};
 use super::awaited_response::AwaitedResponse;
 use super::call_log::CallLog;
 use super::call_options::CallOptions;
-use super::members::{FollowedMembers, Membership, refusal_pauses};
+use super::members::{FollowedMembers, Membership, RefusalPauses, refusal_of};
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
 use super::raw_client::EtcdService;
@@ -333,8 +333,9 @@ async fn open_past_learners(
     let (head, mut body) = request.into_parts();
     let replay = poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
     let mut body = replay.first_attempt();
-    let mut pauses = refusal_pauses();
-    for _ in 0..MAX_REFUSALS {
+    let mut pauses = RefusalPauses::new();
+    let mut refusals = 0;
+    loop {
         let request = Request::from_parts(head.clone(), Body::new(body));
         let response = channel.call_within(request, context).await;
         let response = response.map_err(|status| membership.name_learners(status))?;
@@ -344,19 +345,22 @@ async fn open_past_learners(
         }
         let learner = response.extensions().get::<ServedBy>();
         membership.record_refusal(learner);
+        let message = message_in(response.headers());
+        let refusal = refusal_of(learner, &message);
         if let (Some(record), Some(learner)) = (context.record, learner) {
-            let refusal = Status::unavailable(message_in(response.headers()));
-            record.fail(learner.address(), &refusal);
+            record.fail(learner.address(), &Status::unavailable(message));
         }
-        sleep(pauses.next()).await;
+        refusals += 1;
+        if refusals > MAX_REFUSALS {
+            return Err(refusal);
+        }
+        sleep(pauses.next(membership)).await;
         // `None` if more of the requests was sent meanwhile than is kept for another attempt.
         match replay.next_attempt() {
             Some(next) => body = next,
-            None => return Ok(response),
+            None => return Err(refusal),
         }
     }
-    let request = Request::from_parts(head, Body::new(body));
-    channel.call_within(request, context).await
 }
 
 /// Checks and translates the head of a streaming response.

@@ -22,7 +22,7 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::awaited_response::AwaitedResponse;
-use super::members::{Membership, refusal_pauses};
+use super::members::{Membership, RefusalPauses, refusal_of};
 use super::message::Codec;
 use super::method::CallKind;
 use super::no_response::is_disconnected;
@@ -187,12 +187,14 @@ impl UnaryCall<'_> {
             if !response.is_error(EtcdError::Learner) {
                 return Ok(response);
             }
-            membership.record_refusal(response.served_by());
+            let learner = response.served_by();
+            membership.record_refusal(learner);
             if self.out_of_budget() {
-                return Ok(response);
+                return Err(refusal_of(learner, &response.message()));
             }
             attempted.get_or_insert_default();
-            sleep(pauses.get_or_insert_with(refusal_pauses).next()).await;
+            let pauses = pauses.get_or_insert_with(RefusalPauses::new);
+            sleep(pauses.next(membership)).await;
         }
     }
 

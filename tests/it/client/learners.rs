@@ -189,14 +189,15 @@ async fn errors_name_learners_if_no_voter_is_up() -> TestResult {
         for operation in ["get", "put", "watch", "grant and renew"] {
             let error = run(operation, &client).await.unwrap_err();
             assert!(error.is_retryable(), "{operation}: {error:?}");
+            let text = error.to_string();
             assert!(
-                error.to_string().contains("learner"),
-                "{operation}: {error}"
+                text.contains("learner") && text.contains(&learner),
+                "{operation}: {text}"
             );
         }
         Ok(())
     };
-    errors(config([learner])).await?;
+    errors(config([learner.clone()])).await?;
     for member in &cluster.members()[..2] {
         member.kill().await?;
     }

@@ -7,8 +7,9 @@ use std::time::Duration;
 use futures::StreamExt as _;
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
+use tonic::Status;
 
-use crate::balance::{BalancedChannel, PingPolicy, Source};
+use crate::balance::{BalancedChannel, PingPolicy, ServedBy, Source};
 use crate::config::{Config, MIN_KEEP_ALIVE_INTERVAL, endpoint_address};
 use crate::error::Result;
 use crate::instance::{Instance, parse_ip};
@@ -92,6 +93,14 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
 /// What an error says of a learner.
 pub(in crate::client) fn describe_learner(address: &str) -> String {
     format!("{address}: a learner, which takes no calls until it is promoted")
+}
+
+/// The error of a call that a learner refused with this message, when there is no other member.
+pub(in crate::client) fn refusal_of(learner: Option<&ServedBy>, message: &str) -> Status {
+    Status::unavailable(match learner.map(ServedBy::address) {
+        Some(address) => format!("{address}: {message}"),
+        None => message.to_owned(),
+    })
 }
 
 #[cfg(test)]

@@ -20,14 +20,29 @@ use crate::balance::{BalancedChannel, EndpointState, EndpointStatus, ServedBy};
 use crate::config::Config;
 use crate::error::Result;
 
-/// The pauses before a call that a learner refused is sent to another member: no more than it takes
-/// to leave the learner out, unless nobody else is connected.
-pub(in crate::client) fn refusal_pauses() -> Backoff {
-    Backoff::with_jitter(
-        Duration::from_millis(1),
-        Duration::from_millis(250),
-        0.5..1.0,
-    )
+/// The pauses before a call that a learner refused is sent again.
+pub(in crate::client) struct RefusalPauses {
+    /// No more than it takes to leave the learner out, unless nobody else is connected.
+    before_others: Backoff,
+    /// While all members are learners, until one is promoted.
+    before_learners: Backoff,
+}
+
+impl RefusalPauses {
+    pub(in crate::client) fn new() -> Self {
+        let [min, max] = [1, 250].map(Duration::from_millis);
+        Self {
+            before_others: Backoff::with_jitter(min, max, 0.5..1.0),
+            before_learners: Backoff::for_etcd(),
+        }
+    }
+
+    pub(in crate::client) fn next(&mut self, membership: &Membership) -> Duration {
+        match membership.set.lock().has_only_learners() {
+            true => self.before_learners.next(),
+            false => self.before_others.next(),
+        }
+    }
 }
 
 /// The members that a client calls.
@@ -200,4 +215,20 @@ async fn first_success(probes: &mut HashMap<String, BoxFuture<'static, String>>)
         return std::future::pending().await;
     }
     select_all(probes.values_mut()).await.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_are_long_while_all_members_are_learners() {
+        let membership = Membership::new(["a", "b"].map(str::to_owned).into());
+        let mut pauses = RefusalPauses::new();
+        let refuse = |address| membership.update(|set| assert!(set.on_refusal(address)));
+        refuse("a");
+        assert!(pauses.next(&membership) <= Duration::from_millis(1));
+        refuse("b");
+        assert!(pauses.next(&membership) >= Duration::from_millis(25));
+    }
 }

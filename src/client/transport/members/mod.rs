@@ -14,5 +14,5 @@ mod set;
 
 pub(super) use auto_sync::auto_sync;
 pub(in crate::client) use channel::single_member;
-pub(super) use channel::{Addresses, describe_learner};
-pub(super) use membership::{FollowedMembers, Membership, refusal_pauses};
+pub(super) use channel::{Addresses, describe_learner, refusal_of};
+pub(super) use membership::{FollowedMembers, Membership, RefusalPauses};

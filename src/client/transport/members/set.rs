@@ -60,10 +60,15 @@ impl MemberSet {
 
     /// The addresses to call.
     pub(super) fn called(&self) -> Addresses {
-        if self.used.is_subset(&self.learners) {
+        if self.has_only_learners() {
             return self.used.clone();
         }
         &self.used - &self.learners
+    }
+
+    /// Whether all members are learners as far as is known.
+    pub(super) fn has_only_learners(&self) -> bool {
+        self.used.is_subset(&self.learners)
     }
 
     /// The addresses to probe until they respond as voting members do.
