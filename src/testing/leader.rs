@@ -1,9 +1,10 @@
 //! Finds the leader, also where etcd answers calls to users only.
 //!
-//! A call that names the leader needs a user from etcd 3.6.16 on, where authentication is enabled.
-//! Two pages that etcd serves over HTTP need none: `/debug/vars` for clients shows the member's
-//! view of the consensus, and `/members` for peers lists the members.
+//! The call that names the leader needs a user from etcd 3.6.16 on, where authentication is enabled.
+//! Two pages that etcd serves over HTTP need none, but take seconds on a busy machine: `/debug/vars`
+//! for clients shows the member's view of the consensus, and `/members` for peers lists the members.
 
+use etcd_client::Client;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -33,17 +34,24 @@ struct ListedMember {
 
 /// The name of the leader, if this member knows one.
 pub(super) async fn query_leader(member: &Etcd) -> Result<Option<String>> {
-    let leader = if member.options().is_tls() {
-        // The kit has no other client that knows the certificates.
-        let mut client = member.client().await?;
-        let status = client.status().await;
-        status
-            .map_err(TestingError::client("reading the status"))?
-            .leader()
-    } else {
-        let page = get(&member.endpoint(), "/debug/vars").await?;
-        parse_leader(&page)?
-    };
+    match call_for_leader(member).await {
+        // The kit has no client for these pages that knows the certificates.
+        Err(_) if !member.options().is_tls() => read_leader(member).await,
+        result => result.map_err(TestingError::client("asking for the leader")),
+    }
+}
+
+async fn call_for_leader(member: &Etcd) -> std::result::Result<Option<String>, etcd_client::Error> {
+    let options = member.options().connect.clone();
+    let mut client = Client::connect([member.client_url()], options).await?;
+    let leader = client.status().await?.leader();
+    let members = client.member_list().await?;
+    let found = members.members().iter().find(|m| m.id() == leader);
+    Ok(found.map(|member| member.name().to_owned()))
+}
+
+async fn read_leader(member: &Etcd) -> Result<Option<String>> {
+    let leader = parse_leader(&get(&member.endpoint(), "/debug/vars").await?)?;
     let members = get(&member.peer_endpoint(), "/members").await?;
     name_of(leader, &members)
 }

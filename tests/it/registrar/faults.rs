@@ -455,11 +455,13 @@ async fn two_that_recover_together_do_not_fight() -> TestResult {
         .register(instance("same").version("2"))
         .await?;
     wait_until("the earlier is superseded", async || is_superseded(&one)).await;
+    let value_of_two = stored_value(&etcd, two.key()).await?;
+    assert!(value_of_two.is_some());
     etcd.wipe_and_restart().await?;
-    wait_until("one has the key", async || {
-        let settled = (is_registered(&one) && is_superseded(&two))
-            || (is_registered(&two) && is_superseded(&one));
-        settled && stored_value(&etcd, one.key()).await.unwrap().is_some()
+    // The earlier one may write the key first; then the later one takes it once.
+    wait_until("the later one has the key", async || {
+        let value = stored_value(&etcd, two.key()).await.unwrap();
+        value == value_of_two && is_registered(&two) && is_superseded(&one)
     })
     .await;
     let mut client = etcd.client().await?;
