@@ -30,6 +30,8 @@ impl Reconciler {
         match outcome {
             ActionOutcome::Granted { lease, ttl } => {
                 self.set_lease(Lease::new(lease, ttl, started), now);
+                // The lease belongs to the present history, whatever the revisions before were.
+                self.latest_revision = 0;
                 self.on_success();
             }
             ActionOutcome::Failed(error) => self.on_failure(&error, now),

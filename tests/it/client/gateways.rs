@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use goo_etcd::testing::Etcd;
-use goo_etcd::{Client, Config, Error, Instance, Registrar};
+use futures::StreamExt;
+use goo_etcd::testing::{Etcd, Proxy};
+use goo_etcd::{Client, Config, Error, Instance, Registrar, RegistrationState};
 use tonic::Code;
 
-use crate::support::TestResult;
 use crate::support::raw::RawServer;
+use crate::support::{TestResult, wait_for, wait_until};
 
 /// A gateway whose etcd is unavailable, and which responds with an HTML page.
 async fn start_gateway() -> RawServer {
@@ -124,6 +125,52 @@ async fn registration_names_the_gateways() -> TestResult {
         .await
         .unwrap_err();
     assert_names_pages(&error, "lease", &gateways);
+    Ok(())
+}
+
+/// A gateway takes the place of etcd after a lease and an instance are in etcd.
+#[tokio::test]
+async fn lost_renewals_name_the_gateway() -> TestResult {
+    let (etcd, gateway) = (Etcd::start().await?, start_gateway().await);
+    let proxy = Proxy::start(etcd.endpoint()).await?;
+    let client = crate::support::connect(proxy.endpoint()).await;
+    let lease = client.grant(5).await?.id();
+    let mut kept = client.keep_alive(lease).await?;
+    let registrar = Registrar::builder(&client)
+        .ttl(Duration::from_secs(5))
+        .build()?;
+    let registration = registrar
+        .register(Instance::new("greeter", "10.0.0.5:50051"))
+        .await?;
+    proxy.set_target(gateway.address());
+    proxy.disconnect().await?;
+
+    let page = format!(
+        "{}: expected a gRPC response, got HTTP 503",
+        proxy.endpoint()
+    );
+    let lost = wait_for("the loss", async {
+        loop {
+            match kept.next().await {
+                Some(Ok(_)) => {}
+                other => return other,
+            }
+        }
+    });
+    match lost.await {
+        Some(Err(Error::LeaseUnconfirmed { reason, .. })) => {
+            assert!(reason.contains(&page), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    wait_until(
+        "the registration says why it is not renewed",
+        async || match registration.state() {
+            RegistrationState::Recovering { reason, .. } => reason.contains(&page),
+            _ => false,
+        },
+    )
+    .await;
     Ok(())
 }
 

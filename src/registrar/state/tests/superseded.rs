@@ -144,3 +144,16 @@ fn lease_is_replaced_after_a_restore() {
     harness.advance(TTL / 3);
     assert_eq!(harness.settle(2), ["renew 2"]);
 }
+
+/// A wiped etcd counts from 1 again, and the registrar notices by its lease.
+#[test]
+fn lease_is_granted_once_after_a_wipe() {
+    let (mut harness, [a]) = Harness::with_registered(["a"]);
+    harness.lose_lease();
+    harness.revision = 1;
+    harness.advance(MAX_BACKOFF);
+    assert_eq!(harness.settle(2), ["grant", "put a @2 #0"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+    harness.advance(TTL / 3);
+    assert_eq!(harness.settle(2), ["renew 2"]);
+}
