@@ -169,6 +169,7 @@ async fn invalid_certificates_are_named() {
     wrong_key.cert_pem = Some(authority.pem());
     wrong_key.key_pem = Some(key.clone());
     let error = build(wrong_key);
-    assert!(error.contains("invalid tls_config.cert_pem"), "{error}");
+    assert!(error.contains("invalid tls_config.key_pem"), "{error}");
+    assert!(error.contains("does not belong"), "{error}");
     assert!(!error.contains(key.lines().nth(1).unwrap()), "{error}");
 }
