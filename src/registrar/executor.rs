@@ -77,9 +77,8 @@ impl Executor {
             Action::Delete {
                 keys, own_leases, ..
             } => {
-                let deleted = self.delete(keys, own_leases).await?;
-                let revision = deleted.ok_or_else(|| conflict_error(action))?;
-                Ok(ActionOutcome::Deleted { revision })
+                let outcome = self.delete(keys, own_leases).await?;
+                outcome.ok_or_else(|| conflict_error(action))
             }
             Action::Revoke { lease } => {
                 *self.renewals.lock() = None;
@@ -113,10 +112,13 @@ impl Executor {
         let record_keys = ensure.records.iter().map(|(key, _)| key);
         let keys: Vec<&String> = record_keys.chain(&ensure.stale_keys).collect();
         for _ in 0..MAX_CONFLICTS {
-            let (revision, mut found) = self.read(&keys).await?;
+            let (read_at, mut found) = self.read(&keys).await?;
             let stale = found.split_off(ensure.records.len());
             let (put, delete) = match ensure.plan(&found, &stale) {
-                WritePlan::UpToDate => return Ok(Some(ActionOutcome::Ensured { revision })),
+                WritePlan::UpToDate => {
+                    let revision = read_at;
+                    return Ok(Some(ActionOutcome::Ensured { read_at, revision }));
+                }
                 WritePlan::Superseded { by } => return Ok(Some(ActionOutcome::Superseded { by })),
                 WritePlan::Write { put, delete } => (put, delete),
             };
@@ -128,31 +130,31 @@ impl Executor {
             let stale_keys = delete.iter().filter_map(|at| ensure.stale_keys.get(*at));
             let deletes = stale_keys.map(|key| TxnOp::delete(key.as_str(), None));
             if let Some(revision) = self.commit(as_read, puts.chain(deletes)).await? {
-                return Ok(Some(ActionOutcome::Ensured { revision }));
+                return Ok(Some(ActionOutcome::Ensured { read_at, revision }));
             }
         }
         Ok(None)
     }
 
-    /// Deletes the keys that this registrar owns. Returns the revision without the keys; `None`
-    /// after too many conflicts.
-    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<Option<i64>> {
+    /// Deletes the keys that this registrar owns; `None` after too many conflicts.
+    async fn delete(&self, keys: &[String], own_leases: &[i64]) -> Result<Option<ActionOutcome>> {
         let keys: Vec<&String> = keys.iter().collect();
         let is_own = |stored: &Option<StoredKey>| {
             let stored = stored.as_ref();
             stored.is_some_and(|stored| stored.is_own(own_leases))
         };
         for _ in 0..MAX_CONFLICTS {
-            let (revision, found) = self.read(&keys).await?;
+            let (read_at, found) = self.read(&keys).await?;
             let found = keys.iter().zip(&found);
             let own: Vec<_> = found.filter(|(_, stored)| is_own(stored)).collect();
             if own.is_empty() {
-                return Ok(Some(revision));
+                let revision = read_at;
+                return Ok(Some(ActionOutcome::Deleted { read_at, revision }));
             }
             let deletes = own.iter().map(|(key, _)| TxnOp::delete(key.as_str(), None));
             let as_read = own.iter().copied();
             if let Some(revision) = self.commit(as_read, deletes).await? {
-                return Ok(Some(revision));
+                return Ok(Some(ActionOutcome::Deleted { read_at, revision }));
             }
         }
         Ok(None)

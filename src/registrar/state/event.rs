@@ -42,13 +42,15 @@ pub(in crate::registrar) enum ActionOutcome {
     /// The lease was renewed, by a message sent at this time. That may be before the action began,
     /// if the response to an earlier renewal was still to come.
     Renewed { sent_at: Instant },
-    /// All keys of the entry were as they should be at this revision.
-    Ensured { revision: i64 },
+    /// The keys of the entry were read at the revision `read_at`, and all of them were as they
+    /// should be at `revision`, which is later if they had to be written.
+    Ensured { read_at: i64, revision: i64 },
     /// Another registration, which has the lease `by`, owns one of the keys, so no key was
     /// written.
     Superseded { by: i64 },
-    /// The keys of the entry were deleted, or did not exist, at this revision.
-    Deleted { revision: i64 },
+    /// The keys of the entry were read at the revision `read_at`, and none of them existed at
+    /// `revision`, which is later if they had to be deleted.
+    Deleted { read_at: i64, revision: i64 },
     /// The lease is revoked.
     Revoked,
     /// The lease does not exist: it expired or was revoked.

@@ -118,8 +118,13 @@ struct Harness {
     revision: i64,
     keys: BTreeMap<String, StoredKey>,
     leases: BTreeSet<i64>,
-    /// Whether etcd was restored from a snapshot.
+    /// Whether etcd was restored from a snapshot that no revision has shown yet.
     is_restored: bool,
+    /// Whether the registrar read on after a restore without a revision below its last one, so that
+    /// it cannot know of the restore.
+    has_hidden_restore: bool,
+    /// The revision of the last response that the registrar got under its lease.
+    known_revision: i64,
     /// The revision, the keys and the leases of the last snapshot.
     snapshot: (i64, BTreeMap<String, StoredKey>, BTreeSet<i64>),
     next_lease: i64,
@@ -162,6 +167,8 @@ impl Harness {
             keys: BTreeMap::new(),
             leases: BTreeSet::new(),
             is_restored: false,
+            has_hidden_restore: false,
+            known_revision: 0,
             snapshot: (1, BTreeMap::new(), BTreeSet::new()),
             next_lease: 1,
             late_writes: Vec::new(),
@@ -243,6 +250,7 @@ impl Harness {
                 let stale_keys = || ensure.stale_keys.iter().cloned();
                 match ensure.plan(&self.read(record_keys()), &self.read(stale_keys())) {
                     WritePlan::UpToDate => Ok(ActionOutcome::Ensured {
+                        read_at: self.revision,
                         revision: self.revision,
                     }),
                     WritePlan::Superseded { by } => Ok(ActionOutcome::Superseded { by }),
@@ -264,8 +272,8 @@ impl Harness {
                 let is_own = |key: &&String| stored(key).is_some_and(|k| k.is_own(own_leases));
                 let own: Vec<String> = keys.iter().filter(is_own).cloned().collect();
                 if own.is_empty() {
-                    let revision = self.revision;
-                    return Ok(ActionOutcome::Deleted { revision });
+                    let (read_at, revision) = (self.revision, self.revision);
+                    return Ok(ActionOutcome::Deleted { read_at, revision });
                 }
                 Err(Write {
                     unchanged: self.comparisons(own.iter().cloned()),
@@ -296,15 +304,18 @@ impl Harness {
             }
             Action::Ensure(_) | Action::Delete { .. } => match self.plan(action) {
                 Ok(outcome) => outcome,
-                Err(write) => match self.apply_write(&write) {
-                    None => ActionOutcome::LeaseGone,
-                    Some(_) if matches!(action, Action::Delete { .. }) => ActionOutcome::Deleted {
-                        revision: self.revision,
-                    },
-                    Some(_) => ActionOutcome::Ensured {
-                        revision: self.revision,
-                    },
-                },
+                Err(write) => {
+                    let read_at = self.revision;
+                    let applied = self.apply_write(&write);
+                    let revision = self.revision;
+                    match applied {
+                        None => ActionOutcome::LeaseGone,
+                        Some(_) if matches!(action, Action::Delete { .. }) => {
+                            ActionOutcome::Deleted { read_at, revision }
+                        }
+                        Some(_) => ActionOutcome::Ensured { read_at, revision },
+                    }
+                }
             },
         }
     }
@@ -332,6 +343,19 @@ impl Harness {
     }
 
     fn finish(&mut self, action: Action, outcome: ActionOutcome) {
+        match outcome {
+            ActionOutcome::Granted { .. } => {
+                self.is_restored = false;
+                self.known_revision = 0;
+            }
+            ActionOutcome::Ensured { read_at, revision }
+            | ActionOutcome::Deleted { read_at, revision } => {
+                self.has_hidden_restore |= self.is_restored && read_at >= self.known_revision;
+                self.is_restored = false;
+                self.known_revision = revision;
+            }
+            _ => {}
+        }
         self.reconciler
             .on_event(Event::Finished { action, outcome }, self.now);
     }
@@ -552,7 +576,7 @@ impl Harness {
                 // A key that was deleted since the snapshot may stay under the lease that the
                 // registrar keeps, if no revision shows that etcd was restored: the response to the
                 // deletion was lost, or others have written as much since then.
-                let may_stay = self.is_restored;
+                let may_stay = self.has_hidden_restore;
                 prop_assert!(may_stay || own.is_none(), "{id} is still in etcd: {own:?}");
                 let is_right = match state {
                     Some(RegistrationState::Unready { .. }) => desired.is_some(),

@@ -75,9 +75,9 @@ impl Reconciler {
         let lease = self.lease.as_ref().map(Lease::id);
         let is_current = lease == Some(ensure.lease);
         match outcome {
-            ActionOutcome::Ensured { revision } => {
+            ActionOutcome::Ensured { read_at, revision } => {
                 self.on_ensured(ensure, revision, is_current, now);
-                self.on_revision(revision, now);
+                self.on_revisions(read_at, revision, now);
             }
             ActionOutcome::Superseded { by } => self.on_superseded(ensure, by, now),
             ActionOutcome::LeaseGone if is_current => self.on_lease_lost(now),
@@ -102,9 +102,10 @@ impl Reconciler {
     }
 
     /// Notices that etcd has gone back to an earlier history. All reads and writes of the entries
-    /// are linearizable, so within one history their revisions never decrease.
-    fn on_revision(&mut self, revision: i64, now: Timestamp) {
-        if revision < self.latest_revision
+    /// are linearizable, so within one history their revisions never decrease. The revision of the
+    /// read is compared, because a write after it may just reach the latest revision again.
+    fn on_revisions(&mut self, read_at: i64, revision: i64, now: Timestamp) {
+        if read_at < self.latest_revision
             && let Some(lease) = &mut self.lease
         {
             lease.mark_outdated();
@@ -148,7 +149,7 @@ impl Reconciler {
 
     fn on_delete_finished(&mut self, id: &EntryId, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
-            ActionOutcome::Deleted { revision } => {
+            ActionOutcome::Deleted { read_at, revision } => {
                 if let Some(entry) = self.entry_mut(id) {
                     entry.presence.mark_deleted();
                     // A later return counts as a new registration, which takes the keys from
@@ -157,7 +158,7 @@ impl Reconciler {
                     entry.stale_keys.clear();
                 }
                 self.on_success();
-                self.on_revision(revision, now);
+                self.on_revisions(read_at, revision, now);
             }
             ActionOutcome::Failed(error) if is_entry_error(&error) => {
                 self.on_refused(id, error, now)

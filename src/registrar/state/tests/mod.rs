@@ -118,13 +118,13 @@ impl Harness {
     }
 
     fn ensured(&self) -> ActionOutcome {
-        let revision = self.revision;
-        ActionOutcome::Ensured { revision }
+        let (read_at, revision) = (self.revision, self.revision);
+        ActionOutcome::Ensured { read_at, revision }
     }
 
     fn deleted(&self) -> ActionOutcome {
-        let revision = self.revision;
-        ActionOutcome::Deleted { revision }
+        let (read_at, revision) = (self.revision, self.revision);
+        ActionOutcome::Deleted { read_at, revision }
     }
 
     fn renewed(&self) -> ActionOutcome {
