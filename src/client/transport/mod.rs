@@ -1,7 +1,8 @@
 //! How a client's calls reach etcd: connecting, authenticating, and the clients of etcd-client.
 //!
-//! - `rpc`: the gRPC service beneath etcd-client. Streams are opened there.
+//! - `rpc`: the gRPC service beneath etcd-client.
 //! - `call_options`: where the calls of the current task go.
+//! - `open_stream`: the attempts to open a stream.
 //! - `unary`: the attempts of a unary call. `method` says which calls may be repeated.
 //! - `message` and `response`: messages, their limits and gzip.
 //! - `members`: the members of the cluster that are called, kept current.
@@ -18,6 +19,7 @@ mod members;
 mod message;
 mod method;
 mod no_response;
+mod open_stream;
 mod raw_client;
 mod reach;
 mod response;

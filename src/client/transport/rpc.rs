@@ -9,7 +9,7 @@
 //!   no member can have executed it.
 //! - The limits of messages, gzip, and the debug log.
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use futures::future::BoxFuture;
 use http::{HeaderName, HeaderValue, Request, Response};
 use http_body_util::Full;
 use tokio::runtime::Handle;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 use tonic::{Code, Status};
@@ -29,27 +29,21 @@ use tower::{BoxError, Service};
 use super::awaited_response::AwaitedResponse;
 use super::call_log::CallLog;
 use super::call_options::CallOptions;
-use super::members::{FollowedMembers, Membership, RefusalPauses, refusal_of};
+use super::members::{FollowedMembers, Membership};
 use super::message::{Codec, RequestStream, ResponseStream};
 use super::method::CallKind;
+use super::open_stream::StreamOpening;
 use super::raw_client::EtcdService;
 use super::response::{code_in, collect, is_error_in, map_not_grpc, map_refusal, message_in};
-use super::token::Token;
+use super::token::{self, Token};
 use super::unary::UnaryCall;
-use crate::balance::{AttemptedEndpoints, BalancedChannel, CallContext, Replay, ServedBy};
+use crate::balance::{AttemptedEndpoints, BalancedChannel, CallContext, ServedBy};
 use crate::client::etcd_error::EtcdError;
 use crate::config::Config;
-
-/// The header with the user's token.
-const TOKEN: HeaderName = HeaderName::from_static("token");
 
 /// With this header a member without a leader refuses a call before it looks at the request, and
 /// ends a stream instead of leaving the stream silent. etcd's own client sends it for leases too.
 const HAS_LEADER: HeaderName = HeaderName::from_static("hasleader");
-
-/// How often learners may refuse a stream before the caller gets the refusal. Callers that must have
-/// a stream try again, so this only has to suffice until the learners are left out.
-const MAX_REFUSALS: usize = 8;
 
 /// The gRPC service that etcd-client calls. Clones share their state.
 #[derive(Debug, Clone)]
@@ -198,9 +192,12 @@ impl RpcState {
         // is disabled, except for renewals. They keep it, because etcd from 3.5.28 on then refuses
         // the stream at once, and etcd-client fetches a token; without one etcd refuses the first
         // renewal.
-        let is_empty = head.headers.get(TOKEN).is_some_and(HeaderValue::is_empty);
+        let is_empty = head
+            .headers
+            .get(token::HEADER)
+            .is_some_and(HeaderValue::is_empty);
         if is_empty && path != "/etcdserverpb.Lease/LeaseKeepAlive" {
-            head.headers.remove(TOKEN);
+            head.headers.remove(token::HEADER);
         }
         codec.add_headers(&mut head.headers);
         // Reads avoid the members of their failed attempts, and the log names the last member. A
@@ -273,10 +270,13 @@ impl RpcState {
         context: CallContext<'_>,
         mut log: Option<CallLog>,
     ) -> Result<Response<Body>, Status> {
-        let response = match membership {
-            Some(membership) => open_past_learners(channel, membership, request, context).await,
-            None => channel.call_within(request, context).await,
+        let opening = StreamOpening {
+            channel,
+            membership: membership.map(Arc::as_ref),
+            token: &self.token,
+            context,
         };
+        let response = opening.open(request).await;
         if let (Some(log), Ok(response)) = (&mut log, &response) {
             log.set_stream_server(response.extensions().get::<ServedBy>().cloned());
         }
@@ -319,47 +319,6 @@ impl RpcState {
             });
         });
         Ok(Response::from_parts(head, Body::new(body)))
-    }
-}
-
-/// Opens a stream on a member that is no learner. A learner refuses in the response's head, so the
-/// requests that were sent by then are sent again.
-async fn open_past_learners(
-    channel: &BalancedChannel,
-    membership: &Membership,
-    request: Request<Body>,
-    context: CallContext<'_>,
-) -> Result<Response<Body>, Status> {
-    let (head, mut body) = request.into_parts();
-    let replay = poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;
-    let mut body = replay.first_attempt();
-    let mut pauses = RefusalPauses::new();
-    let mut refusals = 0;
-    loop {
-        let request = Request::from_parts(head.clone(), Body::new(body));
-        let response = channel.call_within(request, context).await;
-        let response = response.map_err(|status| membership.name_learners(status))?;
-        if !is_error_in(response.headers(), EtcdError::Learner) {
-            replay.commit();
-            return Ok(response);
-        }
-        let learner = response.extensions().get::<ServedBy>();
-        membership.record_refusal(learner);
-        let message = message_in(response.headers());
-        let refusal = refusal_of(learner, &message);
-        if let (Some(record), Some(learner)) = (context.record, learner) {
-            record.fail(learner.address(), &Status::unavailable(message));
-        }
-        refusals += 1;
-        if refusals > MAX_REFUSALS {
-            return Err(refusal);
-        }
-        sleep(pauses.next(membership)).await;
-        // `None` if more of the requests was sent meanwhile than is kept for another attempt.
-        match replay.next_attempt() {
-            Some(next) => body = next,
-            None => return Err(refusal),
-        }
     }
 }
 

@@ -4,47 +4,70 @@ use std::future::Future;
 use std::time::Duration;
 
 use etcd_client::proto::PbAuthenticateResponse;
+use http::{HeaderName, HeaderValue};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::time::Instant;
 use tonic::metadata::AsciiMetadataValue;
 
+/// The header of a call with the user's token.
+pub(super) const HEADER: HeaderName = HeaderName::from_static("token");
+
 /// How long a new token may be unknown to some member. Tokens reach the members in the order of
 /// etcd's log, and a member may lag behind.
 const SPREADS_WITHIN: Duration = Duration::from_secs(2);
 
-/// The user's token, when etcd issued it, and the right to ask for another.
+/// The user's token, and the right to ask for another.
 #[derive(Debug, Default)]
 pub(in crate::client) struct Token {
-    value: Mutex<Option<AsciiMetadataValue>>,
-    issued_at: Mutex<Option<Instant>>,
+    latest: Mutex<Option<IssuedToken>>,
     renewal: tokio::sync::Mutex<()>,
 }
 
-impl Token {
-    pub(super) fn record_issued(&self) {
-        *self.issued_at.lock() = Some(Instant::now());
-    }
+/// A token as etcd issued it.
+#[derive(Debug)]
+struct IssuedToken {
+    value: AsciiMetadataValue,
+    issued_at: Instant,
+}
 
+impl IssuedToken {
+    fn is_new(&self) -> bool {
+        self.issued_at.elapsed() < SPREADS_WITHIN
+    }
+}
+
+impl Token {
     /// Records the token in a response to `Authenticate`, as etcd-client does.
-    pub(super) fn record_value(&self, response: &[u8]) {
+    pub(super) fn record(&self, response: &[u8]) {
         let response = PbAuthenticateResponse::decode(response).ok();
         let value = response.and_then(|response| response.token.parse().ok());
-        *self.value.lock() = value.map(|mut value: AsciiMetadataValue| {
-            value.set_sensitive(true);
-            value
-        });
+        if let Some(mut value) = value {
+            AsciiMetadataValue::set_sensitive(&mut value, true);
+            let issued_at = Instant::now();
+            *self.latest.lock() = Some(IssuedToken { value, issued_at });
+        }
     }
 
     /// The token, for calls that etcd-client does not make.
     pub(in crate::client) fn value(&self) -> Option<AsciiMetadataValue> {
-        self.value.lock().clone()
+        let latest = self.latest.lock();
+        latest.as_ref().map(|latest| latest.value.clone())
     }
 
     /// Whether some member may not know the token yet.
     pub(in crate::client) fn is_new(&self) -> bool {
-        let issued_at = *self.issued_at.lock();
-        issued_at.is_some_and(|issued_at| issued_at.elapsed() < SPREADS_WITHIN)
+        let latest = self.latest.lock();
+        latest.as_ref().is_some_and(IssuedToken::is_new)
+    }
+
+    /// Whether a call was refused with the latest token, which some member may not know yet.
+    pub(super) fn is_spreading(&self, sent: Option<&HeaderValue>) -> bool {
+        let latest = self.latest.lock();
+        let Some(latest) = latest.as_ref().filter(|latest| latest.is_new()) else {
+            return false;
+        };
+        sent.is_some_and(|sent| sent.as_bytes() == latest.value.as_encoded_bytes())
     }
 
     /// Renews the token by `renew`, unless etcd has issued one after `since`. Of the callers that
@@ -57,8 +80,8 @@ impl Token {
         // Held across the await on purpose: the others wait for this renewal and then find its
         // token.
         let _turn = self.renewal.lock().await;
-        let issued_at = *self.issued_at.lock();
-        if issued_at.is_some_and(|issued_at| issued_at >= since) {
+        let latest = self.latest.lock().as_ref().map(|latest| latest.issued_at);
+        if latest.is_some_and(|issued_at| issued_at >= since) {
             return Ok(());
         }
         renew.await
@@ -74,21 +97,28 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn concurrent_callers_share_one_renewal() {
         let token = Token::default();
+        let issued = PbAuthenticateResponse {
+            token: "t".to_owned(),
+            ..PbAuthenticateResponse::default()
+        };
         let renewals = AtomicU32::new(0);
         let since = Instant::now();
         let renew = async || {
             tokio::time::sleep(Duration::from_millis(50)).await;
             renewals.fetch_add(1, Ordering::Relaxed);
-            token.record_issued();
+            token.record(&issued.encode_to_vec());
             Ok::<_, ()>(())
         };
         let callers = (0..10).map(|_| token.renew_unless_issued_since(since, renew()));
         futures::future::try_join_all(callers).await.unwrap();
         assert_eq!(renewals.load(Ordering::Relaxed), 1);
-        assert!(token.is_new());
+        let [sent, older] = ["t", "s"].map(HeaderValue::from_static);
+        assert!(token.is_spreading(Some(&sent)));
+        assert!(!token.is_spreading(Some(&older)));
+        assert!(!token.is_spreading(None));
 
         tokio::time::sleep(SPREADS_WITHIN).await;
-        assert!(!token.is_new());
+        assert!(!token.is_spreading(Some(&sent)));
         let later = Instant::now();
         token
             .renew_unless_issued_since(later, renew())

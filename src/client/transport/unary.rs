@@ -27,7 +27,7 @@ use super::message::Codec;
 use super::method::CallKind;
 use super::no_response::is_disconnected;
 use super::response::{UnaryResponse, map_not_grpc};
-use super::token::Token;
+use super::token::{self, Token};
 use crate::backoff::Backoff;
 use crate::balance::{AttemptRecord, AttemptedEndpoints, BalancedChannel, CallContext};
 use crate::client::etcd_error::EtcdError;
@@ -69,7 +69,7 @@ impl UnaryCall<'_> {
                 let response = self.send_hedged(&[part * 2, part * 2]).await;
                 let response = ignore_auth_disabled(response?);
                 if response.code() == Code::Ok {
-                    self.token.record_value(response.payload());
+                    self.token.record(response.payload());
                 }
                 Ok(response)
             }
@@ -163,10 +163,12 @@ impl UnaryCall<'_> {
         let mut backoff = None;
         loop {
             let response = self.retry_learner().await?;
-            if response.code() != Code::Unauthenticated || !self.token.is_new() {
-                if self.kind == CallKind::Authenticate && response.code() == Code::Ok {
-                    self.token.record_issued();
-                }
+            let is_refused = response.code() == Code::Unauthenticated;
+            if !is_refused
+                || !self
+                    .token
+                    .is_spreading(self.head.headers.get(token::HEADER))
+            {
                 return Ok(response);
             }
             sleep(backoff.get_or_insert_with(Backoff::for_etcd).next()).await;

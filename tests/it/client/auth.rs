@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::support::raw::{self, RawServer};
 use crate::support::users::{enable_auth, user};
 use crate::support::{PATIENCE, TestResult, wait_for, wait_until};
 use futures::StreamExt;
 use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Error, PutOptions, WatchOptions};
+use http::Response;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tonic::Code;
@@ -163,6 +165,49 @@ async fn moved_watches_renew_the_token_once() -> TestResult {
     watches.assert_all_see(&client, "app/a").await?;
     let more = all_authentications(&cluster).await? - before;
     assert!((1..=2).contains(&more), "{more} authentications");
+    Ok(())
+}
+
+/// A server that issues the token "t", but refuses it for the first two watches.
+async fn etcd_that_learns_tokens_slowly(
+    authentications: Arc<AtomicUsize>,
+    watches: Arc<AtomicUsize>,
+) -> RawServer {
+    RawServer::start(move |request, mut respond| {
+        let (authentications, watches) = (Arc::clone(&authentications), Arc::clone(&watches));
+        async move {
+            let path = request.uri().path();
+            if path.ends_with("/Authenticate") {
+                authentications.fetch_add(1, Ordering::Relaxed);
+                return raw::respond_with(respond, &[0x12, 1, b't']);
+            }
+            if !path.ends_with("/Watch") {
+                return raw::respond_ok(respond);
+            }
+            if watches.fetch_add(1, Ordering::Relaxed) < 2 {
+                let head = Response::builder()
+                    .header("content-type", "application/grpc")
+                    .header("grpc-status", "16")
+                    .header("grpc-message", "etcdserver: invalid auth token");
+                respond.send_response(head.body(()).unwrap(), true).ok();
+            } else {
+                // The watch is created.
+                raw::respond_with(respond, &[0x18, 1]);
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn token_that_spreads_slowly_is_not_renewed() -> TestResult {
+    let (authentications, watches) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
+    let etcd =
+        etcd_that_learns_tokens_slowly(Arc::clone(&authentications), Arc::clone(&watches)).await;
+    let client = Client::new("app", user("app", "hunter2", [etcd.address()])).await?;
+    drop(client.watch("app/a", None).await?);
+    assert_eq!(watches.load(Ordering::Relaxed), 3);
+    assert_eq!(authentications.load(Ordering::Relaxed), 1);
     Ok(())
 }
 
@@ -386,7 +431,7 @@ async fn authentication_may_be_enabled_later() -> TestResult {
                 client.put("app/a", "0", None).await?;
                 let prefix = WatchOptions::new().with_prefix();
                 watches.push(client.watch("app/", prefix).await?);
-                let lease = client.grant(2).await?.id();
+                let lease = client.grant(5).await?.id();
                 let on_lease = PutOptions::new().with_lease(lease);
                 let key = format!("app/of-{}", client.name());
                 client.put(key, "", on_lease).await?;
@@ -401,7 +446,7 @@ async fn authentication_may_be_enabled_later() -> TestResult {
                 assert_eq!(refused.code(), Some(Code::PermissionDenied), "{refused}");
             }
             // Longer than the TTL of the leases.
-            sleep(Duration::from_secs(4)).await;
+            sleep(Duration::from_secs(8)).await;
             for client in [&early, &lazy] {
                 let key = format!("app/of-{}", client.name());
                 assert_eq!(client.get(key, None).await?.count(), 1);

@@ -48,12 +48,19 @@ impl RawServer {
 }
 
 /// Sends a complete response: an empty message and the status OK.
-pub fn respond_ok(mut respond: SendResponse<Bytes>) {
+pub fn respond_ok(respond: SendResponse<Bytes>) {
+    respond_with(respond, &[]);
+}
+
+/// Sends a complete response: this message, of fewer than 256 bytes, and the status OK.
+pub fn respond_with(mut respond: SendResponse<Bytes>, message: &[u8]) {
     let head = Response::builder().header("content-type", "application/grpc");
     let Ok(mut body) = respond.send_response(head.body(()).unwrap(), false) else {
         return;
     };
-    body.send_data(Bytes::from_static(&[0; 5]), false).ok();
+    let length = u8::try_from(message.len()).unwrap();
+    let frame = [&[0, 0, 0, 0, length], message].concat();
+    body.send_data(frame.into(), false).ok();
     let mut trailers = HeaderMap::new();
     trailers.insert("grpc-status", "0".parse().unwrap());
     body.send_trailers(trailers).ok();
