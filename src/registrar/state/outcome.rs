@@ -232,9 +232,8 @@ impl Reconciler {
     pub(super) fn on_client_closed(&mut self, error: &Error, now: Timestamp) {
         self.close_error = Some(error.clone());
         for entry in self.entries.values_mut() {
-            entry.status.set_terminal();
+            entry.status.set_terminal(Some(error.clone()));
             entry.report_fault("the lease is no longer kept alive", error, now);
-            entry.status.set_error(Some(error.clone()));
         }
     }
 }

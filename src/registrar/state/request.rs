@@ -145,16 +145,13 @@ impl Reconciler {
 
     /// Deregisters an entry: its keys are deleted, and then the entry is removed.
     pub(in crate::registrar) fn deregister(&mut self, id: &EntryId) {
-        let is_closed = self.close_error.is_some();
+        let close_error = self.close_error.clone();
         let Some(entry) = self.entry_mut(id) else {
             return;
         };
         entry.desired = Desired::Deregistered;
         entry.retry_schedule.reset();
-        entry.status.set_terminal();
-        if !is_closed {
-            entry.status.set_error(None);
-        }
+        entry.status.set_terminal(close_error);
         self.retry_at = None;
     }
 

@@ -100,8 +100,12 @@ impl StatusSender {
         self.sender.send_modify(|status| status.error = error);
     }
 
-    pub(super) fn set_terminal(&self) {
-        self.sender.send_modify(|status| status.terminal = true);
+    /// Ends the registration. A caller that waits gets the error, so both are set at once.
+    pub(super) fn set_terminal(&self, error: Option<Error>) {
+        self.sender.send_modify(|status| {
+            status.terminal = true;
+            status.error = error;
+        });
     }
 
     /// Records that the instance is held back, and why.
