@@ -16,6 +16,9 @@ use tokio::time::{Instant, sleep, timeout};
 const READERS: usize = 32;
 const WRITERS: usize = 4;
 
+/// The number of writes that are timed beside an isolated member.
+const WRITES: u32 = 200;
+
 /// The time after which a silent member is disconnected: `keep_alive_interval` plus
 /// `keep_alive_timeout`.
 const KEEP_ALIVE: Duration = Duration::from_secs(13);
@@ -366,7 +369,6 @@ async fn stream_refused_by_all_members_reports_their_error() -> TestResult {
 async fn isolated_member_fails_no_write() -> TestResult {
     let cluster = Etcd::builder().start_partitionable_cluster(3).await?;
     let client = client_of(&cluster).await?;
-    let before = writes_within(Duration::from_secs(3), &client).await?;
     let isolated = (cluster.leader().await? + 1) % 3;
     cluster.isolate(isolated).await;
     let member = cluster.member(isolated).endpoint();
@@ -376,23 +378,26 @@ async fn isolated_member_fails_no_write() -> TestResult {
         status.is_ok_and(|status| status.leader() == 0)
     })
     .await;
-    // A fifth of the rate is enough, because other programs may take most of the processor. If
-    // every third write waited for the isolated member for a second, a fiftieth would be left.
-    let writes = writes_within(Duration::from_secs(15), &client).await?;
-    assert!(writes > before, "{writes} in 15 s, {before} in 3 s before");
+    // Writes in turn, because other programs slow both clients down alike.
+    let others = (0..3).filter(|index| *index != isolated);
+    let others = others.map(|index| cluster.member(index).endpoint());
+    let others = Client::new("others", crate::support::config(others)).await?;
+    let (mut with_isolated, mut without) = (Duration::ZERO, Duration::ZERO);
+    for _ in 0..WRITES {
+        with_isolated += time_of_write(&client).await?;
+        without += time_of_write(&others).await?;
+    }
+    // A write that waited for the isolated member would take at least the 5 s after which etcd
+    // gives up, and a third of the writes is sent to that member first.
+    let waited = with_isolated.saturating_sub(without) / WRITES;
+    assert!(waited < Duration::from_millis(500), "{waited:?} a write");
     Ok(())
 }
 
-/// The number of writes, one after the other, that succeed within some time.
-async fn writes_within(time: Duration, client: &Client) -> TestResult<u32> {
+async fn time_of_write(client: &Client) -> TestResult<Duration> {
     let started = Instant::now();
-    let mut writes = 0;
-    while started.elapsed() < time {
-        client.put("key", "1", None).await?;
-        writes += 1;
-        sleep(Duration::from_millis(5)).await;
-    }
-    Ok(writes)
+    client.put("key", "1", None).await?;
+    Ok(started.elapsed())
 }
 
 /// An etcd whose every response has this status, with details that are not base64.
