@@ -19,9 +19,9 @@ impl Client {
     /// The status of the member at this endpoint, over a separate connection to it.
     ///
     /// The endpoint has the form of [`Config::endpoints`](crate::Config::endpoints) and need not be
-    /// one of them. TLS and the user are as configured. With authentication enabled, this call and
-    /// [`member_list`](Self::member_list) need a user from 3.5.28 and 3.6.8 on, in some releases
-    /// (3.5.30 for the status, 3.6.9 for both) the root user, from 3.6.15 on any user.
+    /// one of them. TLS and the user are as configured. With authentication enabled, some releases
+    /// of etcd (3.6.16 is one) refuse this call and [`member_list`](Self::member_list) without a
+    /// user. Some refuse the status (3.5.30 is one) or both (3.6.9 is one) to every user but root.
     ///
     /// # Errors
     ///

@@ -81,9 +81,9 @@ pub struct Config {
     /// configured endpoints are used again while no member is connected or no list can be fetched.
     ///
     /// With authentication enabled, some releases of etcd, such as 3.6.9, list their members to root
-    /// only; for another user the client logs one warning. The same releases say to users only of
-    /// which cluster they are, and the client sends its password and token to members only. Listed
-    /// addresses that are not configured are therefore not called there.
+    /// only; for another user the client logs one warning. Some releases, such as 3.6.9 and 3.6.16,
+    /// tell the cluster's id only to users, and the client sends its password and token to members
+    /// only. Listed addresses that are not configured are therefore not called there.
     ///
     /// A listed address counts as a member if it has the cluster's id. etcd derives the id from the
     /// first members' names, peer URLs and `--initial-cluster-token`, so two etcds with default

@@ -55,7 +55,8 @@ impl EtcdCluster {
     }
 
     /// The index of the leader, according to the first running member that knows it. Needs no
-    /// user, except on etcd 3.6.16 and later with `--cert-file`: there
+    /// user, except with `--cert-file` on a release of etcd that refuses the status without one, as
+    /// 3.6.16 does with authentication enabled: there
     /// [`connect_options`](super::EtcdBuilder::connect_options) must have one.
     ///
     /// # Errors

@@ -1,8 +1,9 @@
-//! Finds the leader, also where etcd answers calls to users only.
+//! Finds the leader, also where etcd responds to users only.
 //!
-//! The call that names the leader needs a user from etcd 3.6.16 on, where authentication is enabled.
-//! Two pages that etcd serves over HTTP need none, but take seconds on a busy machine: `/debug/vars`
-//! for clients shows the member's view of the consensus, and `/members` for peers lists the members.
+//! With authentication enabled, some releases of etcd (3.6.16 is one) refuse the call that names
+//! the leader without a user. Two pages that etcd serves over HTTP need none, but take seconds on a
+//! busy machine: `/debug/vars` for clients shows the member's view of the consensus, and `/members`
+//! for peers lists the members.
 
 use etcd_client::Client;
 use serde::Deserialize;
@@ -35,7 +36,8 @@ struct ListedMember {
 /// The name of the leader, if this member knows one.
 pub(super) async fn query_leader(member: &Etcd) -> Result<Option<String>> {
     match call_for_leader(member).await {
-        // The kit has no client for these pages that knows the certificates.
+        // The pages are read without TLS, because this module has no HTTP client that knows the
+        // certificates.
         Err(_) if !member.options().is_tls() => read_leader(member).await,
         result => result.map_err(TestingError::client("asking for the leader")),
     }

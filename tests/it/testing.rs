@@ -244,7 +244,8 @@ async fn leads(member: &Etcd) -> TestResult<bool> {
     Ok(status.leader() == id)
 }
 
-/// From etcd 3.6.16 on a status call needs a user.
+/// With authentication enabled, some releases of etcd (3.6.16 is one) refuse the status without a
+/// user.
 #[tokio::test]
 async fn leader_is_found_without_a_user() -> TestResult {
     let cluster = EtcdCluster::start().await?;

@@ -161,8 +161,8 @@ async fn auto_sync_keeps_what_a_useless_list_cannot_replace() -> TestResult {
     Ok(())
 }
 
-/// A member may have been given the URL of another cluster. With users etcd from 3.5.28 on does not
-/// say without one which cluster it is of.
+/// A member may have been given the URL of another cluster. With authentication enabled, some
+/// releases of etcd (3.6.16 is one) tell the id of their cluster only to users.
 #[tokio::test]
 async fn auto_sync_keeps_the_password_from_other_clusters() -> TestResult {
     let other_cluster = Etcd::start().await?;

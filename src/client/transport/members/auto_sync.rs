@@ -68,8 +68,8 @@ async fn list(
             if !std::mem::replace(&mut warned.of_refusal, true) {
                 tracing::warn!(
                     user = config.username,
-                    "may not list etcd's members, so auto_sync does nothing; etcd allows it only \
-                     to root, from 3.5.28 and 3.6.9 on"
+                    "may not list etcd's members, so auto_sync does nothing; some releases of etcd \
+                     (3.6.9 is one) list them only to root"
                 );
             }
         }
