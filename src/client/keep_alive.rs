@@ -27,7 +27,8 @@ use crate::error::{Error, Result};
 /// Renewals of leases. The calls fail like [`Client::revoke`].
 ///
 /// All renewals of a client share their streams, usually one. A renewal that gets no response is
-/// also sent to another member: after a twelfth of the TTL, at most 1 s.
+/// also sent to another member: after a twelfth of the TTL and at most 1 s, or after up to four
+/// times as long if the last response of the member was slow.
 impl Client {
     /// Renews a lease once. The response has its new TTL.
     pub async fn keep_alive_once(&self, id: i64) -> Result<LeaseKeepAliveResponse> {
