@@ -10,7 +10,7 @@ use tonic::Status;
 /// How many characters of a failure are kept. A server chooses the text of a status.
 const MAX_FAILURE: usize = 300;
 
-/// A shorter wait after a failure says less than the failure.
+/// The shortest wait that is shown beside an earlier failure.
 const NOTABLE_WAIT: Duration = Duration::from_millis(100);
 
 /// The endpoints that the attempts of one operation were sent to, with the last failure of each.
@@ -33,7 +33,7 @@ struct Record {
 #[derive(Debug)]
 struct Tried {
     address: Arc<str>,
-    /// Since when an attempt waits for a response.
+    /// When the attempt that has no response yet was sent.
     waiting_since: Option<Instant>,
     last_failure: Option<String>,
 }

@@ -7,7 +7,7 @@ use tonic::Status;
 use super::attempt_record::AttemptRecord;
 use super::attempted::AttemptedEndpoints;
 
-/// What a call shares with the other calls of a larger operation. By default nothing.
+/// The state that a call shares with the other calls of one operation. The default shares nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct CallContext<'a> {
     /// The endpoints to avoid. The call adds those that it is sent to.

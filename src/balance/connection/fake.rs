@@ -18,7 +18,7 @@ use super::sender::Sender;
 use super::state::ConnectionState;
 use super::target::Target;
 
-/// What connecting to an address leads to.
+/// The result of connecting to an address.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Script {
     Accept,

@@ -57,7 +57,7 @@ impl Target {
         })
     }
 
-    /// That the server asked for fewer pings, and what to set; `None` if it did not.
+    /// Says that the server asked for fewer pings, and which setting helps; `None` if it did not.
     pub(crate) fn ping_advice(&self) -> Option<String> {
         self.doublings.advice()
     }

@@ -1,4 +1,4 @@
-//! What failures of TLS mean: certificates and keys that cannot work, and what to do.
+//! Explains failures of TLS: which certificate or key cannot work, and the remedy.
 
 use std::io;
 
@@ -33,7 +33,7 @@ pub(super) fn supports_p521(provider: &CryptoProvider) -> bool {
     schemes.contains(&SignatureScheme::ECDSA_NISTP521_SHA512)
 }
 
-/// Why a handshake failed, and what to do.
+/// Why a handshake failed, with the remedy if there is one.
 pub(super) fn describe_handshake(error: &io::Error, supports_p521: bool) -> String {
     let text = chain(error);
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
@@ -57,7 +57,7 @@ fn advice(error: &Error, supports_p521: bool) -> Option<String> {
                 ..
             },
         ) if !supports_p521 && is_p521(public_key_algorithm_id) => Some(P521_ADVICE.to_owned()),
-        // Sent by a server that has a certificate of no kind that this client offers.
+        // A server sends the alert if it has no certificate of a kind that this client offers.
         Error::AlertReceived(AlertDescription::HandshakeFailure)
         | Error::InvalidCertificate(CertificateError::UnsupportedSignatureAlgorithmContext {
             ..

@@ -2,7 +2,7 @@
 //!
 //! - `with_rustls`: the handshake, or `without` in a build without TLS.
 //! - `certificates`: the certificates and keys of a configuration.
-//! - `failure`: what failures mean, and what to do.
+//! - `failure`: the causes of failures, and their remedies.
 
 #[cfg(feature = "_tls")]
 mod certificates;
