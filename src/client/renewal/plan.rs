@@ -30,7 +30,7 @@ pub(super) enum Stream {
     Owing(Instant),
 }
 
-/// What a renewal does next.
+/// The next step of a renewal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Send the renewal on the stream of this candidate.
@@ -52,7 +52,7 @@ enum Promise {
     Silent,
 }
 
-/// Decides what a renewal does next.
+/// Decides the next step of a renewal.
 ///
 /// The renewal is sent to another member when each one asked so far has been silent for a while. A
 /// member that did not respond is asked again only after all others, on a further stream. The
@@ -83,7 +83,7 @@ pub(super) fn next_step(pace: Pace, now: Instant, candidates: &[Candidate]) -> S
     let is_waiting = candidates.iter().any(|c| c.stream == Stream::Waiting);
     let reopen_at = |(index, candidate): (usize, &Candidate)| {
         let reopen_at = candidate.reopen_at(pace)?;
-        // Where a stream waits, a further one would wait as well.
+        // While one stream waits for a connected member, a further one would wait as well.
         let after_waiting = now + pace.reopen_after(Duration::ZERO);
         Some(if is_waiting {
             (reopen_at.max(after_waiting), index)
@@ -104,8 +104,8 @@ pub(super) fn next_step(pace: Pace, now: Instant, candidates: &[Candidate]) -> S
 }
 
 impl Candidate<'_> {
-    /// When another member is asked beside this one. Each response counts, also to another lease's
-    /// renewal, because etcd responds to one after the other.
+    /// When another member is asked beside this one. A response to another lease's renewal counts
+    /// too, because etcd responds to the renewals of a stream one after the other.
     fn overdue_at(&self, pace: Pace) -> Option<Instant> {
         let asked_at = self.asked_at?;
         let round_trip = self.standing.round_trip();
@@ -113,7 +113,7 @@ impl Candidate<'_> {
             Stream::Owing(since) => since,
             _ => asked_at,
         };
-        // Where other leases get responses, this one may still be forgotten.
+        // The member may have forgotten this renewal although other leases get responses.
         let forgotten_at = asked_at + pace.reopen_after(round_trip);
         Some((silent_since + pace.hedge_after(round_trip)).min(forgotten_at))
     }
@@ -338,7 +338,7 @@ mod tests {
         play.now += HEDGE_AFTER;
         play.members[0].stream = Some(Stream::Owing(play.now - HEDGE_AFTER / 2));
         assert_eq!(play.step(), Step::Wait(Some(play.now + HEDGE_AFTER / 2)));
-        // But not for ever: this lease may be forgotten.
+        // The wait is bounded, because the member may have forgotten this renewal.
         play.now += HEDGE_AFTER * 2;
         play.members[0].stream = Some(Stream::Owing(play.now));
         assert_eq!(play.step(), Step::Open(vec![1]));

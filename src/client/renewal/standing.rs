@@ -1,4 +1,4 @@
-//! What is known of a member between its streams.
+//! The record of how a member responds to renewals, kept from one stream to the next.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use crate::backoff::Backoff;
 /// leader refuses at once, and the renewal of a lease of 2 s has 1.3 s.
 const MAX_PAUSE: Duration = Duration::from_millis(400);
 
-/// What is known of a member, since its last response.
+/// The last response of a member, and its silence and refusals since then.
 #[derive(Debug)]
 pub(super) struct Standing {
-    /// A stream to the member was given up because the member owed a response.
+    /// Whether a stream to the member was given up because the member owed a response.
     is_silent: bool,
-    /// The member refused a new stream, and is not asked before.
+    /// When a member that refused a new stream may be asked again.
     retry_at: Option<Instant>,
     pauses: Backoff,
     last: Option<Response>,
@@ -41,7 +41,7 @@ impl Default for Standing {
 }
 
 impl Standing {
-    /// Learns of a response, unless it was earlier than one that is known.
+    /// Records a response, unless a later one is known. The response ends silence and refusals.
     pub(super) fn on_response(&mut self, response: Response) {
         if self.last.is_none_or(|last| last.at < response.at) {
             *self = Self {
@@ -51,14 +51,14 @@ impl Standing {
         }
     }
 
-    /// The member ended a stream on which it had not responded.
+    /// Records that the member ended a stream on which it had not responded.
     pub(super) fn on_refused(&mut self, now: Instant) {
         self.retry_at = Some(now + self.pauses.next());
         self.is_silent = false;
     }
 
-    /// A stream was given up because the member owed a response. How fast it was before says
-    /// nothing any more.
+    /// Records that a stream was given up because the member owed a response. The earlier round
+    /// trip is forgotten, because it no longer predicts the next one.
     pub(super) fn on_silent(&mut self) {
         self.is_silent = true;
         if let Some(last) = &mut self.last {

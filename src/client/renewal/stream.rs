@@ -58,7 +58,7 @@ pub(super) enum EndCause {
     Closed,
 }
 
-/// An open stream, and the renewals that wait for a response on it. It ends when it is dropped.
+/// An open stream, and the renewals that wait for a response on it. Dropping it ends the stream.
 #[derive(Debug)]
 pub(super) struct LeaseStream {
     waiting: Arc<Mutex<Waiting>>,
@@ -205,7 +205,7 @@ impl LeaseStream {
         }
     }
 
-    /// Ends the stream. etcd learns of it, and the callers that wait on it ask elsewhere.
+    /// Ends the stream, also in etcd. Callers that wait on the stream ask elsewhere.
     pub(super) fn close(&self) {
         self.waiting.lock().end(EndCause::Closed);
         self.task.abort();
@@ -239,7 +239,7 @@ impl Waiting {
         }
     }
 
-    /// The callers find out because their channels close.
+    /// Records the end. The callers notice because their channels close.
     fn end(&mut self, cause: EndCause) {
         let is_fresh = self.last.is_none();
         self.end.get_or_insert(StreamEnd { is_fresh, cause });

@@ -39,7 +39,7 @@ pub(in crate::client) struct LeaseStreams {
     members: Mutex<Members>,
 }
 
-/// The members of the cluster, as far as renewals were sent to them.
+/// The streams to the members of the cluster, and how each member responds.
 #[derive(Debug, Default)]
 struct Members {
     /// In the order in which they were opened.
@@ -69,7 +69,7 @@ impl Asked {
     }
 }
 
-/// The streams of a client, while somebody has a handle to them.
+/// The streams of a client, while there is a handle to them.
 #[derive(Default)]
 struct SharedStreams(Mutex<Weak<LeaseStreams>>);
 
@@ -156,7 +156,7 @@ impl LeaseStreams {
                 }
             };
             let sent = stream.and_then(|stream| Some((stream.renew(id, now)?, stream)));
-            // Without a stream that has just ended, or is full, another step follows.
+            // A stream that has just ended or is full sends nothing, and another step follows.
             if let Some((response, stream)) = sent {
                 asked.push(Asked {
                     stream,
@@ -181,8 +181,8 @@ impl LeaseStreams {
         stream
     }
 
-    /// A member has responded. The streams that are silent are stuck, so no other lease shall wait
-    /// for them.
+    /// Handles a response. Streams that stay silent while another member responds are stuck, and
+    /// are closed so that no other lease waits for them.
     fn on_response(&self, responding: &Arc<LeaseStream>, pace: Pace, asked: &[Asked]) {
         let now = Instant::now();
         let mut members = self.members.lock();
@@ -237,7 +237,7 @@ impl LeaseStreams {
             return Err(refused);
         }
         if transport.rpc.token().is_new() {
-            // The members learn of it one after another.
+            // Members learn of a new token one after another, so the refusal may pass.
             return Ok(());
         }
         *tokens += 1;
@@ -257,7 +257,7 @@ impl LeaseStreams {
     }
 }
 
-/// A member, or a stream that is not sent to any yet.
+/// A member, or a stream that was not sent to a member yet.
 struct Known {
     member: Option<Arc<str>>,
     stream: Option<Arc<LeaseStream>>,
@@ -302,7 +302,7 @@ impl Members {
         }
     }
 
-    /// Learns of the members' responses. Of two streams to one member, the one that has responded
+    /// Records the members' responses. Of two streams to one member, the one that has responded
     /// since both were open is kept.
     fn learn_responses(&mut self) {
         for stream in self.streams.clone() {
@@ -327,8 +327,8 @@ impl Members {
         }
     }
 
-    /// The members that can be asked, with their newest streams. If none is connected, one that
-    /// stands for the first that will be.
+    /// The members that can be asked, with their newest streams. Without any, a placeholder for the
+    /// first member that connects.
     fn known(&self, ready: &[Arc<str>]) -> Vec<Known> {
         let mut known = Vec::<Known>::new();
         for stream in self.streams.iter().rev().filter(|s| !s.is_left(ready)) {
