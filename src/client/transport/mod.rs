@@ -146,9 +146,7 @@ impl Transport {
         .await
         .map(drop)
     }
-}
 
-impl Transport {
     /// The error of an operation whose time is over.
     pub(super) fn timeout_error(
         &self,
