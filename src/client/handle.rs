@@ -246,7 +246,7 @@ impl Client {
     /// The result of `work` within `limit`, or an error that names the members which the calls of
     /// `work` tried, with the last failure of each.
     ///
-    /// Within another limit, the calls count for both.
+    /// If calls to `within` are nested, an attempt counts for each of them.
     pub(crate) async fn within<T>(
         &self,
         limit: Duration,

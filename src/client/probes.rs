@@ -91,7 +91,7 @@ mod tests {
     fn probe_has_another_ttl_than_the_lease() {
         for ttl in [1, 12, 13, 14, 75, 76, 600] {
             assert_ne!(probe_ttl(Some(ttl)), ttl);
-            // Whatever etcd's minimum TTL is that this lease has.
+            // The lease may have any minimum TTL of etcd.
             assert_ne!(probe_ttl(Some(ttl)).max(ttl.min(75)), ttl);
         }
     }

@@ -86,10 +86,10 @@ impl Leadership {
         self.entry.key()
     }
 
-    /// A fencing token: a number that grows with each leader, by whatever client.
+    /// A fencing token: a number that grows with each leader, across all clients.
     ///
-    /// It is the create revision of [`key`](Self::key), as `Election.Rev()` in Go. Do not use
-    /// `Election.Header().Revision`, which is another number.
+    /// The number is the create revision of [`key`](Self::key), as `Election.Rev()` in Go. Do not
+    /// use `Election.Header().Revision`, which is another number.
     pub fn revision(&self) -> i64 {
         self.entry.revision()
     }

@@ -48,8 +48,8 @@ pub struct Lock {
 /// Locks. A lock excludes a Go `concurrency.Mutex` and an `etcdctl lock` of the same name.
 ///
 /// The keys of a lock are `NAME/LEASE`, with the lease in hex. Other keys below `NAME/`, such as
-/// `NAME/config` or those of a lock `NAME/OTHER`, do not count, neither does a key that is not
-/// attached to the lease in its name. Go waits for all of them.
+/// `NAME/config` or those of a lock `NAME/OTHER`, do not count. A key that is not attached to the
+/// lease in its name does not count either. Go waits for all of them.
 impl Client {
     /// Waits until this client holds the lock of this name. Locks are granted in the order of the
     /// calls.
@@ -97,19 +97,19 @@ impl Lock {
         self.entry.key()
     }
 
-    /// A fencing token: a number that grows each time the lock is taken, by whatever client. A
-    /// service can refuse requests with a smaller number than it has seen.
+    /// A fencing token: a number that grows each time any client takes the lock. A service can
+    /// refuse requests with a smaller number than it has seen.
     ///
-    /// It is the create revision of [`key`](Self::key). In Go that is the create revision of
-    /// `Mutex.Key()`, which `Mutex.IsOwner` compares and a `Get` of the key returns. Do not use
+    /// The number is the create revision of [`key`](Self::key). In Go that is the create revision
+    /// of `Mutex.Key()`, which `Mutex.IsOwner` compares and a `Get` of the key returns. Do not use
     /// `Mutex.Header().Revision`, or the header of etcd's lock service: it is the revision at which
     /// a holder learned of the lock, so that holders in turn may have 2, 5 and 4.
     pub fn revision(&self) -> i64 {
         self.entry.revision()
     }
 
-    /// A comparison for transactions, which holds only while this client holds the lock: etcd
-    /// itself decides, whatever this client knows.
+    /// A comparison for transactions, which holds only while this client holds the lock. etcd
+    /// itself compares, so the state that this client knows does not matter.
     pub fn ownership(&self) -> Compare {
         self.entry.ownership()
     }

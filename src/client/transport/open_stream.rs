@@ -71,7 +71,7 @@ impl StreamOpening<'_> {
                 }
             };
             sleep(pause).await;
-            // `None` if more of the requests was sent meanwhile than is kept for another attempt.
+            // `None` if more requests were sent meanwhile than are kept for another attempt.
             match replay.next_attempt() {
                 Some(next) => body = next,
                 None => return refused,

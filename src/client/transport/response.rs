@@ -145,12 +145,12 @@ pub(super) fn message_in(headers: &HeaderMap) -> String {
     Status::from_header_map(headers).map_or_else(String::new, |status| status.message().to_owned())
 }
 
-/// Gives a refusal the code that says what helps. etcd refuses before it executes anything, so
-/// writes may be repeated as well.
+/// Gives a refusal the code that leads etcd-client or this client to repeat the call. etcd refuses
+/// before it executes anything, so writes may be repeated as well.
 ///
 /// - etcd refuses a token that is older than its users and roles (a JWT after any change of them)
 ///   as an invalid argument. etcd's own client renews such a token; etcd-client renews a token only
-///   for the code of an expired one. The same helps if the call of a user has no token.
+///   for the code of an expired one. A user's call without a token gets that code as well.
 /// - A learner refuses calls from 3.6 on as a failed precondition. Another member may take them.
 pub(super) fn map_refusal(headers: &mut HeaderMap, has_user: bool) {
     // The message is decoded for failures only.

@@ -151,7 +151,7 @@ impl Service<Request<Body>> for RpcService {
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         let state = Arc::clone(&self.state);
         let mut options = CallOptions::current();
-        // The path differs where etcd-client renews the token first.
+        // Within the same scope etcd-client may also call `Authenticate`, which has another path.
         if let Some((path, message)) = options.message
             && request.uri().path() == path
         {

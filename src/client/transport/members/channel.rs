@@ -38,7 +38,7 @@ pub(super) fn configured_addresses(config: &Config) -> Result<Addresses> {
 }
 
 /// The address of a configured endpoint. An unspecified host is this machine, as for etcdctl and
-/// Go: etcd's examples listen on `http://0.0.0.0:2379`, and that is what their users configure.
+/// Go: etcd's examples listen on `http://0.0.0.0:2379`, and their users configure that URL.
 fn configured_address(config: &Config, endpoint: &str) -> Result<String> {
     let address = endpoint_address(endpoint, config.enable_tls)?;
     let Some((host, port)) = address.rsplit_once(':') else {
@@ -90,7 +90,7 @@ fn build(config: &Config, source: Source) -> Result<BalancedChannel> {
     builder.build()
 }
 
-/// What an error says of a learner.
+/// The part of an error message that describes a learner.
 pub(in crate::client) fn describe_learner(address: &str) -> String {
     format!("{address}: a learner, which takes no calls until it is promoted")
 }

@@ -22,7 +22,7 @@ use crate::error::Result;
 
 /// The pauses before a call that a learner refused is sent again.
 pub(in crate::client) struct RefusalPauses {
-    /// No more than it takes to leave the learner out, unless nobody else is connected.
+    /// While another member may be called: short, until the learner is left out.
     before_others: Backoff,
     /// While all members are learners, until one is promoted.
     before_learners: Backoff,
@@ -143,7 +143,7 @@ impl Membership {
                 }
                 address = first_success(&mut probes) => {
                     probes.remove(&address);
-                    tracing::debug!(address, "a member takes calls, by a probe");
+                    tracing::debug!(address, "a probe found that a member takes calls");
                     self.update(|set| set.on_probe_success(&address));
                 }
             }

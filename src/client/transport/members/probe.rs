@@ -20,9 +20,9 @@ const PROBE_PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration
 /// The pause after a member has refused to say its cluster's id without a user.
 const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 
-/// Calls a member, again and again, until it responds as a voting member does, of a cluster with an
-/// id that `accepts` allows. The id is `None` if the member says it only to users. The user's
-/// password and token are never sent, because the address may be somebody else's.
+/// Calls a member repeatedly, until it responds as a voting member of a cluster whose id `accepts`
+/// allows. The id is `None` if the member tells it only to users. The user's password and token are
+/// never sent, because the address may belong to another server.
 pub(super) async fn probe(config: &Config, address: &str, accepts: impl Fn(Option<u64>) -> bool) {
     let mut pauses = Backoff::with_jitter(PROBE_PAUSES.0, PROBE_PAUSES.1, 0.5..1.0);
     let client = match single_member(config, address).and_then(probe_client) {
@@ -33,7 +33,7 @@ pub(super) async fn probe(config: &Config, address: &str, accepts: impl Fn(Optio
         }
     };
     loop {
-        // Any call would do that a learner refuses.
+        // Any other call that a learner refuses would do as well.
         let mut cluster = client.cluster_client();
         match timeout(config.dial_timeout, cluster.member_list()).await {
             Ok(Ok(list)) => {
@@ -44,14 +44,14 @@ pub(super) async fn probe(config: &Config, address: &str, accepts: impl Fn(Optio
                 tracing::debug!(
                     address,
                     ?cluster_id,
-                    "a listed address is of another cluster"
+                    "a listed address belongs to another cluster"
                 );
             }
             Ok(Err(error)) if is_refusal_of_user(&error) => {
                 if accepts(None) {
                     return;
                 }
-                tracing::debug!(address, "a listed address says its cluster to users only");
+                tracing::debug!(address, "a listed address tells its cluster only to users");
                 sleep(REFUSED_PAUSE).await;
             }
             Ok(Err(error)) => tracing::debug!(address, %error, "a probe failed"),

@@ -81,8 +81,8 @@ impl MemberSet {
         &self.learners
     }
 
-    /// Whether the member at an address may be called, which has responded to a probe as a voting
-    /// member of the cluster with this id. `None` is a member that did not say the id.
+    /// Whether an address may be called after it responded to a probe as a voting member of the
+    /// cluster with this id. The id is `None` if the member did not say it.
     pub(super) fn accepts(&self, address: &str, cluster_id: Option<u64>) -> bool {
         match (self.cluster_id, cluster_id) {
             (Some(ours), Some(theirs)) => ours == theirs,
@@ -90,26 +90,26 @@ impl MemberSet {
         }
     }
 
-    /// etcd has listed its voting members.
+    /// Records that etcd has listed its voting members.
     pub(super) fn on_list(&mut self, list: List) {
         self.listed = list.addresses;
         self.is_list_complete = list.has_all;
         self.cluster_id = list.cluster_id;
         self.has_list_failed = false;
         if !list.has_all {
-            // One of these may be the only way to a member without an address.
+            // A configured endpoint may be the only way to a member without an address.
             self.use_configured();
         }
         self.settle();
     }
 
-    /// No list could be fetched.
+    /// Records that no list could be fetched.
     pub(super) fn on_list_failure(&mut self) {
         self.has_list_failed = true;
         self.use_configured();
     }
 
-    /// These addresses are connected now.
+    /// Records which addresses are connected now.
     pub(super) fn on_connected(&mut self, connected: Addresses) {
         if connected.is_empty() {
             self.use_configured();
@@ -118,12 +118,13 @@ impl MemberSet {
         self.settle();
     }
 
-    /// A call was refused, because this member is a learner. Returns whether that is new.
+    /// Records that this member refused a call because it is a learner. Returns whether that is
+    /// new.
     pub(super) fn on_refusal(&mut self, address: &str) -> bool {
         self.used.contains(address) && self.learners.insert(address.to_owned())
     }
 
-    /// A probe has found that this member takes calls.
+    /// Records that a probe found that this member takes calls.
     pub(super) fn on_probe_success(&mut self, address: &str) {
         self.learners.remove(address);
         if self.listed.contains(address) {
@@ -314,7 +315,7 @@ mod tests {
         assert!(!set.on_refusal("unknown"));
         assert_eq!(set.called(), addresses(&["a", "b"]));
         assert_eq!(set.probed(), addresses(&["learner"]));
-        // Even while nobody else is connected.
+        // The learner is not called even while no other member is connected.
         set.on_connected(Addresses::new());
         assert_eq!(set.called(), addresses(&["a", "b"]));
         set.on_probe_success("learner");
