@@ -1,4 +1,4 @@
-//! What an error means to its caller: its gRPC code, and whether trying again may help.
+//! Classifies errors: their gRPC code, and whether another attempt may help.
 
 use tonic::Code;
 
@@ -93,7 +93,7 @@ impl Error {
 
     /// Whether etcd refused the operation because the user lacks a permission.
     ///
-    /// A wrong password is not meant: etcd reports one as an invalid argument.
+    /// False for a wrong password, which etcd reports as an invalid argument.
     pub fn is_permission_denied(&self) -> bool {
         self.code() == Some(Code::PermissionDenied)
     }

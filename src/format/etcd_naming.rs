@@ -26,7 +26,7 @@ const BARE_METADATA: &str = "";
 /// etcd's own naming convention (`go.etcd.io/etcd/client/v3/naming`), the default.
 ///
 /// Keys are `prefix/service/id`, the default prefix is `services`, the default time to live 10 s.
-/// What Go calls the target is `prefix/service`: `etcd:///greeter` has the prefix `""`, and
+/// The target in Go is `prefix/service`: `etcd:///greeter` has the prefix `""`, and
 /// `etcd:////greeter`, whose keys begin with a slash, the prefix `/`.
 /// `Metadata` carries all fields of an instance, beside its own metadata.
 #[derive(Debug, Clone, Copy, Default)]

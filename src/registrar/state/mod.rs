@@ -63,10 +63,10 @@
 //! 10 s, the pauses grow to 1 s.
 //!
 //! **Key owned by another registration.** A key under a lease that this registrar was never granted
-//! belongs to another process. The later registration wins: a new entry takes such a key over; one
-//! that had the keys before becomes `Superseded`. A superseded entry waits until its watch reports
-//! that the key changed, and then checks the key again. If two processes lose their leases at the
-//! same time, the first to write keeps the key.
+//! belongs to another process. The later registration wins: a new entry takes such a key over, and
+//! an entry that had the keys before becomes `Superseded`. A superseded entry waits until its watch
+//! reports that the key changed, and then checks the key again. If two processes lose their leases
+//! at the same time, the first to write keeps the key.
 //!
 //! **etcd wiped or restored.** The watches start again, and every entry is checked. If the lease is
 //! unknown to etcd, it is lost, as above. A key of another process that is older than the revision

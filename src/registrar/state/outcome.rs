@@ -30,7 +30,7 @@ impl Reconciler {
         match outcome {
             ActionOutcome::Granted { lease, ttl } => {
                 self.set_lease(Lease::new(lease, ttl, started), now);
-                // The lease belongs to the present history, whatever the revisions before were.
+                // The lease belongs to the present history, so earlier revisions do not matter.
                 self.latest_revision = 0;
                 self.on_success();
             }

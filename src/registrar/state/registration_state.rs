@@ -28,7 +28,7 @@ pub enum RegistrationState {
     Registering {
         /// When the registration started.
         since: SystemTime,
-        /// The latest failure; before the first one, that the instance is not written yet.
+        /// The latest failure. Before the first one, says that the instance is not written yet.
         reason: Arc<str>,
     },
     /// In etcd, under a lease that is kept alive.
@@ -50,8 +50,8 @@ pub enum RegistrationState {
         since: SystemTime,
         /// The lease of the other registration.
         by: i64,
-        /// That another process registered the key, and the latest failure to find out whether that
-        /// registration has ended.
+        /// Says that another process registered the key, and names the latest failure to find out
+        /// whether that registration has ended.
         reason: Arc<str>,
     },
     /// In etcd, marked as draining.
