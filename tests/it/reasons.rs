@@ -141,7 +141,7 @@ async fn registration_says_why_etcd_refuses_it() -> TestResult {
     assert_eq!(log.count("request is too large"), 1, "{}", log.text());
     assert!(!log.text().contains("xxxx"));
 
-    // What was in etcd: a mark that cannot be written, and a key that cannot be deleted.
+    // A draining mark that cannot be written, and a key that cannot be deleted.
     revoke_permission(&root).await?;
     registered
         .update(|instance| instance.draining = true)

@@ -1,4 +1,4 @@
-//! Certificates and keys that cannot work: the errors say why, and what would.
+//! Certificates and keys that cannot work: the errors name the cause and the remedy.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,7 +85,7 @@ fn self_signed(is_ca: IsCa) -> TestResult<(Certificate, KeyPair)> {
 
 /// `openssl req -x509` makes such certificates, and Go's clients accept them.
 #[tokio::test]
-async fn server_with_an_authority_s_certificate() -> TestResult {
+async fn authority_as_server_certificate_is_explained() -> TestResult {
     let (cert, key) = self_signed(IsCa::Ca(BasicConstraints::Unconstrained))?;
     let key = key.serialize_pem();
     let endpoint = start_server(ring::default_provider(), &cert.pem(), &key).await?;
@@ -175,7 +175,7 @@ async fn unusable_certificate_of_the_client() -> TestResult {
     Ok(())
 }
 
-/// ring has no P-521, and etcd's own tools accept such keys.
+/// ring has no P-521, but etcd's own tools accept such keys.
 #[tokio::test]
 async fn p521_key_leads_to_tls_aws_lc() -> TestResult {
     // The backend of this crate if none is installed, as other tests do.

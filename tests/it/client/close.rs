@@ -75,7 +75,7 @@ async fn make_call(kind: usize, client: &Client, endpoint: &str) -> Result<()> {
     }
 }
 
-/// Some calls ended with `Cancelled`, the status of the service beneath the client.
+/// No call ends with `Cancelled`, the status of the service beneath the client.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn every_call_during_close_ends_with_closed() -> TestResult {
     let etcd = Etcd::start().await?;

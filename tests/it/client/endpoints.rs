@@ -8,7 +8,7 @@ use crate::support::TestResult;
 use crate::support::log::Log;
 use crate::support::process::isolate;
 
-/// Each was accepted once, and then never tried.
+/// No connection to such an endpoint could be tried, so the configuration refuses each of them.
 #[tokio::test]
 async fn untriable_endpoints_are_refused() {
     for endpoint in [

@@ -79,7 +79,7 @@ impl SlowVoters {
     }
 }
 
-/// What the test does with a fresh client.
+/// The operations that a test performs with a fresh client; see [`run`].
 const OPERATIONS: [&str; 9] = [
     "get",
     "put",

@@ -87,7 +87,7 @@ async fn stopped_leader_loses_no_lease() -> TestResult {
     Ok(())
 }
 
-/// What etcd's own metrics say about streams of renewals.
+/// etcd's own metrics of the streams of renewals.
 #[derive(Debug)]
 struct StreamMetrics {
     started: u64,
@@ -131,11 +131,11 @@ async fn leases_share_a_stream_with_a_message_each() -> TestResult {
     let _kept = try_join_all(leases.iter().map(|lease| renew_thrice(lease.id()))).await?;
     let responses = 3 * LEASES as u64;
     let after = StreamMetrics::read(&etcd).await?;
-    // One, and others if the machine paused for a quarter of the TTL.
+    // One stream suffices, unless the machine paused for a quarter of the TTL.
     let streams = after.started - before.started;
     assert!((1..=4).contains(&streams), "{streams} streams");
     let messages = after.messages - before.messages;
-    // The leases that had three first may have been renewed once more, or twice.
+    // A lease that had its three responses early may have been renewed once or twice more.
     assert!(
         (responses..=responses + 2 * LEASES as u64).contains(&messages),
         "{messages} messages for {responses} responses"
@@ -157,7 +157,7 @@ async fn slow_network_loses_no_lease() -> TestResult {
     for _ in 0..3 {
         wait_for("a response", kept.next()).await.unwrap()?;
     }
-    // The first response took longer than expected, and on a busy machine a second one.
+    // The first response takes longer than expected, and on a busy machine a second one.
     let streams = StreamMetrics::read(&etcd).await?.started - before.started;
     assert!(streams < 3, "{streams} further streams");
     Ok(())
@@ -212,7 +212,7 @@ async fn stream_ends_with_the_last_keep_alive() -> TestResult {
     Ok(())
 }
 
-/// A Go session with the same TTL lost its lock when this client renewed its lease.
+/// No TTL is reserved, because a Go session may have any.
 #[tokio::test]
 async fn lease_of_13_s_is_a_lease_like_any_other() -> TestResult {
     let etcd = Etcd::start().await?;

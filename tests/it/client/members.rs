@@ -119,7 +119,7 @@ async fn auto_sync_follows_the_member_list() -> TestResult {
 #[tokio::test]
 async fn auto_sync_keeps_what_a_useless_list_cannot_replace() -> TestResult {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-    // Takes connections and calls, and answers no call.
+    // Accepts connections and calls, and responds to no call.
     let hung = FrameServer::start(async |mut connection| {
         connection.handshake(&[]).await?;
         loop {

@@ -58,7 +58,7 @@ async fn after_each_response_it_is_replaced_at_once() {
     assert_eq!(accepted.load(Ordering::SeqCst), CALLS);
 }
 
-/// One call waits whether the connection ends, and no other does.
+/// A single call waits to see whether the connection ends, and no other call does.
 #[tokio::test(start_paused = true)]
 async fn one_that_stays_open_delays_one_call() {
     let accepted = Arc::<AtomicUsize>::default();

@@ -1,4 +1,4 @@
-//! Losing a lock without a message from etcd: the clock, and keys that somebody overwrote.
+//! Losing a lock without a message from etcd: the clock, and overwritten keys.
 
 use std::time::Duration;
 
@@ -61,7 +61,7 @@ async fn blocked_runtime_does_not_hide_the_loss() -> TestResult {
     Ok(())
 }
 
-/// The same while the lease survives, because nobody wanted it: what was lost stays lost.
+/// A lock that the clock ended stays lost, although its lease survives in etcd.
 #[tokio::test]
 async fn lock_that_was_lost_is_not_held_again() -> TestResult {
     let etcd = Etcd::start().await?;
@@ -83,8 +83,8 @@ async fn lock_that_was_lost_is_not_held_again() -> TestResult {
 
 /// An overwritten key no longer ends with the lease, so the lock would never be free again.
 ///
-/// From etcd 3.7 on the response to a keys-only range carries no lease (etcd#22209), so that every
-/// key seemed to be overwritten.
+/// From etcd 3.7 on the response to a keys-only range carries no lease (etcd#22209). With
+/// such reads, every key would look like an overwritten one.
 #[tokio::test]
 async fn overwritten_key_ends_lock_and_wait() -> TestResult {
     let etcd = Etcd::start().await?;
