@@ -131,10 +131,10 @@ impl LeaseStream {
             unanswered.callers.push(caller);
             return Some(response);
         }
-        self.requests.try_send(LeaseKeepAliveRequest { id }).ok()?;
         if waiting.unanswered.len() >= MAX_UNANSWERED {
             return None;
         }
+        self.requests.try_send(LeaseKeepAliveRequest { id }).ok()?;
         waiting.silent_since.get_or_insert(now);
         let unanswered = Unanswered {
             sent_at: now,
