@@ -10,11 +10,18 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::error::{Result, TestingError};
 use super::port::Port;
+
+/// The most bytes that are read at once.
+const PIECE: usize = 16 * 1024;
+
+/// The most pieces that are on the way in one direction of a connection, 1 MiB in all.
+const MAX_PIECES: usize = 64;
 
 /// A TCP proxy on a loopback port. Between a client and a server, it is the network that fails.
 ///
@@ -58,6 +65,18 @@ struct ProxyState {
 struct LinkState {
     is_silent: bool,
     delay: Duration,
+    /// In bytes per second. Zero is no limit.
+    rate: u32,
+}
+
+impl LinkState {
+    /// The time that this many bytes take at the limited rate.
+    fn time_of(&self, bytes: usize) -> Duration {
+        match self.rate {
+            0 => Duration::ZERO,
+            rate => Duration::from_secs_f64(bytes as f64 / f64::from(rate)),
+        }
+    }
 }
 
 impl Proxy {
@@ -125,15 +144,23 @@ impl Proxy {
         link.send_modify(|link| link.is_silent = true);
     }
 
-    /// Delays each piece of data (up to 16 KiB) by this time, in both directions. Zero ends the
-    /// delay.
+    /// Delays all data by this time in both directions, as a long way would: data that is sent
+    /// meanwhile does not wait longer. Of each connection, up to 1 MiB is on the way at a time. Zero
+    /// ends the delay for data that is sent from then on.
     pub fn delay(&self, delay: Duration) {
         let link = &self.inner.state.link;
         link.send_modify(|link| link.delay = delay);
     }
 
+    /// Forwards at most this many bytes per second, in each direction of each connection. Zero ends
+    /// the limit.
+    pub fn limit_rate(&self, bytes_per_second: u32) {
+        let link = &self.inner.state.link;
+        link.send_modify(|link| link.rate = bytes_per_second);
+    }
+
     /// Forwards again after [`cut`](Self::cut) or [`blackhole`](Self::blackhole), and ends a
-    /// [`delay`](Self::delay).
+    /// [`delay`](Self::delay) and a [limited rate](Self::limit_rate).
     ///
     /// # Errors
     ///
@@ -262,26 +289,66 @@ async fn forward(client: TcpStream, open: OpenConnection) {
     );
 }
 
+/// A piece of data on its way. No data means the end of the connection.
+struct Piece {
+    data: Vec<u8>,
+    due: Instant,
+}
+
+/// Forwards one direction of a connection.
 async fn pump(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut link: watch::Receiver<LinkState>,
+    from: OwnedReadHalf,
+    to: OwnedWriteHalf,
+    link: watch::Receiver<LinkState>,
     bytes: &AtomicU64,
 ) -> io::Result<()> {
-    let mut buffer = vec![0; 16 * 1024];
+    let (pieces, on_the_way) = mpsc::channel(MAX_PIECES);
+    let reading = read_pieces(from, link.clone(), pieces);
+    let writing = write_pieces(to, link, on_the_way, bytes);
+    tokio::try_join!(reading, writing).map(drop)
+}
+
+async fn read_pieces(
+    mut from: OwnedReadHalf,
+    mut link: watch::Receiver<LinkState>,
+    pieces: mpsc::Sender<Piece>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; PIECE];
     loop {
         let read = from.read(&mut buffer).await?;
-        let delay = link.borrow().delay;
-        if !delay.is_zero() {
-            tokio::time::sleep(delay).await;
+        let state = *link.borrow();
+        let transfer = state.time_of(read);
+        if !transfer.is_zero() {
+            sleep(transfer).await;
+        }
+        let due = Instant::now() + state.delay;
+        wait_until_open(&mut link).await;
+        let data = buffer.get(..read).unwrap_or_default().to_vec();
+        // An error means that writing has failed.
+        if pieces.send(Piece { data, due }).await.is_err() || read == 0 {
+            return Ok(());
+        }
+    }
+}
+
+async fn write_pieces(
+    mut to: OwnedWriteHalf,
+    mut link: watch::Receiver<LinkState>,
+    mut on_the_way: mpsc::Receiver<Piece>,
+    bytes: &AtomicU64,
+) -> io::Result<()> {
+    while let Some(Piece { data, due }) = on_the_way.recv().await {
+        if due > Instant::now() {
+            sleep_until(due).await;
         }
         wait_until_open(&mut link).await;
-        if read == 0 {
+        if data.is_empty() {
             return to.shutdown().await;
         }
-        to.write_all(&buffer[..read]).await?;
-        bytes.fetch_add(read as u64, Ordering::Relaxed);
+        to.write_all(&data).await?;
+        bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
     }
+    Ok(())
 }
 
 /// Waits while the proxy is a black hole.

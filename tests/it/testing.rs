@@ -376,6 +376,28 @@ async fn proxy_delays_and_redirects() -> TestResult {
     let begin = std::time::Instant::now();
     echo(&mut stream, "hello").await?;
     assert!(begin.elapsed() >= delay * 2);
+    // Data that is on the way together is late together, not one after the other.
+    const MESSAGES: usize = 50;
+    let begin = std::time::Instant::now();
+    let (mut read, mut write) = stream.split();
+    let sending = async {
+        for _ in 0..MESSAGES {
+            write.write_all(b"hello").await?;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    };
+    let mut echoed = [0; 5 * MESSAGES];
+    let receiving = async { read.read_exact(&mut echoed).await };
+    tokio::try_join!(sending, receiving)?;
+    let took = begin.elapsed();
+    assert!(took < delay * MESSAGES as u32 / 2, "{took:?}");
+
+    proxy.delay(Duration::ZERO);
+    proxy.limit_rate(1_000);
+    let begin = std::time::Instant::now();
+    echo(&mut stream, &"x".repeat(100)).await?;
+    assert!(begin.elapsed() >= Duration::from_millis(200));
 
     proxy.restore().await?;
     let etcd = Etcd::start().await?;

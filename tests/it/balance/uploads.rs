@@ -109,8 +109,7 @@ async fn slow_upload_ends() {
     let endpoint = proxy.endpoint();
     let channel = channel(endpoint.trim_start_matches("http://"));
     wait_until_ready(&channel, 1).await;
-    // 16 KiB at a time: at most 0.8 MiB/s.
-    proxy.delay(Duration::from_millis(20));
+    proxy.limit_rate(800 * KIB as u32);
     let started = Instant::now();
     upload(&channel, 4 * MIB).await.unwrap();
     let took = started.elapsed();

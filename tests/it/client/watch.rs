@@ -303,8 +303,8 @@ async fn cut_fragments_keep_revisions_whole() -> TestResult {
     for cut_after in [1, 5, 9, 14, 20, 30] {
         let proxy = Proxy::start(etcd.endpoint()).await?;
         let client = connect(proxy.endpoint()).await;
-        // At most 16 KiB per millisecond, so that the stream can be cut in between.
-        proxy.delay(Duration::from_millis(1));
+        // Slow enough to cut the stream in between.
+        proxy.limit_rate(16 * 1024 * 1024);
         let prefix = WatchOptions::new().with_prefix().with_start_revision(1);
         let mut watch = client.watch("t/", prefix).await?;
         let seen = tokio::spawn(async move { events_to_end(&mut watch).await });
@@ -317,7 +317,7 @@ async fn cut_fragments_keep_revisions_whole() -> TestResult {
         .await?;
         proxy.disconnect().await?;
         assert!(!seen.is_finished());
-        proxy.delay(Duration::ZERO);
+        proxy.limit_rate(0);
         assert_eq!(timeout(PATIENCE, seen).await??, history, "{cut_after}");
     }
     Ok(())
