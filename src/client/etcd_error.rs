@@ -54,7 +54,7 @@ pub(crate) enum EtcdError {
 }
 
 /// Each error with its code and a part of its text.
-const KNOWN: [(Code, &str, EtcdError); 10] = [
+const KNOWN: [(Code, &str, EtcdError); 11] = [
     (Code::OutOfRange, "has been compacted", EtcdError::Compacted),
     (
         Code::Unavailable,
@@ -62,6 +62,8 @@ const KNOWN: [(Code, &str, EtcdError); 10] = [
         EtcdError::NoLeader,
     ),
     (Code::InvalidArgument, OLD_TOKEN, EtcdError::OldToken),
+    // The code that the transport gives this refusal.
+    (Code::Unauthenticated, OLD_TOKEN, EtcdError::OldToken),
     (Code::InvalidArgument, NO_USER, EtcdError::NoUser),
     (
         Code::FailedPrecondition,

@@ -35,7 +35,8 @@ impl Executor {
     }
 
     /// Performs one action within a third of the lease's TTL, which leaves time for another attempt
-    /// before the lease expires.
+    /// before the lease expires. A renewal has two thirds, the time that the lease lasts when the
+    /// renewal is due, because it is sent to several members by itself.
     ///
     /// `record` gets the attempts at the members of etcd.
     pub(super) async fn perform(
@@ -61,8 +62,12 @@ impl Executor {
         // Passed on by reference, because the future is large.
         let work = pin!(self.execute(action));
         let operation = || action.to_string();
+        let limit = match action {
+            Action::Renew { .. } => self.ttl * 2 / 3,
+            _ => self.ttl / 3,
+        };
         self.client
-            .within_recorded(self.ttl / 3, operation, record, work)
+            .within_recorded(limit, operation, record, work)
             .await
     }
 

@@ -19,6 +19,7 @@ use tonic_prost::ProstCodec;
 use super::plan;
 use super::standing::Response;
 use crate::balance::{AttemptRecord, AttemptedEndpoints};
+use crate::client::etcd_error::EtcdError;
 use crate::client::transport::{CallOptions, RpcService};
 
 const PATH: PathAndQuery = PathAndQuery::from_static("/etcdserverpb.Lease/LeaseKeepAlive");
@@ -47,7 +48,27 @@ pub(super) struct StreamEnd {
     /// Whether the member has never responded on the stream. A stream keeps the token that it was
     /// opened with, so only the refusal of a fresh one says anything about the user.
     pub(super) is_fresh: bool,
+    /// The lease whose renewal was next to be handled. etcd responds to the renewals of a stream in
+    /// the order in which they were sent, so a refusal of one lease is the refusal of this one.
+    pub(super) next: Option<i64>,
     pub(super) cause: EndCause,
+}
+
+impl StreamEnd {
+    /// Whether the member refused one lease, which says nothing about the others. Some releases of
+    /// etcd check the permission to write the keys of the lease.
+    pub(super) fn is_of_one_lease(&self) -> bool {
+        let EndCause::Status(status) = &self.cause else {
+            return false;
+        };
+        let error = EtcdError::decode(status.code(), status.message());
+        error == EtcdError::PermissionDenied && self.next.is_some()
+    }
+
+    /// Whether the end says something about this lease.
+    pub(super) fn concerns(&self, id: i64) -> bool {
+        !self.is_of_one_lease() || self.next == Some(id)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -73,6 +94,8 @@ pub(super) struct LeaseStream {
 struct Waiting {
     /// At most one for each lease, so that a response is never taken for one to a later renewal.
     unanswered: HashMap<i64, Unanswered>,
+    /// How many renewals were sent.
+    sent: u64,
     /// Since when the member has owed a response and sent none.
     silent_since: Option<Instant>,
     last: Option<Response>,
@@ -81,6 +104,8 @@ struct Waiting {
 
 #[derive(Debug)]
 struct Unanswered {
+    /// The place of the renewal among those that were sent on the stream.
+    number: u64,
     sent_at: Instant,
     /// Whether no other renewal waited for a response when this one was sent.
     is_alone: bool,
@@ -136,7 +161,9 @@ impl LeaseStream {
         }
         self.requests.try_send(LeaseKeepAliveRequest { id }).ok()?;
         waiting.silent_since.get_or_insert(now);
+        waiting.sent += 1;
         let unanswered = Unanswered {
+            number: waiting.sent,
             sent_at: now,
             is_alone: waiting.unanswered.is_empty(),
             callers: vec![caller],
@@ -242,7 +269,14 @@ impl Waiting {
     /// Records the end. The callers notice because their channels close.
     fn end(&mut self, cause: EndCause) {
         let is_fresh = self.last.is_none();
-        self.end.get_or_insert(StreamEnd { is_fresh, cause });
+        let unanswered = self.unanswered.iter();
+        let next = unanswered.min_by_key(|(_, unanswered)| unanswered.number);
+        let next = next.map(|(id, _)| *id);
+        self.end.get_or_insert(StreamEnd {
+            is_fresh,
+            next,
+            cause,
+        });
         self.unanswered.clear();
         self.silent_since = None;
     }

@@ -119,7 +119,7 @@ impl LeaseStreams {
                     };
                 }
                 Some((stream, None)) => {
-                    if let Some(end) = stream.end() {
+                    if let Some(end) = stream.end().filter(|end| end.concerns(id)) {
                         stream.record_end(&end, &record);
                         self.check_end(id, &stream, end, &mut tokens).await?;
                     }
@@ -216,31 +216,28 @@ impl LeaseStreams {
         tracing::debug!(%status, member = ?stream.member(), "a stream of renewals has ended");
         let error = Error::from_etcd(operation(id), etcd_client::Error::GRpcStatus(*status));
         match EtcdError::of(&error) {
-            EtcdError::InvalidToken | EtcdError::OldToken => {
-                self.renew_token(stream, error, tokens).await
+            // Members learn of a new token one after another, so the refusal may pass.
+            EtcdError::InvalidToken if self.client.inner.transport.rpc.token().is_new() => Ok(()),
+            EtcdError::InvalidToken if *tokens == MAX_TOKENS => Err(error),
+            EtcdError::InvalidToken => {
+                *tokens += 1;
+                self.renew_token(stream, error).await
             }
+            // Each change of a user or role outdates the tokens from before, also new ones.
+            EtcdError::OldToken => self.renew_token(stream, error).await,
             EtcdError::Learner => Ok(()),
+            EtcdError::PermissionDenied => Err(error),
             _ if end.is_fresh && error.is_permanent() => Err(error),
             _ => Ok(()),
         }
     }
 
     /// Renews the user's token, once for all renewals on the stream that was refused.
-    async fn renew_token(
-        &self,
-        stream: &LeaseStream,
-        refused: Error,
-        tokens: &mut u32,
-    ) -> Result<()> {
+    async fn renew_token(&self, stream: &LeaseStream, refused: Error) -> Result<()> {
         let transport = &self.client.inner.transport;
-        if self.client.inner.config.username.is_none() || *tokens == MAX_TOKENS {
+        if self.client.inner.config.username.is_none() {
             return Err(refused);
         }
-        if transport.rpc.token().is_new() {
-            // Members learn of a new token one after another, so the refusal may pass.
-            return Ok(());
-        }
-        *tokens += 1;
         let renewing = transport.raw.refresh_token();
         let renewed = transport
             .rpc
@@ -277,7 +274,8 @@ impl Members {
             let Some(end) = stream.end() else {
                 continue;
             };
-            if end.is_fresh && matches!(end.cause, EndCause::Status(_)) {
+            let is_failure = matches!(end.cause, EndCause::Status(_));
+            if end.is_fresh && is_failure && !end.is_of_one_lease() {
                 match stream.member() {
                     Some(member) => self.standing(&member).on_refused(now),
                     None => self.of_none.on_refused(now),

@@ -35,7 +35,7 @@ use super::method::CallKind;
 use super::open_stream::StreamOpening;
 use super::raw_client::EtcdService;
 use super::response::{code_in, collect, is_error_in, map_not_grpc, map_refusal, message_in};
-use super::token::{self, Token};
+use super::token::{self, Token, authenticated_user};
 use super::unary::UnaryCall;
 use crate::balance::{AttemptedEndpoints, BalancedChannel, CallContext, ServedBy};
 use crate::client::etcd_error::EtcdError;
@@ -58,8 +58,8 @@ pub(super) struct RpcState {
     pub(super) membership: Arc<Membership>,
     codec: Codec,
     is_logging: bool,
-    /// Whether the calls are a user's.
-    has_user: bool,
+    /// The name of the user whose calls these are.
+    user: Option<String>,
     closed: CancellationToken,
     /// How long a call is repeated.
     timeout: Duration,
@@ -84,7 +84,7 @@ impl RpcService {
                     capped_at_4_mib: false,
                 },
                 is_logging: config.enable_grpc_debug_log,
-                has_user: config.username.is_some(),
+                user: config.username.clone(),
                 closed: closed.clone(),
                 timeout: config.request_timeout,
                 token: Token::default(),
@@ -218,8 +218,11 @@ impl RpcState {
             let stream = self.stream(channel, membership, request, codec, context, log);
             return stream.await;
         }
-        let message = collect(body).await.and_then(|plain| codec.encode(plain));
-        let message = log_refusal(message, &mut log)?;
+        let plain = log_refusal(collect(body).await, &mut log)?;
+        let renews_token = kind == CallKind::Authenticate
+            && self.user.is_some()
+            && authenticated_user(&plain) == self.user;
+        let message = log_refusal(codec.encode(plain), &mut log)?;
         if kind == CallKind::ServerStream {
             let body = Body::new(Full::new(message));
             let request = Request::from_parts(head, body);
@@ -229,6 +232,7 @@ impl RpcState {
         let mut call = UnaryCall {
             timeout: self.timeout,
             token: &self.token,
+            renews_token,
             channel,
             membership: membership.map(Arc::as_ref),
             kind,
@@ -258,7 +262,9 @@ impl RpcState {
         if self.codec.gzip && response.code() == Code::Unimplemented {
             return Err(gzip_error(&response.message()));
         }
-        Ok(response.with_refusal_mapped(self.has_user).into_response())
+        Ok(response
+            .with_refusal_mapped(self.user.is_some())
+            .into_response())
     }
 
     async fn stream(
@@ -288,7 +294,7 @@ impl RpcState {
         };
         let response = response
             .map_err(map_not_grpc)
-            .and_then(|response| check_stream_head(response, &codec, self.has_user));
+            .and_then(|response| check_stream_head(response, &codec, self.user.is_some()));
         let (head, body) = match response {
             Ok(response) => response.into_parts(),
             Err(status) => {
@@ -302,7 +308,7 @@ impl RpcState {
             awaited.fail(&Status::new(code, message_in(&head.headers)));
             end_log(code);
         }
-        let (closed, has_user) = (self.closed.clone().cancelled_owned(), self.has_user);
+        let (closed, has_user) = (self.closed.clone().cancelled_owned(), self.user.is_some());
         let server = head.extensions.get::<ServedBy>().cloned();
         let membership = membership.cloned();
         let body = ResponseStream::new(codec, body, closed, awaited, move |trailers, status| {

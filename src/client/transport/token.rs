@@ -10,8 +10,24 @@ use prost::Message as _;
 use tokio::time::Instant;
 use tonic::metadata::AsciiMetadataValue;
 
+use super::message::PREFIX;
+
 /// The header of a call with the user's token.
 pub(super) const HEADER: HeaderName = HeaderName::from_static("token");
+
+/// The request of `Authenticate`. etcd-client does not export its own.
+#[derive(Clone, PartialEq, prost::Message)]
+struct AuthenticateRequest {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+/// The user in a plain message of `Authenticate`. A program may also ask for the tokens of other
+/// users, through the raw client.
+pub(super) fn authenticated_user(message: &[u8]) -> Option<String> {
+    let request = AuthenticateRequest::decode(message.get(PREFIX..)?).ok()?;
+    Some(request.name)
+}
 
 /// How long a new token may be unknown to some member. Tokens reach the members in the order of
 /// etcd's log, and a member may lag behind.

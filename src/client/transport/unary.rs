@@ -42,6 +42,8 @@ pub(super) struct UnaryCall<'a> {
     /// How long the call is repeated.
     pub(super) timeout: Duration,
     pub(super) token: &'a Token,
+    /// Whether the call asks for another token of the client's own user.
+    pub(super) renews_token: bool,
     pub(super) channel: &'a BalancedChannel,
     /// The members behind the channel. `None` for a call to one particular member.
     pub(super) membership: Option<&'a Membership>,
@@ -68,7 +70,7 @@ impl UnaryCall<'_> {
             CallKind::Authenticate => {
                 let response = self.send_hedged(&[part * 2, part * 2]).await;
                 let response = ignore_auth_disabled(response?);
-                if response.code() == Code::Ok {
+                if self.renews_token && response.code() == Code::Ok {
                     self.token.record(response.payload());
                 }
                 Ok(response)

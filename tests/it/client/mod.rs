@@ -15,6 +15,7 @@ mod limits;
 mod locks;
 mod members;
 mod operations;
+mod refused_renewals;
 #[cfg(feature = "tls-ring")]
 mod tls;
 mod watch;

@@ -1,0 +1,139 @@
+//! Renewals that etcd refuses because of the user, while other leases are renewed on the same
+//! stream.
+
+use std::time::Duration;
+
+use crate::support::users::{enable_auth, user};
+use crate::support::{TestResult, etcd_versions, version, wait_for};
+use etcd_client::{ConnectOptions, Permission, RoleRevokePermissionOptions};
+use futures::future::try_join_all;
+use goo_etcd::testing::Etcd;
+use goo_etcd::{Client, Instance, Lock, PutOptions, Registrar, RegistrationState};
+use tokio::time::{Instant, sleep};
+use tonic::Code;
+
+/// Where the user `app` may read and write.
+const APP: &str = "app/";
+
+const TTL: Duration = Duration::from_secs(5);
+
+async fn root(etcd: &Etcd) -> TestResult<etcd_client::Client> {
+    let options = ConnectOptions::new().with_user("root", "root's");
+    Ok(etcd_client::Client::connect([etcd.endpoint()], Some(options)).await?)
+}
+
+/// # Panics
+///
+/// If a lock is not held, with the reason.
+async fn assert_held(locks: &[Lock]) {
+    for lock in locks.iter().filter(|lock| !lock.is_held()) {
+        let key = String::from_utf8_lossy(lock.key());
+        panic!("{key} is lost: {}", lock.lost().await);
+    }
+}
+
+/// etcd 3.6.16 and 3.7.3 check the permission to write the keys of a lease, and end the stream of
+/// all leases with the refusal.
+#[tokio::test]
+async fn refused_lease_harms_no_other() -> TestResult {
+    let all = etcd_versions().into_iter().map(|builder| async {
+        let etcd = builder.start().await?;
+        enable_auth(&etcd, APP).await?;
+        let root = root(&etcd).await?;
+        let other = Permission::read_write("other/").with_prefix();
+        let mut auth = root.auth_client();
+        auth.role_grant_permission("app", other).await?;
+        let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
+        let locks = try_join_all((0..10).map(|n| client.lock(format!("app/{n}"), TTL))).await?;
+        let register = async |prefix| {
+            let registrar = Registrar::builder(&client)
+                .ttl(TTL)
+                .prefix(prefix)
+                .build()?;
+            registrar
+                .register(Instance::new("greeter", "10.0.0.1:1"))
+                .await
+        };
+        let (allowed, _refused) = (register("app").await?, register("other").await?);
+        let lease = client.grant(60).await?.id();
+        let on_lease = PutOptions::new().with_lease(lease);
+        client.put("other/key", "", on_lease).await?;
+
+        let options = RoleRevokePermissionOptions::new().with_prefix();
+        auth.role_revoke_permission("app", "other/", Some(options))
+            .await?;
+        let until = Instant::now() + TTL * 3;
+        let mut refusals = 0;
+        while Instant::now() < until {
+            // A member that has restarted, or any program, may ask for it again and again.
+            let renewed = wait_for("a response", client.keep_alive_once(lease)).await;
+            if let Err(error) = renewed {
+                assert_eq!(error.code(), Some(Code::PermissionDenied), "{error}");
+                refusals += 1;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        assert!(version() < (3, 6) || refusals > 0);
+        assert_held(&locks).await;
+        assert_eq!(allowed.state(), RegistrationState::Registered);
+        TestResult::Ok(())
+    });
+    try_join_all(all).await?;
+    Ok(())
+}
+
+/// Each change outdates all tokens, also those that are younger than the time in which a token
+/// reaches all members.
+#[tokio::test]
+async fn changes_of_users_lose_no_lock() -> TestResult {
+    let secret = tempfile::NamedTempFile::new()?;
+    std::fs::write(&secret, "any bytes can be a key of HMAC")?;
+    let jwt = format!(
+        "jwt,priv-key={},sign-method=HS256,ttl=10m",
+        secret.path().display()
+    );
+    let all = etcd_versions().into_iter().map(|builder| async {
+        let etcd = builder.args(["--auth-token", &jwt]).start().await?;
+        enable_auth(&etcd, APP).await?;
+        let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
+        let locks = [3, 4, 6].map(|ttl| {
+            let ttl = Duration::from_secs(ttl);
+            client.lock(format!("app/{ttl:?}"), ttl)
+        });
+        let locks = try_join_all(locks).await?;
+        // The first token is not new any more.
+        sleep(Duration::from_secs(3)).await;
+        for n in 0..12 {
+            let mut auth = root(&etcd).await?.auth_client();
+            auth.user_add(format!("other-{n}"), "", None).await?;
+            sleep(Duration::from_millis(200)).await;
+        }
+        sleep(Duration::from_secs(3)).await;
+        assert_held(&locks).await;
+        TestResult::Ok(())
+    });
+    try_join_all(all).await?;
+    Ok(())
+}
+
+/// A program may check the passwords of its users with etcd.
+#[tokio::test]
+async fn token_of_another_user_renews_no_lease() -> TestResult {
+    let etcd = Etcd::start().await?;
+    enable_auth(&etcd, APP).await?;
+    root(&etcd)
+        .await?
+        .auth_client()
+        .user_add("guest", "guest's", None)
+        .await?;
+    let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
+    let mut auth = client.client().auth_client();
+    auth.authenticate("guest".to_owned(), "guest's".to_owned())
+        .await?;
+    let lease = client.grant(60).await?.id();
+    let on_lease = PutOptions::new().with_lease(lease);
+    client.put("app/key", "", on_lease).await?;
+    // etcd from 3.6 on refuses a user who may not write the key.
+    client.keep_alive_once(lease).await?;
+    Ok(())
+}
