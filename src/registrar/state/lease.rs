@@ -15,8 +15,19 @@ pub(super) struct Lease {
     expires_at: Instant,
     /// Whether `expires_at` has passed without a confirmed renewal.
     overdue: bool,
-    /// Whether etcd has gone back to an earlier history since the grant.
-    outdated: bool,
+    /// Why another lease must replace this one.
+    flaw: Option<Flaw>,
+}
+
+/// Why a lease must be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flaw {
+    /// etcd has gone back to an earlier history since the grant. Keys that were deleted since then
+    /// may be back under the lease, so the lease must expire.
+    Outdated,
+    /// etcd refuses to renew the lease. Some releases do so when the user may not write one of its
+    /// keys any more, which would cost the other keys as well.
+    Refused,
 }
 
 impl Lease {
@@ -28,7 +39,7 @@ impl Lease {
             renew_at: sent_at + ttl / 3,
             expires_at: sent_at + ttl,
             overdue: false,
-            outdated: false,
+            flaw: None,
         }
     }
 
@@ -44,9 +55,9 @@ impl Lease {
 
     /// Records that etcd confirmed the renewal sent at `sent_at`.
     pub(super) fn on_renewed(&mut self, sent_at: Instant) {
-        let outdated = self.outdated;
+        let flaw = self.flaw;
         *self = Self::new(self.id, self.ttl, sent_at);
-        self.outdated = outdated;
+        self.flaw = flaw;
     }
 
     /// Schedules another renewal after a failed one.
@@ -67,13 +78,11 @@ impl Lease {
         is_newly_overdue
     }
 
-    /// Records that etcd has gone back to an earlier history. Keys that were deleted since then may
-    /// be back under this lease, so another lease must replace it, and this one must expire.
-    pub(super) fn mark_outdated(&mut self) {
-        self.outdated = true;
+    pub(super) fn mark_flawed(&mut self, flaw: Flaw) {
+        self.flaw = Some(flaw);
     }
 
-    pub(super) fn is_outdated(&self) -> bool {
-        self.outdated
+    pub(super) fn flaw(&self) -> Option<Flaw> {
+        self.flaw
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use proptest::prelude::*;
 use tokio::time::Instant;
+use tonic::Status;
 
 use super::*;
 use crate::error::Error;
@@ -34,6 +35,8 @@ enum Op {
     WorkLate,
     /// Perform one action whose response is lost.
     LoseResponse(ActionEffect),
+    /// Perform one action. If it renews the lease, etcd refuses that.
+    RefuseRenewal,
     /// Apply the late writes.
     ApplyLateWrites,
     /// Deliver up to this number of watch events.
@@ -84,6 +87,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (1u8..5).prop_map(Work),
         3 => Just(WorkLate),
         5 => effect.prop_map(LoseResponse),
+        1 => Just(RefuseRenewal),
         3 => Just(ApplyLateWrites),
         6 => (1u8..6).prop_map(DeliverEvents),
         2 => Just(RestartWatches),
@@ -407,6 +411,18 @@ impl Harness {
         self.finish(action, ActionOutcome::Failed(error));
     }
 
+    fn refuse_renewal(&mut self) {
+        let Some(action) = self.step() else { return };
+        let outcome = match action {
+            Action::Renew { .. } => ActionOutcome::Failed(Error::Rpc {
+                operation: "test".into(),
+                status: Box::new(Status::permission_denied("test")),
+            }),
+            _ => self.perform(&action),
+        };
+        self.finish(action, outcome);
+    }
+
     fn apply_late_writes(&mut self) {
         for write in std::mem::take(&mut self.late_writes) {
             self.apply_write(&write);
@@ -458,6 +474,7 @@ impl Harness {
             Op::Work(actions) => self.work(actions),
             Op::WorkLate => self.work_late(),
             Op::LoseResponse(effect) => self.lose_response(effect),
+            Op::RefuseRenewal => self.refuse_renewal(),
             Op::ApplyLateWrites => self.apply_late_writes(),
             Op::DeliverEvents(events) => self.deliver_events(events.into()),
             Op::RestartWatches => self.restart_watches(),

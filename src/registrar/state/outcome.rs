@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use super::action::{Action, Timestamp};
 use super::ensure::{Ensure, EntryId};
 use super::event::ActionOutcome;
-use super::lease::Lease;
+use super::lease::{Flaw, Lease};
 use super::presence::Presence;
 use super::reconciler::Reconciler;
 use crate::error::Error;
@@ -62,6 +62,11 @@ impl Reconciler {
             ActionOutcome::LeaseGone => self.on_lease_lost(now),
             ActionOutcome::Failed(error) => {
                 lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
+                if error.is_permission_denied() {
+                    // The keys that may be written are put under another lease in time.
+                    lease.mark_flawed(Flaw::Refused);
+                    return;
+                }
                 let entries = self.entries.values_mut();
                 for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
                     entry.status.report_failure(&error, now);
@@ -108,7 +113,7 @@ impl Reconciler {
         if read_at < self.latest_revision
             && let Some(lease) = &mut self.lease
         {
-            lease.mark_outdated();
+            lease.mark_flawed(Flaw::Outdated);
             self.jitter_recovery(now.instant);
         }
         self.latest_revision = revision;

@@ -9,7 +9,7 @@ use super::action::{Action, Step, Timestamp};
 use super::ensure::EntryId;
 use super::entry::Entry;
 use super::event::Event;
-use super::lease::Lease;
+use super::lease::{Flaw, Lease};
 use super::presence::Desired;
 use crate::backoff::Backoff;
 use crate::error::Error;
@@ -174,7 +174,11 @@ impl Reconciler {
     fn lease_for_writes(&self) -> Option<i64> {
         let lease = self.lease.as_ref()?;
         let is_leaving = |entry: &Entry| !entry.should_exist() && entry.has_leftovers();
-        let is_usable = !lease.is_outdated() || self.entries.values().any(is_leaving);
+        let is_usable = match lease.flaw() {
+            None => true,
+            Some(Flaw::Outdated) => self.entries.values().any(is_leaving),
+            Some(Flaw::Refused) => false,
+        };
         is_usable.then(|| lease.id())
     }
 
@@ -231,10 +235,12 @@ impl Reconciler {
         [renewal, overdue, mutation].into_iter().flatten().min()
     }
 
-    /// Records a granted lease. Keys under an outdated lease, which it replaces, must be put again.
+    /// Records a granted lease. Keys under a flawed lease, which it replaces, must be put again.
     pub(super) fn set_lease(&mut self, lease: Lease, now: Timestamp) {
-        if self.lease.is_some() {
-            self.report_recovering("etcd was restored from an earlier state", now);
+        if let Some(flawed) = &self.lease {
+            if flawed.flaw() == Some(Flaw::Outdated) {
+                self.report_recovering("etcd was restored from an earlier state", now);
+            }
             for entry in self.entries.values_mut() {
                 entry.presence.mark_lease_replaced();
             }

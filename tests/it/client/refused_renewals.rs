@@ -82,6 +82,44 @@ async fn refused_lease_harms_no_other() -> TestResult {
     Ok(())
 }
 
+/// Instances share leases, so a refused key would cost the others theirs.
+#[tokio::test]
+async fn refused_instance_harms_no_other() -> TestResult {
+    let all = etcd_versions().into_iter().map(|builder| async {
+        let etcd = builder.start().await?;
+        enable_auth(&etcd, "services/greeter/").await?;
+        let root = root(&etcd).await?;
+        let other = Permission::read_write("services/other/").with_prefix();
+        let mut auth = root.auth_client();
+        auth.role_grant_permission("app", other).await?;
+        let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
+        let registrar = Registrar::builder(&client).ttl(TTL).build()?;
+        let register = |service| registrar.register(Instance::new(service, "10.0.0.1:1"));
+        let (allowed, refused) = (register("greeter").await?, register("other").await?);
+
+        let before = root.kv_client().get("services/", None).await?;
+        let start = before.header().ok_or("a header")?.revision() + 1;
+        let options = RoleRevokePermissionOptions::new().with_prefix();
+        auth.role_revoke_permission("app", "services/other/", Some(options))
+            .await?;
+        sleep(TTL * 3).await;
+        assert_eq!(allowed.state(), RegistrationState::Registered);
+        // A key that was deleted meanwhile and put again has a later create revision.
+        let key = root.kv_client().get(allowed.key(), None).await?;
+        let key = key.kvs().first().ok_or("it is registered")?;
+        assert!(key.create_revision() < start, "deleted and put again");
+        if version() >= (3, 6) {
+            assert!(matches!(
+                refused.state(),
+                RegistrationState::Recovering { .. }
+            ));
+        }
+        TestResult::Ok(())
+    });
+    try_join_all(all).await?;
+    Ok(())
+}
+
 /// Each change outdates all tokens, also those that are younger than the time in which a token
 /// reaches all members.
 #[tokio::test]

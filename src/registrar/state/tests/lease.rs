@@ -61,6 +61,31 @@ fn no_renewal_for_the_ttl_is_recovering_until_one_succeeds() {
 }
 
 #[test]
+fn refused_lease_is_replaced_before_it_ends() {
+    let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
+    harness.advance(TTL / 3);
+    let renew = harness.action();
+    let refused = || Error::Rpc {
+        operation: "test".into(),
+        status: Box::new(tonic::Status::permission_denied("test")),
+    };
+    harness.finish(&renew, ActionOutcome::Failed(refused()));
+    let grant = harness.action();
+    assert_eq!(short(&grant), "grant");
+    harness.finish(&grant, ActionOutcome::Granted { lease: 2, ttl: TTL });
+    let put = harness.action();
+    assert_eq!(short(&put), "put a @2 #0");
+    harness.finish(&put, harness.ensured());
+    let put = harness.action();
+    assert_eq!(short(&put), "put b @2 #0");
+    harness.finish(&put, ActionOutcome::Failed(refused()));
+    assert_eq!(state(&a), RegistrationState::Registered);
+    assert!(is_recovering(&b));
+    harness.advance(TTL / 3);
+    assert_eq!(short(&harness.action()), "renew 2");
+}
+
+#[test]
 fn write_under_a_lost_lease_is_repeated_under_the_next() {
     let (mut harness, [handle]) = Harness::with_lease(["a"]);
     let slow_put = harness.action();
