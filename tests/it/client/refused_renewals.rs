@@ -26,7 +26,7 @@ async fn root(etcd: &Etcd) -> TestResult<etcd_client::Client> {
 ///
 /// If a lock is not held, with the reason.
 async fn assert_held(locks: &[Lock]) {
-    for lock in locks.iter().filter(|lock| !lock.is_held()) {
+    if let Some(lock) = locks.iter().find(|lock| !lock.is_held()) {
         let key = String::from_utf8_lossy(lock.key());
         panic!("{key} is lost: {}", lock.lost().await);
     }
