@@ -124,6 +124,13 @@ impl EtcdError {
         }
     }
 
+    /// Whether a status of a call for a lease is etcd's refusal of that lease. Some releases of etcd
+    /// refuse to renew and to revoke a lease if the user may not write one of its keys. Gateways
+    /// refuse calls with other texts.
+    pub(crate) fn is_refusal_of_lease(status: &Status) -> bool {
+        status.code() == Code::PermissionDenied && status.message().starts_with("etcdserver: ")
+    }
+
     /// Whether etcd refused the user, because of the token or of a missing permission.
     pub(crate) fn is_auth_refusal(self) -> bool {
         matches!(

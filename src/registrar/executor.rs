@@ -35,8 +35,8 @@ impl Executor {
     }
 
     /// Performs one action within a third of the lease's TTL, which leaves time for another attempt
-    /// before the lease expires. A renewal has two thirds, the time that the lease lasts when the
-    /// renewal is due, because it is sent to several members by itself.
+    /// before the lease expires. A renewal has two thirds, which is how long the lease lasts when
+    /// the renewal is due. Within that time the client sends the renewal to several members.
     ///
     /// `record` gets the attempts at the members of etcd.
     pub(super) async fn perform(
@@ -47,6 +47,9 @@ impl Executor {
         let result = match self.execute_in_time(&action, record).await {
             Err(error) if EtcdError::of(&error) == EtcdError::LeaseNotFound => {
                 Ok(ActionOutcome::LeaseGone)
+            }
+            Err(error) if is_refusal_of_lease(&action, &error) => {
+                Ok(ActionOutcome::LeaseRefused(error))
             }
             Err(error) => Err(name_keys(error, &action)),
             Ok(outcome) => Ok(outcome),
@@ -202,6 +205,12 @@ impl Executor {
         let revision = response.header().map_or(0, |header| header.revision());
         Ok(response.succeeded().then_some(revision))
     }
+}
+
+fn is_refusal_of_lease(action: &Action, error: &Error) -> bool {
+    let is_of_lease = matches!(action, Action::Renew { .. } | Action::Revoke { .. });
+    let is_refusal = |status: &tonic::Status| EtcdError::is_refusal_of_lease(status);
+    is_of_lease && matches!(error, Error::Rpc { status, .. } if is_refusal(status))
 }
 
 fn conflict_error(action: &Action) -> Error {

@@ -15,8 +15,8 @@
 //! stream beside it, and the stuck one is closed once another member has responded. If no member
 //! responds, each is asked on a second stream beside the silent one, because it may only be slow.
 //!
-//! etcd ends a stream when it refuses one lease. Only that lease gets the error; the others are
-//! renewed on another stream at once.
+//! etcd ends a stream when it refuses one lease. Only that lease gets the error. The others are
+//! renewed on another stream, so each refused lease costs them a round trip.
 //!
 //! The streams end with the last handle to the `LeaseStreams`, so that a client without leases has
 //! none.

@@ -55,14 +55,12 @@ pub(super) struct StreamEnd {
 }
 
 impl StreamEnd {
-    /// Whether the member refused one lease, which says nothing about the others. Some releases of
-    /// etcd check the permission to write the keys of the lease.
+    /// Whether the member refused one lease, which says nothing about the others.
     pub(super) fn is_of_one_lease(&self) -> bool {
         let EndCause::Status(status) = &self.cause else {
             return false;
         };
-        let error = EtcdError::decode(status.code(), status.message());
-        error == EtcdError::PermissionDenied && self.next.is_some()
+        self.next.is_some() && EtcdError::is_refusal_of_lease(status)
     }
 
     /// Whether the end says something about this lease.
@@ -104,7 +102,7 @@ struct Waiting {
 
 #[derive(Debug)]
 struct Unanswered {
-    /// The place of the renewal among those that were sent on the stream.
+    /// The position of the renewal among those that were sent on the stream.
     number: u64,
     sent_at: Instant,
     /// Whether no other renewal waited for a response when this one was sent.

@@ -25,6 +25,10 @@ use crate::error::{Error, Result};
 /// processor time, and a token that is refused time and again will not be accepted.
 const MAX_TOKENS: u32 = 3;
 
+/// The same, if etcd says that each token is outdated. Several changes of users or roles may follow
+/// one another.
+const MAX_OUTDATED_TOKENS: u32 = 20;
+
 /// How many steps a renewal takes before it waits. Usually it takes one.
 const MAX_STEPS: usize = 10;
 
@@ -218,13 +222,17 @@ impl LeaseStreams {
         match EtcdError::of(&error) {
             // Members learn of a new token one after another, so the refusal may pass.
             EtcdError::InvalidToken if self.client.inner.transport.rpc.token().is_new() => Ok(()),
-            EtcdError::InvalidToken if *tokens == MAX_TOKENS => Err(error),
+            EtcdError::InvalidToken if *tokens >= MAX_TOKENS => Err(error),
             EtcdError::InvalidToken => {
                 *tokens += 1;
                 self.renew_token(stream, error).await
             }
-            // Each change of a user or role outdates the tokens from before, also new ones.
-            EtcdError::OldToken => self.renew_token(stream, error).await,
+            EtcdError::OldToken if *tokens == MAX_OUTDATED_TOKENS => Err(error),
+            // A change of a user or role invalidates all earlier tokens, even new ones.
+            EtcdError::OldToken => {
+                *tokens += 1;
+                self.renew_token(stream, error).await
+            }
             EtcdError::Learner => Ok(()),
             EtcdError::PermissionDenied => Err(error),
             _ if end.is_fresh && error.is_permanent() => Err(error),

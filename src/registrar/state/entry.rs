@@ -20,6 +20,9 @@ pub(super) struct Entry {
     /// Keys of an earlier entry that may exist under one of this registrar's leases and must go.
     pub(super) stale_keys: Vec<String>,
     pub(super) presence: Presence,
+    /// Whether some of the keys may be under a lease that was replaced, so that the end of the
+    /// present lease does not delete them.
+    pub(super) under_earlier_lease: bool,
     /// The revision at which the keys were last found as they should be. Watch events up to this
     /// revision are old news. 0 after the watch restarted, because etcd may have lost its history.
     pub(super) seen_revision: i64,
@@ -43,8 +46,10 @@ pub(super) struct Inherited {
     pub(super) generation: u64,
     /// Keys of the earlier entry that the new one does not have.
     pub(super) stale_keys: Vec<String>,
-    /// Whether an earlier entry's keys may exist under the current lease.
+    /// Whether an earlier entry's keys may exist.
     pub(super) may_exist: bool,
+    /// Whether they may be under a lease that was replaced.
+    pub(super) under_earlier_lease: bool,
     /// Whether a write of an earlier entry can still arrive.
     pub(super) late_write: bool,
 }
@@ -74,6 +79,7 @@ impl Entry {
             } else {
                 Presence::Absent
             },
+            under_earlier_lease: inherited.under_earlier_lease,
             seen_revision: 0,
             owned_revision: None,
             needs_check: false,

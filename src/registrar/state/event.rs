@@ -55,6 +55,8 @@ pub(in crate::registrar) enum ActionOutcome {
     Revoked,
     /// The lease does not exist: it expired or was revoked.
     LeaseGone,
+    /// etcd refuses to renew or to revoke the lease, because the user may not write one of its keys.
+    LeaseRefused(Error),
     /// The action failed; etcd may have applied it or not.
     Failed(Error),
 }

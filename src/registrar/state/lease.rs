@@ -25,8 +25,8 @@ pub(super) enum Flaw {
     /// etcd has gone back to an earlier history since the grant. Keys that were deleted since then
     /// may be back under the lease, so the lease must expire.
     Outdated,
-    /// etcd refuses to renew the lease. Some releases do so when the user may not write one of its
-    /// keys any more, which would cost the other keys as well.
+    /// etcd refuses to renew or to revoke the lease. Some releases do so when the user may not write
+    /// one of its keys any more. The other keys of the lease would expire with it.
     Refused,
 }
 

@@ -46,9 +46,10 @@
 //! a random pause of up to 500 ms ([`MAX_RECOVERY_JITTER`](reconciler::MAX_RECOVERY_JITTER)) a new
 //! lease is granted, and every entry is written under it.
 //!
-//! **Renewal refused.** Some releases of etcd refuse to renew a lease when the user may not write
-//! one of its keys any more. Another lease is granted at once, and the entries are written under
-//! it. Only those that etcd refuses become `Recovering`.
+//! **Lease refused.** Some releases of etcd refuse to renew or to revoke a lease when the user may
+//! not write one of its keys any more. Another lease is granted at once, and the entries, which are
+//! `Recovering` until then, are written under it. Their keys may be under two leases for that time,
+//! so they are deleted one by one.
 //!
 //! **No response from etcd.** A failed renewal is retried after a backoff of 50 ms to 1 s. When the
 //! TTL has passed without a confirmed renewal, the entries become `Recovering`. The renewals

@@ -35,8 +35,8 @@ enum Op {
     WorkLate,
     /// Perform one action whose response is lost.
     LoseResponse(ActionEffect),
-    /// Perform one action. If it renews the lease, etcd refuses that.
-    RefuseRenewal,
+    /// Perform one action. If it renews or revokes the lease, etcd refuses that.
+    RefuseLease,
     /// Apply the late writes.
     ApplyLateWrites,
     /// Deliver up to this number of watch events.
@@ -87,7 +87,7 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (1u8..5).prop_map(Work),
         3 => Just(WorkLate),
         5 => effect.prop_map(LoseResponse),
-        1 => Just(RefuseRenewal),
+        1 => Just(RefuseLease),
         3 => Just(ApplyLateWrites),
         6 => (1u8..6).prop_map(DeliverEvents),
         2 => Just(RestartWatches),
@@ -124,6 +124,8 @@ struct Harness {
     leases: BTreeSet<i64>,
     /// Whether etcd was restored from a snapshot that no revision has shown yet.
     is_restored: bool,
+    /// Whether keys may come back after a deletion, by a late write or a restore.
+    has_returning_keys: bool,
     /// Whether the registrar read on after a restore without a revision below its last one, so that
     /// it cannot know of the restore.
     has_hidden_restore: bool,
@@ -171,6 +173,7 @@ impl Harness {
             keys: BTreeMap::new(),
             leases: BTreeSet::new(),
             is_restored: false,
+            has_returning_keys: false,
             has_hidden_restore: false,
             known_revision: 0,
             snapshot: (1, BTreeMap::new(), BTreeSet::new()),
@@ -367,12 +370,29 @@ impl Harness {
     fn step(&mut self) -> Option<Action> {
         let step = self.reconciler.step(self.now);
         self.update_watches();
+        self.assert_deregistered_are_gone();
         match step {
             Step::Perform(action) => Some(action),
             Step::SleepUntil(at) => {
                 assert!(at.is_none_or(|at| at > self.now.instant), "busy loop");
                 None
             }
+        }
+    }
+
+    /// An instance is reported as deregistered only once etcd has none of its keys.
+    fn assert_deregistered_are_gone(&self) {
+        if self.has_returning_keys {
+            return;
+        }
+        for (id, handle) in &self.handles {
+            // A key that instances share may belong to the other one, or will soon.
+            let is_its = |key: &&StoredKey| key.lease < FOREIGN && key.value.first() == Some(id);
+            let its_keys = keys(*id).into_iter().filter(|key| !self.is_desired(key));
+            let left = its_keys.filter_map(|key| self.keys.get(&key)).find(is_its);
+            let state = handle.status.borrow().state.clone();
+            let is_gone = state != RegistrationState::Deregistered || left.is_none();
+            assert!(is_gone, "{id} is deregistered, but has {left:?}");
         }
     }
 
@@ -400,6 +420,7 @@ impl Harness {
             ActionEffect::Late => {
                 if let Err(write) = self.plan(&action) {
                     self.late_writes.push(write);
+                    self.has_returning_keys = true;
                 }
             }
         }
@@ -411,13 +432,15 @@ impl Harness {
         self.finish(action, ActionOutcome::Failed(error));
     }
 
-    fn refuse_renewal(&mut self) {
+    fn refuse_lease(&mut self) {
         let Some(action) = self.step() else { return };
         let outcome = match action {
-            Action::Renew { .. } => ActionOutcome::Failed(Error::Rpc {
-                operation: "test".into(),
-                status: Box::new(Status::permission_denied("test")),
-            }),
+            Action::Renew { .. } | Action::Revoke { .. } => {
+                ActionOutcome::LeaseRefused(Error::Rpc {
+                    operation: "test".into(),
+                    status: Box::new(Status::permission_denied("test")),
+                })
+            }
             _ => self.perform(&action),
         };
         self.finish(action, outcome);
@@ -474,7 +497,7 @@ impl Harness {
             Op::Work(actions) => self.work(actions),
             Op::WorkLate => self.work_late(),
             Op::LoseResponse(effect) => self.lose_response(effect),
-            Op::RefuseRenewal => self.refuse_renewal(),
+            Op::RefuseLease => self.refuse_lease(),
             Op::ApplyLateWrites => self.apply_late_writes(),
             Op::DeliverEvents(events) => self.deliver_events(events.into()),
             Op::RestartWatches => self.restart_watches(),
@@ -504,6 +527,7 @@ impl Harness {
             }
             Op::Restore => {
                 self.is_restored = true;
+                self.has_returning_keys = true;
                 self.restore(self.snapshot.clone());
             }
             Op::Advance(millis) => self.advance(Duration::from_millis(millis.into())),

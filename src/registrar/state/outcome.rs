@@ -60,13 +60,16 @@ impl Reconciler {
                 }
             }
             ActionOutcome::LeaseGone => self.on_lease_lost(now),
+            ActionOutcome::LeaseRefused(_) => {
+                lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
+                // Another lease is granted, and the keys are put under it before this one expires.
+                lease.mark_flawed(Flaw::Refused);
+                let fault = "etcd refused to renew the lease, because the user may not write one \
+                             of its keys";
+                self.report_recovering(fault, now);
+            }
             ActionOutcome::Failed(error) => {
                 lease.retry_renewal_at(now.instant + self.renewal_backoff.next());
-                if error.is_permission_denied() {
-                    // The keys that may be written are put under another lease in time.
-                    lease.mark_flawed(Flaw::Refused);
-                    return;
-                }
                 let entries = self.entries.values_mut();
                 for entry in entries.filter(|entry| !entry.presence.is_superseded()) {
                     entry.status.report_failure(&error, now);
@@ -96,6 +99,7 @@ impl Reconciler {
         if let Some(entry) = self.entry_mut(&ensure.entry).filter(|_| is_current) {
             entry.retry_schedule.clear_refusal();
             entry.stale_keys.clear();
+            entry.under_earlier_lease = false;
             entry.presence = Presence::Present {
                 generation: ensure.generation,
             };
@@ -134,6 +138,9 @@ impl Reconciler {
             entry.needs_check |= entry.presence.is_known();
         }
         if is_entry_error(&error) {
+            if error.is_permission_denied() {
+                self.check_lease(&ensure.entry, now.instant);
+            }
             self.on_refused(&ensure.entry, error, now);
             return;
         }
@@ -157,6 +164,7 @@ impl Reconciler {
             ActionOutcome::Deleted { read_at, revision } => {
                 if let Some(entry) = self.entry_mut(id) {
                     entry.presence.mark_deleted();
+                    entry.under_earlier_lease = false;
                     // A later return counts as a new registration, which takes the keys from
                     // others.
                     entry.owned_revision = None;
@@ -185,8 +193,29 @@ impl Reconciler {
                 }
                 self.on_success();
             }
+            ActionOutcome::LeaseRefused(error) => self.on_revoke_refused(&error, now),
             ActionOutcome::Failed(error) => self.on_failure(&error, now),
             _ => {}
+        }
+    }
+
+    /// Deletes the keys one by one from then on.
+    fn on_revoke_refused(&mut self, error: &Error, now: Timestamp) {
+        let lease = self.lease.as_mut();
+        match lease.filter(|lease| lease.flaw() != Some(Flaw::Refused)) {
+            Some(lease) => lease.mark_flawed(Flaw::Refused),
+            None => self.on_failure(error, now),
+        }
+    }
+
+    /// Renews the lease at once after etcd refused an entry. Some releases refuse every write under
+    /// a lease with a key that the user may not write, and then they refuse the renewal as well.
+    fn check_lease(&mut self, refused: &EntryId, now: Instant) {
+        let mut others = self.entries.values().filter(|entry| !entry.has_id(refused));
+        if let Some(lease) = &mut self.lease
+            && others.any(|entry| entry.presence.may_exist())
+        {
+            lease.retry_renewal_at(now);
         }
     }
 

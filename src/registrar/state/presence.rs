@@ -34,7 +34,7 @@ impl Readiness {
     }
 }
 
-/// The presence of the entry's keys in etcd under the current lease, as far as known.
+/// The presence of the entry's keys in etcd under the registrar's leases, as far as known.
 ///
 /// ```text
 ///            write sent            seen in etcd
@@ -69,7 +69,7 @@ pub(super) enum Presence {
 }
 
 impl Presence {
-    /// Whether some of the keys may exist under the current lease.
+    /// Whether some of the keys may exist under one of the registrar's leases.
     pub(super) fn may_exist(self) -> bool {
         !matches!(self, Self::Absent | Self::Superseded { in_doubt: false })
     }

@@ -148,29 +148,38 @@ impl Reconciler {
     }
 
     fn next_mutation(&mut self, now: Timestamp) -> Option<Action> {
-        if !self.any_should_exist() {
+        let any_should_exist = self.any_should_exist();
+        if !any_should_exist && !self.must_delete_singly() {
             return self.release_lease(now);
         }
         self.settle_removed(|entry| !entry.has_leftovers(), now);
         let now = now.instant;
-        let Some(lease) = self.lease_for_writes() else {
+        let lease = self.lease_for_writes();
+        if lease.is_none() && any_should_exist {
             return Some(Action::Grant);
-        };
+        }
         let own_leases = Vec::from_iter(self.own_leases.iter().copied());
         let entry = self
             .entries
             .values_mut()
             .filter(|entry| entry.is_pending() && entry.retry_schedule.is_due(now))
             .min_by_key(|entry| entry.priority())?;
-        Some(if entry.should_exist() {
-            entry.begin_ensure(lease, own_leases, now)
-        } else {
-            entry.begin_delete(own_leases, now)
+        Some(match lease {
+            Some(lease) if entry.should_exist() => entry.begin_ensure(lease, own_leases, now),
+            _ => entry.begin_delete(own_leases, now),
         })
     }
 
+    /// Whether there are keys that a revocation of the lease would not delete.
+    fn must_delete_singly(&self) -> bool {
+        let flaw = self.lease.as_ref().and_then(Lease::flaw);
+        let is_refused = flaw == Some(Flaw::Refused);
+        let mut entries = self.entries.values();
+        entries.any(|entry| entry.has_leftovers() && (is_refused || entry.under_earlier_lease))
+    }
+
     /// The lease to put keys under, unless it must be granted first. An outdated lease is replaced
-    /// when no entry has keys under it that must be deleted.
+    /// when no entry has keys under it that must be deleted, and a refused one at once.
     fn lease_for_writes(&self) -> Option<i64> {
         let lease = self.lease.as_ref()?;
         let is_leaving = |entry: &Entry| !entry.should_exist() && entry.has_leftovers();
@@ -242,7 +251,9 @@ impl Reconciler {
                 self.report_recovering("etcd was restored from an earlier state", now);
             }
             for entry in self.entries.values_mut() {
+                entry.under_earlier_lease |= entry.presence.may_exist();
                 entry.presence.mark_lease_replaced();
+                entry.retry_schedule.clear_refusal();
             }
         }
         self.own_leases.push_back(lease.id());
@@ -258,6 +269,10 @@ impl Reconciler {
         for entry in self.entries.values_mut() {
             // The registration that supersedes this entry may be gone as well.
             entry.needs_check |= entry.presence.is_superseded();
+            if entry.under_earlier_lease {
+                entry.presence.mark_lease_replaced();
+                continue;
+            }
             entry.presence.mark_lease_lost();
             entry.late_write = false;
             entry.stale_keys.clear();

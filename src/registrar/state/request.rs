@@ -80,6 +80,7 @@ impl Reconciler {
                 continue;
             }
             inherited.may_exist |= other.presence.may_exist();
+            inherited.under_earlier_lease |= other.under_earlier_lease;
             inherited.late_write |= other.late_write;
         }
         inherited

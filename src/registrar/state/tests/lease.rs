@@ -60,29 +60,77 @@ fn no_renewal_for_the_ttl_is_recovering_until_one_succeeds() {
     assert_eq!(harness.settle(1), ["renew 1"]);
 }
 
-#[test]
-fn refused_lease_is_replaced_before_it_ends() {
-    let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
-    harness.advance(TTL / 3);
-    let renew = harness.action();
-    let refused = || Error::Rpc {
+fn refusal() -> Error {
+    Error::Rpc {
         operation: "test".into(),
         status: Box::new(tonic::Status::permission_denied("test")),
-    };
-    harness.finish(&renew, ActionOutcome::Failed(refused()));
+    }
+}
+
+/// Two entries, of which the second may not be written any more, and the lease that replaces
+/// theirs.
+fn with_refused_lease() -> (Harness, [EntryHandle; 2]) {
+    let (mut harness, handles) = Harness::with_registered(["a", "b"]);
+    harness.advance(TTL / 3);
+    let renew = harness.action();
+    harness.finish(&renew, ActionOutcome::LeaseRefused(refusal()));
     let grant = harness.action();
     assert_eq!(short(&grant), "grant");
     harness.finish(&grant, ActionOutcome::Granted { lease: 2, ttl: TTL });
+    (harness, handles)
+}
+
+#[test]
+fn refused_lease_is_replaced_before_it_ends() {
+    let (mut harness, [a, b]) = with_refused_lease();
+    assert!(is_recovering(&a) && is_recovering(&b));
     let put = harness.action();
     assert_eq!(short(&put), "put a @2 #0");
     harness.finish(&put, harness.ensured());
     let put = harness.action();
     assert_eq!(short(&put), "put b @2 #0");
-    harness.finish(&put, ActionOutcome::Failed(refused()));
+    harness.finish(&put, ActionOutcome::Failed(refusal()));
     assert_eq!(state(&a), RegistrationState::Registered);
     assert!(is_recovering(&b));
-    harness.advance(TTL / 3);
-    assert_eq!(short(&harness.action()), "renew 2");
+    // The refusal of an entry may be one of the lease.
+    assert_eq!(harness.settle(1), ["renew 2"]);
+    assert_eq!(state(&a), RegistrationState::Registered);
+}
+
+/// The end of the present lease would not delete keys under the replaced one.
+#[test]
+fn keys_under_a_replaced_lease_are_deleted_one_by_one() {
+    let (mut harness, [a, b]) = with_refused_lease();
+    let put = harness.action();
+    harness.finish(&put, harness.ensured());
+    harness.deregister(&a);
+    harness.deregister(&b);
+    let delete = harness.action();
+    assert_eq!(short(&delete), "delete a");
+    harness.finish(&delete, harness.deleted());
+    let delete = harness.action();
+    assert_eq!(short(&delete), "delete b");
+    assert_eq!(state(&a), RegistrationState::Deregistered);
+    harness.finish(&delete, ActionOutcome::Failed(refusal()));
+    assert_eq!(state(&b).name(), "removing");
+    harness.advance(MAX_BACKOFF);
+    let delete = harness.action();
+    assert_eq!(short(&delete), "delete b");
+    harness.finish(&delete, harness.deleted());
+    assert_eq!(harness.settle(1), ["revoke 2"]);
+    assert_eq!(state(&b), RegistrationState::Deregistered);
+}
+
+#[test]
+fn keys_of_a_lease_that_cannot_be_revoked_are_deleted_one_by_one() {
+    let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
+    harness.deregister(&a);
+    harness.deregister(&b);
+    let revoke = harness.action();
+    assert_eq!(short(&revoke), "revoke 1");
+    harness.finish(&revoke, ActionOutcome::LeaseRefused(refusal()));
+    assert_eq!(harness.settle(1), ["delete a", "delete b", "revoke 1"]);
+    assert_eq!(state(&b), RegistrationState::Deregistered);
 }
 
 #[test]
