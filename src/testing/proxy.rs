@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -20,8 +20,11 @@ use super::port::Port;
 /// The most bytes that are read at once.
 const PIECE: usize = 16 * 1024;
 
-/// The most pieces that are on the way in one direction of a connection, 1 MiB in all.
-const MAX_PIECES: usize = 64;
+/// The most bytes that are on the way in one direction of a connection.
+const MAX_ON_THE_WAY: usize = 1024 * 1024;
+
+/// The part of a second for which data is read at once while the rate is limited.
+const PIECES_PER_SECOND: usize = 100;
 
 /// A TCP proxy on a loopback port. Between a client and a server, it is the network that fails.
 ///
@@ -70,6 +73,14 @@ struct LinkState {
 }
 
 impl LinkState {
+    /// The most bytes that are read at once.
+    fn piece(&self) -> usize {
+        match self.rate {
+            0 => PIECE,
+            rate => (rate as usize / PIECES_PER_SECOND).clamp(1, PIECE),
+        }
+    }
+
     /// The time that this many bytes take at the limited rate.
     fn time_of(&self, bytes: usize) -> Duration {
         match self.rate {
@@ -144,9 +155,9 @@ impl Proxy {
         link.send_modify(|link| link.is_silent = true);
     }
 
-    /// Delays all data by this time in both directions, as a long way would: data that is sent
-    /// meanwhile does not wait longer. Of each connection, up to 1 MiB is on the way at a time. Zero
-    /// ends the delay for data that is sent from then on.
+    /// Delays all data by this time in both directions, like a long-distance link: data that is sent
+    /// meanwhile does not wait longer. In each direction of a connection, up to 1 MiB is on the way
+    /// at a time. Zero ends the delay for data that is sent from then on.
     pub fn delay(&self, delay: Duration) {
         let link = &self.inner.state.link;
         link.send_modify(|link| link.delay = delay);
@@ -293,6 +304,8 @@ async fn forward(client: TcpStream, open: OpenConnection) {
 struct Piece {
     data: Vec<u8>,
     due: Instant,
+    /// The piece's part of [`MAX_ON_THE_WAY`].
+    _room: OwnedSemaphorePermit,
 }
 
 /// Forwards one direction of a connection.
@@ -302,7 +315,7 @@ async fn pump(
     link: watch::Receiver<LinkState>,
     bytes: &AtomicU64,
 ) -> io::Result<()> {
-    let (pieces, on_the_way) = mpsc::channel(MAX_PIECES);
+    let (pieces, on_the_way) = mpsc::unbounded_channel();
     let reading = read_pieces(from, link.clone(), pieces);
     let writing = write_pieces(to, link, on_the_way, bytes);
     tokio::try_join!(reading, writing).map(drop)
@@ -311,11 +324,13 @@ async fn pump(
 async fn read_pieces(
     mut from: OwnedReadHalf,
     mut link: watch::Receiver<LinkState>,
-    pieces: mpsc::Sender<Piece>,
+    pieces: mpsc::UnboundedSender<Piece>,
 ) -> io::Result<()> {
+    let room = Arc::new(Semaphore::new(MAX_ON_THE_WAY));
     let mut buffer = vec![0; PIECE];
     loop {
-        let read = from.read(&mut buffer).await?;
+        let piece = link.borrow().piece();
+        let read = from.read(buffer.split_at_mut(piece).0).await?;
         let state = *link.borrow();
         let transfer = state.time_of(read);
         if !transfer.is_zero() {
@@ -324,8 +339,10 @@ async fn read_pieces(
         let due = Instant::now() + state.delay;
         wait_until_open(&mut link).await;
         let data = buffer.get(..read).unwrap_or_default().to_vec();
+        let taken = Arc::clone(&room).acquire_many_owned(read as u32).await;
+        let Ok(_room) = taken else { return Ok(()) };
         // An error means that writing has failed.
-        if pieces.send(Piece { data, due }).await.is_err() || read == 0 {
+        if pieces.send(Piece { data, due, _room }).is_err() || read == 0 {
             return Ok(());
         }
     }
@@ -334,10 +351,10 @@ async fn read_pieces(
 async fn write_pieces(
     mut to: OwnedWriteHalf,
     mut link: watch::Receiver<LinkState>,
-    mut on_the_way: mpsc::Receiver<Piece>,
+    mut on_the_way: mpsc::UnboundedReceiver<Piece>,
     bytes: &AtomicU64,
 ) -> io::Result<()> {
-    while let Some(Piece { data, due }) = on_the_way.recv().await {
+    while let Some(Piece { data, due, _room }) = on_the_way.recv().await {
         if due > Instant::now() {
             sleep_until(due).await;
         }
