@@ -165,8 +165,8 @@ impl Client {
     /// Its calls have no time limit and return errors of `etcd-client`. Responses are limited to 4
     /// MiB, even where [`Config::max_call_recv_msg_size`] allows more. Only `kv_client()` and
     /// `watch_client()` can lift that limit, with `max_decoding_message_size`. After
-    /// [`close`](Self::close) its calls fail and its open streams end. Give it no other user:
-    /// leases are renewed as the configured one.
+    /// [`close`](Self::close) its calls fail and its open streams end. Do not give it
+    /// another user, because leases are renewed as the configured user.
     pub fn client(&self) -> etcd_client::Client {
         self.inner.transport.raw.clone()
     }

@@ -1,9 +1,10 @@
 //! Opening a stream on a member that takes it.
 //!
 //! A learner refuses every stream. For a moment after the user's token was renewed, a member may
-//! refuse it, because the member does not know the new token yet. Both refuse in the head of the
-//! response, before they look at the requests, so the requests that were sent by then are sent
-//! again.
+//! refuse a renewal of leases, because the member does not know the new token yet. Without TLS such
+//! a member refuses in the head of the response, before it looks at the requests, so the requests
+//! that were sent by then are sent again. Over TLS etcd sends the head first, and the caller opens
+//! another stream. Watches are refused in a message.
 
 use std::future::poll_fn;
 
@@ -39,8 +40,8 @@ enum Refusal<'a> {
 }
 
 impl StreamOpening<'_> {
-    /// Sends the requests to one member after the other until none of them refuses the stream in
-    /// one of these ways. Returns that response, or the last refusal.
+    /// Sends the requests to one member after the other until a member neither is a learner nor
+    /// lacks the token. Returns the response of that member, or the last refusal.
     pub(super) async fn open(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (head, mut body) = request.into_parts();
         let replay = poll_fn(|cx| Replay::poll_new(&mut body, cx)).await?;

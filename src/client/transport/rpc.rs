@@ -58,7 +58,7 @@ pub(super) struct RpcState {
     pub(super) membership: Arc<Membership>,
     codec: Codec,
     is_logging: bool,
-    /// The name of the user whose calls these are.
+    /// The name of the configured user.
     user: Option<String>,
     closed: CancellationToken,
     /// How long a call is repeated.

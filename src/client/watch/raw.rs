@@ -7,6 +7,7 @@ use etcd_client::{Event, GetOptions, WatchStream};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::options::{WatchOptions, WatchResponse};
+use crate::backoff::Backoff;
 use crate::client::etcd_error::{EtcdError, cancel_status};
 use crate::client::handle::{Client, display_key};
 use crate::client::transport::CallOptions;
@@ -89,9 +90,8 @@ impl Client {
         // The read fails if the user lacks the permission. If this member does not know the token
         // either, etcd-client renews it, once for all calls that find it expired.
         self.read_revision(key, options.to_read()).await?;
-        match self.create_watch(key, options).await {
-            Err(again) if self.is_maybe_expired_token(&again) => {}
-            result => return result,
+        if let Some(result) = self.create_while_token_is_new(key, options).await {
+            return result;
         }
         // Different members responded to the read and to the watch, and only one of them knows the
         // token. Every watch that was lost with a member gets here at the same time, so they share
@@ -103,15 +103,28 @@ impl Client {
         renewed
             .await
             .map_err(|error| Error::from_etcd(operation(key), error))?;
-        // The members learn of the new token one after another.
-        for pause in [0, 50, 200, 500] {
-            sleep(Duration::from_millis(pause)).await;
+        let created = self.create_while_token_is_new(key, options).await;
+        created.unwrap_or(Err(refused))
+    }
+
+    /// Creates a watch, again and again while a refusal may only mean that the member does not know
+    /// a new token yet. `None` if the token is not new any more, and still refused.
+    async fn create_while_token_is_new(
+        &self,
+        key: &[u8],
+        options: &WatchOptions,
+    ) -> Option<Result<RawWatch>> {
+        let mut pauses = Backoff::for_etcd();
+        loop {
             match self.create_watch(key, options).await {
-                Err(again) if self.is_maybe_expired_token(&again) => {}
-                result => return result,
+                Err(refused) if self.is_maybe_expired_token(&refused) => {}
+                result => return Some(result),
             }
+            if !self.inner.transport.rpc.token().is_new() {
+                return None;
+            }
+            sleep(pauses.next()).await;
         }
-        Err(refused)
     }
 
     fn is_maybe_expired_token(&self, error: &Error) -> bool {

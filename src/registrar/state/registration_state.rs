@@ -28,7 +28,7 @@ pub enum RegistrationState {
     Registering {
         /// When the registration started.
         since: SystemTime,
-        /// The latest failure. Before the first one, says that the instance is not written yet.
+        /// The latest failure. Before the first failure, the reason says that the instance is not written yet.
         reason: Arc<str>,
     },
     /// In etcd, under a lease that is kept alive.

@@ -12,7 +12,7 @@ use goo_etcd::testing::{Etcd, EtcdCluster, Proxy};
 use goo_etcd::{Client, Error, PutOptions, WatchOptions};
 use http::Response;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tonic::Code;
 
 /// Where the user `app` may read and write.
@@ -168,31 +168,47 @@ async fn moved_watches_renew_the_token_once() -> TestResult {
     Ok(())
 }
 
-/// A server that issues the token "t", but refuses it for the first two watches.
-async fn etcd_that_learns_tokens_slowly(
-    authentications: Arc<AtomicUsize>,
-    watches: Arc<AtomicUsize>,
-) -> RawServer {
+/// The calls that a server has received.
+#[derive(Default)]
+struct Calls {
+    authentications: AtomicUsize,
+    streams: AtomicUsize,
+}
+
+/// A server that issues the token "t", but refuses it on the first streams, as etcd 3.6 does.
+async fn etcd_that_learns_tokens_slowly(calls: Arc<Calls>) -> RawServer {
+    const REFUSALS: usize = 4;
     RawServer::start(move |request, mut respond| {
-        let (authentications, watches) = (Arc::clone(&authentications), Arc::clone(&watches));
+        let calls = Arc::clone(&calls);
         async move {
             let path = request.uri().path();
+            let is_watch = path.ends_with("/Watch");
             if path.ends_with("/Authenticate") {
-                authentications.fetch_add(1, Ordering::Relaxed);
+                calls.authentications.fetch_add(1, Ordering::Relaxed);
                 return raw::respond_with(respond, &[0x12, 1, b't']);
             }
-            if !path.ends_with("/Watch") {
+            if !is_watch && !path.ends_with("/LeaseKeepAlive") {
                 return raw::respond_ok(respond);
             }
-            if watches.fetch_add(1, Ordering::Relaxed) < 2 {
-                let head = Response::builder()
-                    .header("content-type", "application/grpc")
-                    .header("grpc-status", "16")
-                    .header("grpc-message", "etcdserver: invalid auth token");
-                respond.send_response(head.body(()).unwrap(), true).ok();
-            } else {
-                // The watch is created.
-                raw::respond_with(respond, &[0x18, 1]);
+            let is_refused = calls.streams.fetch_add(1, Ordering::Relaxed) < REFUSALS;
+            const REASON: &str = "etcdserver: invalid auth token";
+            match (is_refused, is_watch) {
+                // `created` and `canceled` with a reason.
+                (true, true) => {
+                    let reason = [&[0x18, 1, 0x20, 1, 0x32, 30], REASON.as_bytes()].concat();
+                    raw::respond_with(respond, &reason);
+                }
+                (true, false) => {
+                    let head = Response::builder()
+                        .header("content-type", "application/grpc")
+                        .header("grpc-status", "16")
+                        .header("grpc-message", REASON);
+                    respond.send_response(head.body(()).unwrap(), true).ok();
+                }
+                // `created`.
+                (false, true) => raw::respond_with(respond, &[0x18, 1]),
+                // The lease 7 has a TTL of 60 s.
+                (false, false) => raw::respond_with(respond, &[0x10, 7, 0x18, 60]),
             }
         }
     })
@@ -201,13 +217,22 @@ async fn etcd_that_learns_tokens_slowly(
 
 #[tokio::test]
 async fn token_that_spreads_slowly_is_not_renewed() -> TestResult {
-    let (authentications, watches) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
-    let etcd =
-        etcd_that_learns_tokens_slowly(Arc::clone(&authentications), Arc::clone(&watches)).await;
-    let client = Client::new("app", user("app", "hunter2", [etcd.address()])).await?;
-    drop(client.watch("app/a", None).await?);
-    assert_eq!(watches.load(Ordering::Relaxed), 3);
-    assert_eq!(authentications.load(Ordering::Relaxed), 1);
+    for is_watch in [true, false] {
+        let calls = Arc::new(Calls::default());
+        let etcd = etcd_that_learns_tokens_slowly(Arc::clone(&calls)).await;
+        let started = Instant::now();
+        let client = Client::new("app", user("app", "hunter2", [etcd.address()])).await?;
+        if is_watch {
+            drop(client.watch("app/a", None).await?);
+        } else {
+            client.keep_alive_once(7).await?;
+        }
+        // A token is new for 2 s.
+        let limit = 1 + started.elapsed().as_secs() as usize / 2;
+        let authentications = calls.authentications.load(Ordering::Relaxed);
+        assert!(authentications <= limit, "{authentications}, {is_watch}");
+        assert_eq!(calls.streams.load(Ordering::Relaxed), 5, "{is_watch}");
+    }
     Ok(())
 }
 
