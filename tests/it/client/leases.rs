@@ -157,7 +157,7 @@ async fn slow_network_loses_no_lease() -> TestResult {
     for _ in 0..3 {
         wait_for("a response", kept.next()).await.unwrap()?;
     }
-    // The first response takes longer than expected, and on a busy machine a second one.
+    // The first response takes longer than expected. On a busy machine the second one does too.
     let streams = StreamMetrics::read(&etcd).await?.started - before.started;
     assert!(streams < 3, "{streams} further streams");
     Ok(())
