@@ -99,7 +99,7 @@ fn refused_lease_is_replaced_before_it_ends() {
 
 /// The end of the present lease would not delete keys under the replaced one.
 #[test]
-fn keys_under_a_replaced_lease_are_deleted_one_by_one() {
+fn keys_under_a_replaced_lease_are_deleted_singly() {
     let (mut harness, [a, b]) = with_refused_lease();
     let put = harness.action();
     harness.finish(&put, harness.ensured());
@@ -122,7 +122,7 @@ fn keys_under_a_replaced_lease_are_deleted_one_by_one() {
 }
 
 #[test]
-fn keys_of_a_lease_that_cannot_be_revoked_are_deleted_one_by_one() {
+fn keys_of_an_irrevocable_lease_are_deleted_singly() {
     let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
     harness.deregister(&a);
     harness.deregister(&b);
