@@ -10,10 +10,11 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::executor::Executor;
 use super::key_watch::KeyWatches;
-use super::state::{Action, ActionOutcome, Event, Reconciler, Step, Timestamp};
+use super::state::{Action, ActionOutcome, EntryId, Event, Reconciler, Step, Timestamp};
 use crate::client::{AttemptRecord, Client};
 use crate::error::{Error, Result};
 use crate::time::sleep_until;
@@ -104,6 +105,10 @@ impl LeaseGroup {
         self.lock().step(Timestamp::now())
     }
 
+    fn must_delete_singly(&self) -> bool {
+        self.lock().must_delete_singly(Instant::now())
+    }
+
     fn on_event(&self, event: Event) {
         self.lock().on_event(event, Timestamp::now());
     }
@@ -130,6 +135,29 @@ impl Drop for RuntimeEnd {
             }));
             group.stepped.notify_waiters();
         }
+    }
+}
+
+/// How the cleanup of an abandoned group failed. No caller waits for it, so it is not retried: the
+/// keys disappear when the TTL of the lease has passed.
+enum FailedCleanup {
+    /// etcd refused to delete the keys of this entry. The others can be deleted.
+    Refused(EntryId),
+    /// etcd refused to revoke the lease. Its keys can be deleted one by one.
+    NotRevoked,
+    Failed,
+}
+
+fn failed_cleanup(action: &Action, result: &Result<ActionOutcome>) -> Option<FailedCleanup> {
+    match (action, result) {
+        (Action::Delete { entry, .. }, Err(error)) if error.is_permanent() => {
+            Some(FailedCleanup::Refused(entry.clone()))
+        }
+        (Action::Revoke { .. }, Ok(ActionOutcome::LeaseRefused(_))) => {
+            Some(FailedCleanup::NotRevoked)
+        }
+        (Action::Delete { .. } | Action::Revoke { .. }, Err(_)) => Some(FailedCleanup::Failed),
+        _ => None,
     }
 }
 
@@ -161,17 +189,17 @@ async fn drive(group: &LeaseGroup, client: Client, ttl: Duration) {
                     group.stepped.notify_waiters();
                     return;
                 }
-                // No caller waits for an abandoned group, so a failed cleanup is not retried: the
-                // keys disappear when the TTL of the lease has passed.
-                let is_cleanup = matches!(action, Action::Revoke { .. } | Action::Delete { .. });
-                let ends = is_abandoned && is_cleanup && result.is_err();
+                let failure = is_abandoned.then(|| failed_cleanup(&action, &result)).flatten();
                 let outcome = result.unwrap_or_else(|error| {
                     tracing::debug!(%action, %error, "a request of the registrar failed");
                     ActionOutcome::Failed(error)
                 });
                 group.on_event(Event::Finished { action, outcome });
-                if ends {
-                    return;
+                match failure {
+                    None => {}
+                    Some(FailedCleanup::Refused(entry)) => group.lock().forget(&entry),
+                    Some(FailedCleanup::NotRevoked) if group.must_delete_singly() => {}
+                    Some(FailedCleanup::NotRevoked | FailedCleanup::Failed) => return,
                 }
             }
             (key, event) = key_watches.next() => group.on_event(Event::Key { key, event }),

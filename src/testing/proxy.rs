@@ -329,6 +329,8 @@ async fn read_pieces(
     let room = Arc::new(Semaphore::new(MAX_ON_THE_WAY));
     let mut buffer = vec![0; PIECE];
     loop {
+        // The rate may change while the connection is idle.
+        from.readable().await?;
         let piece = link.borrow().piece();
         let read = from.read(buffer.split_at_mut(piece).0).await?;
         let state = *link.borrow();

@@ -25,10 +25,6 @@ use crate::error::{Error, Result};
 /// processor time, and a token that is refused time and again will not be accepted.
 const MAX_TOKENS: u32 = 3;
 
-/// The same, if etcd says that each token is outdated. Several changes of users or roles may follow
-/// one another.
-const MAX_OUTDATED_TOKENS: u32 = 20;
-
 /// How many steps a renewal takes before it waits. Usually it takes one.
 const MAX_STEPS: usize = 10;
 
@@ -214,6 +210,7 @@ impl LeaseStreams {
         end: StreamEnd,
         tokens: &mut u32,
     ) -> Result<()> {
+        let is_of_one_lease = end.is_of_one_lease();
         let EndCause::Status(status) = end.cause else {
             return Ok(());
         };
@@ -227,14 +224,11 @@ impl LeaseStreams {
                 *tokens += 1;
                 self.renew_token(stream, error).await
             }
-            EtcdError::OldToken if *tokens == MAX_OUTDATED_TOKENS => Err(error),
-            // A change of a user or role invalidates all earlier tokens, even new ones.
-            EtcdError::OldToken => {
-                *tokens += 1;
-                self.renew_token(stream, error).await
-            }
+            // A change of a user or role invalidates all earlier tokens, even new ones. Many changes
+            // may follow one another, so only the TTL limits the number of tokens.
+            EtcdError::OldToken => self.renew_token(stream, error).await,
             EtcdError::Learner => Ok(()),
-            EtcdError::PermissionDenied => Err(error),
+            EtcdError::PermissionDenied if is_of_one_lease => Err(error),
             _ if end.is_fresh && error.is_permanent() => Err(error),
             _ => Ok(()),
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use etcd_client::{Event, GetOptions, WatchStream};
 use tokio::time::{Instant, sleep, sleep_until};
+use tonic::Status;
 
 use super::options::{WatchOptions, WatchResponse};
 use crate::backoff::Backoff;
@@ -24,6 +25,9 @@ const PROGRESS_REQUEST_AFTER: Duration = Duration::from_secs(5);
 /// works and whose watches do not. The limit is generous, because etcd responds only once the watch
 /// has caught up with the history.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a watch is tried again after the user's token was renewed.
+const MAX_TRIES: u32 = 4;
 
 /// etcd's watch id in responses that belong to the stream and not to a watch (`InvalidWatchID`):
 /// those to progress requests.
@@ -83,48 +87,52 @@ impl Client {
         options: &WatchOptions,
     ) -> Result<RawWatch> {
         let started_at = Instant::now();
-        let refused = match self.create_watch(key, options).await {
-            Err(refused) if self.is_maybe_expired_token(&refused) => refused,
+        match self.create_watch(key, options).await {
+            Err(refused) if self.is_maybe_expired_token(&refused) => {}
             result => return result,
-        };
+        }
         // The read fails if the user lacks the permission. If this member does not know the token
         // either, etcd-client renews it, once for all calls that find it expired.
         self.read_revision(key, options.to_read()).await?;
-        if let Some(result) = self.create_while_token_is_new(key, options).await {
-            return result;
-        }
-        // Different members responded to the read and to the watch, and only one of them knows the
-        // token. Every watch that was lost with a member gets here at the same time, so they share
-        // one renewal: checking a password is expensive for etcd.
-        let transport = &self.inner.transport;
-        let renewed = transport
-            .rpc
-            .renew_token(started_at, transport.raw.refresh_token());
-        renewed
-            .await
-            .map_err(|error| Error::from_etcd(operation(key), error))?;
-        let created = self.create_while_token_is_new(key, options).await;
-        created.unwrap_or(Err(refused))
-    }
-
-    /// Creates a watch, again and again while a refusal may only mean that the member does not know
-    /// a new token yet. `None` if the token is not new any more, and still refused.
-    async fn create_while_token_is_new(
-        &self,
-        key: &[u8],
-        options: &WatchOptions,
-    ) -> Option<Result<RawWatch>> {
-        let mut pauses = Backoff::for_etcd();
+        let (mut pauses, mut tries, mut is_renewed) = (Backoff::for_etcd(), 0, false);
         loop {
-            match self.create_watch(key, options).await {
-                Err(refused) if self.is_maybe_expired_token(&refused) => {}
-                result => return Some(result),
-            }
-            if !self.inner.transport.rpc.token().is_new() {
-                return None;
+            let sent_at = Instant::now();
+            let refused = match self.create_watch(key, options).await {
+                Err(refused) if self.is_maybe_expired_token(&refused) => refused,
+                result => return result,
+            };
+            match EtcdError::of(&refused) {
+                // Members learn of a new token one after another.
+                EtcdError::InvalidToken if self.may_token_be_unknown(&refused) => {}
+                // A change of a user or role has invalidated the token, however new it is.
+                EtcdError::OldToken => self.renew_token(key, sent_at).await?,
+                // Different members responded to the read and to the watch, and only one of them
+                // knows the token. Every watch that was lost with a member gets here at the same
+                // time, so they share one renewal: checking a password is expensive for etcd.
+                _ if !is_renewed => {
+                    is_renewed = true;
+                    self.renew_token(key, started_at).await?;
+                    continue;
+                }
+                _ if tries == MAX_TRIES => return Err(refused),
+                _ => tries += 1,
             }
             sleep(pauses.next()).await;
         }
+    }
+
+    /// Whether etcd refused a token that is so new that a member may not know it yet.
+    fn may_token_be_unknown(&self, refused: &Error) -> bool {
+        let is_of_etcd = |status: &Status| status.message().starts_with("etcdserver: ");
+        matches!(refused, Error::Rpc { status, .. } if is_of_etcd(status))
+            && self.inner.transport.rpc.token().is_new()
+    }
+
+    async fn renew_token(&self, key: &[u8], since: Instant) -> Result<()> {
+        let transport = &self.inner.transport;
+        let renewing = transport.raw.refresh_token();
+        let renewed = transport.rpc.renew_token(since, renewing).await;
+        renewed.map_err(|error| Error::from_etcd(operation(key), error))
     }
 
     fn is_maybe_expired_token(&self, error: &Error) -> bool {

@@ -20,9 +20,9 @@ pub(super) struct Entry {
     /// Keys of an earlier entry that may exist under one of this registrar's leases and must go.
     pub(super) stale_keys: Vec<String>,
     pub(super) presence: Presence,
-    /// Whether some of the keys may be under a lease that was replaced, so that the end of the
+    /// Until when some of the keys may be under a lease that was replaced, so that the end of the
     /// present lease does not delete them.
-    pub(super) under_earlier_lease: bool,
+    pub(super) earlier_lease_until: Option<Instant>,
     /// The revision at which the keys were last found as they should be. Watch events up to this
     /// revision are old news. 0 after the watch restarted, because etcd may have lost its history.
     pub(super) seen_revision: i64,
@@ -48,8 +48,8 @@ pub(super) struct Inherited {
     pub(super) stale_keys: Vec<String>,
     /// Whether an earlier entry's keys may exist.
     pub(super) may_exist: bool,
-    /// Whether they may be under a lease that was replaced.
-    pub(super) under_earlier_lease: bool,
+    /// Until when they may be under a lease that was replaced.
+    pub(super) earlier_lease_until: Option<Instant>,
     /// Whether a write of an earlier entry can still arrive.
     pub(super) late_write: bool,
 }
@@ -79,7 +79,7 @@ impl Entry {
             } else {
                 Presence::Absent
             },
-            under_earlier_lease: inherited.under_earlier_lease,
+            earlier_lease_until: inherited.earlier_lease_until,
             seen_revision: 0,
             owned_revision: None,
             needs_check: false,
@@ -121,6 +121,11 @@ impl Entry {
     /// Whether any of the entry's keys may be left in etcd.
     pub(super) fn has_leftovers(&self) -> bool {
         self.presence.may_exist() && self.keys().next().is_some()
+    }
+
+    /// Whether some of the keys may be under a lease that was replaced.
+    pub(super) fn is_under_earlier_lease(&self, now: Instant) -> bool {
+        self.earlier_lease_until.is_some_and(|until| now < until)
     }
 
     /// Priority among due entries, smallest first: never tried, then least recently tried, so that

@@ -78,6 +78,15 @@ impl Lease {
         is_newly_overdue
     }
 
+    /// Whether the TTL has passed without a confirmed renewal.
+    pub(super) fn is_overdue(&self) -> bool {
+        self.overdue
+    }
+
+    pub(super) fn ttl(&self) -> Duration {
+        self.ttl
+    }
+
     pub(super) fn mark_flawed(&mut self, flaw: Flaw) {
         self.flaw = Some(flaw);
     }

@@ -122,6 +122,8 @@ struct Harness {
     revision: i64,
     keys: BTreeMap<String, StoredKey>,
     leases: BTreeSet<i64>,
+    /// When each lease of the registrar was granted or renewed.
+    renewed_at: BTreeMap<i64, Instant>,
     /// Whether etcd was restored from a snapshot that no revision has shown yet.
     is_restored: bool,
     /// Whether keys may come back after a deletion, by a late write or a restore.
@@ -172,6 +174,7 @@ impl Harness {
             revision: 1,
             keys: BTreeMap::new(),
             leases: BTreeSet::new(),
+            renewed_at: BTreeMap::new(),
             is_restored: false,
             has_returning_keys: false,
             has_hidden_restore: false,
@@ -299,11 +302,15 @@ impl Harness {
                 let lease = self.next_lease;
                 self.next_lease += 1;
                 self.leases.insert(lease);
+                self.renewed_at.insert(lease, self.now.instant);
                 ActionOutcome::Granted { lease, ttl: TTL }
             }
-            Action::Renew { lease } if self.leases.contains(lease) => ActionOutcome::Renewed {
-                sent_at: self.now.instant,
-            },
+            Action::Renew { lease } if self.leases.contains(lease) => {
+                self.renewed_at.insert(*lease, self.now.instant);
+                ActionOutcome::Renewed {
+                    sent_at: self.now.instant,
+                }
+            }
             Action::Renew { .. } => ActionOutcome::LeaseGone,
             Action::Revoke { lease } => {
                 self.end_lease(*lease);
@@ -386,8 +393,13 @@ impl Harness {
             return;
         }
         for (id, handle) in &self.handles {
+            // etcd deletes the keys of a lease after the TTL by itself.
+            let is_alive = |lease: &i64| {
+                let renewed_at = self.renewed_at.get(lease);
+                renewed_at.is_some_and(|at| self.now.instant < *at + TTL)
+            };
             // A key that instances share may belong to the other one, or will soon.
-            let is_its = |key: &&StoredKey| key.lease < FOREIGN && key.value.first() == Some(id);
+            let is_its = |key: &&StoredKey| is_alive(&key.lease) && key.value.first() == Some(id);
             let its_keys = keys(*id).into_iter().filter(|key| !self.is_desired(key));
             let left = its_keys.filter_map(|key| self.keys.get(&key)).find(is_its);
             let state = handle.status.borrow().state.clone();

@@ -99,7 +99,7 @@ impl Reconciler {
         if let Some(entry) = self.entry_mut(&ensure.entry).filter(|_| is_current) {
             entry.retry_schedule.clear_refusal();
             entry.stale_keys.clear();
-            entry.under_earlier_lease = false;
+            entry.earlier_lease_until = None;
             entry.presence = Presence::Present {
                 generation: ensure.generation,
             };
@@ -164,7 +164,7 @@ impl Reconciler {
             ActionOutcome::Deleted { read_at, revision } => {
                 if let Some(entry) = self.entry_mut(id) {
                     entry.presence.mark_deleted();
-                    entry.under_earlier_lease = false;
+                    entry.earlier_lease_until = None;
                     // A later return counts as a new registration, which takes the keys from
                     // others.
                     entry.owned_revision = None;
@@ -184,7 +184,7 @@ impl Reconciler {
     fn on_revoke_finished(&mut self, outcome: ActionOutcome, now: Timestamp) {
         match outcome {
             ActionOutcome::Revoked | ActionOutcome::LeaseGone => {
-                self.drop_lease();
+                self.drop_lease(now.instant);
                 for entry in self.entries.values_mut() {
                     if !entry.should_exist() {
                         // A later return counts as a new registration, as after a deletion.
@@ -220,7 +220,7 @@ impl Reconciler {
     }
 
     fn on_lease_lost(&mut self, now: Timestamp) {
-        self.drop_lease();
+        self.drop_lease(now.instant);
         // etcd has responded, so earlier failures to reach it do not explain the loss.
         let entries = self.entries.values_mut();
         for entry in entries.filter(|entry| !entry.presence.is_superseded()) {

@@ -149,7 +149,7 @@ impl Reconciler {
 
     fn next_mutation(&mut self, now: Timestamp) -> Option<Action> {
         let any_should_exist = self.any_should_exist();
-        if !any_should_exist && !self.must_delete_singly() {
+        if !any_should_exist && !self.must_delete_singly(now.instant) {
             return self.release_lease(now);
         }
         self.settle_removed(|entry| !entry.has_leftovers(), now);
@@ -170,12 +170,21 @@ impl Reconciler {
         })
     }
 
-    /// Whether there are keys that a revocation of the lease would not delete.
-    fn must_delete_singly(&self) -> bool {
-        let flaw = self.lease.as_ref().and_then(Lease::flaw);
-        let is_refused = flaw == Some(Flaw::Refused);
+    /// Whether there are keys that a revocation of the lease would not delete. After the TTL etcd
+    /// has deleted them by itself.
+    pub(in crate::registrar) fn must_delete_singly(&self, now: Instant) -> bool {
+        let is_refused = |lease: &Lease| lease.flaw() == Some(Flaw::Refused) && !lease.is_overdue();
+        let is_refused = self.lease.as_ref().is_some_and(is_refused);
+        let is_left = |entry: &Entry| is_refused || entry.is_under_earlier_lease(now);
         let mut entries = self.entries.values();
-        entries.any(|entry| entry.has_leftovers() && (is_refused || entry.under_earlier_lease))
+        entries.any(|entry| entry.has_leftovers() && is_left(entry))
+    }
+
+    /// Removes an entry whose keys etcd refuses to delete.
+    pub(in crate::registrar) fn forget(&mut self, id: &EntryId) {
+        if self.entry_mut(id).is_some() {
+            self.entries.remove(&id.key);
+        }
     }
 
     /// The lease to put keys under, unless it must be granted first. An outdated lease is replaced
@@ -246,12 +255,16 @@ impl Reconciler {
 
     /// Records a granted lease. Keys under a flawed lease, which it replaces, must be put again.
     pub(super) fn set_lease(&mut self, lease: Lease, now: Timestamp) {
-        if let Some(flawed) = &self.lease {
+        if let Some(flawed) = self.lease {
             if flawed.flaw() == Some(Flaw::Outdated) {
                 self.report_recovering("etcd was restored from an earlier state", now);
             }
+            // A renewal of the replaced lease may still be on its way.
+            let until = now.instant + flawed.ttl() * 2;
             for entry in self.entries.values_mut() {
-                entry.under_earlier_lease |= entry.presence.may_exist();
+                if entry.presence.may_exist() {
+                    entry.earlier_lease_until = Some(until);
+                }
                 entry.presence.mark_lease_replaced();
                 entry.retry_schedule.clear_refusal();
             }
@@ -264,12 +277,12 @@ impl Reconciler {
     }
 
     /// Records that the lease is gone, and with it every key and every late write under it.
-    pub(super) fn drop_lease(&mut self) {
+    pub(super) fn drop_lease(&mut self, now: Instant) {
         self.lease = None;
         for entry in self.entries.values_mut() {
             // The registration that supersedes this entry may be gone as well.
             entry.needs_check |= entry.presence.is_superseded();
-            if entry.under_earlier_lease {
+            if entry.is_under_earlier_lease(now) {
                 entry.presence.mark_lease_replaced();
                 continue;
             }

@@ -80,7 +80,8 @@ impl Reconciler {
                 continue;
             }
             inherited.may_exist |= other.presence.may_exist();
-            inherited.under_earlier_lease |= other.under_earlier_lease;
+            inherited.earlier_lease_until =
+                inherited.earlier_lease_until.max(other.earlier_lease_until);
             inherited.late_write |= other.late_write;
         }
         inherited

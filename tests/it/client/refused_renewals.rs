@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::support::users::{enable_auth, user};
-use crate::support::{TestResult, etcd_versions, version, wait_for};
+use crate::support::{PATIENCE, TestResult, etcd_versions, version, wait_for, wait_until};
 use etcd_client::{ConnectOptions, Permission, RoleRevokePermissionOptions};
 use futures::future::try_join_all;
 use goo_etcd::testing::{Etcd, EtcdBuilder};
@@ -128,6 +128,37 @@ async fn refused_instance_harms_no_other() -> TestResult {
         allowed.deregister().await?;
         let key = root.kv_client().get(allowed.key(), None).await?;
         assert!(key.kvs().is_empty());
+        TestResult::Ok(())
+    });
+    try_join_all(all).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn dropped_registrar_deletes_what_it_may() -> TestResult {
+    let all = etcd_versions().into_iter().map(|builder| async {
+        let etcd = builder.start().await?;
+        enable_auth(&etcd, "services/greeter/").await?;
+        let root = root(&etcd).await?;
+        let other = Permission::read_write("services/a-refused/").with_prefix();
+        let mut auth = root.auth_client();
+        auth.role_grant_permission("app", other).await?;
+        let client = Client::new("app", user("app", "hunter2", [etcd.endpoint()])).await?;
+        // The keys would outlive the test.
+        let registrar = Registrar::builder(&client).ttl(PATIENCE * 4).build()?;
+        let register = |service| registrar.register(Instance::new(service, "10.0.0.1:1"));
+        let refused = register("a-refused").await?;
+        let allowed = register("greeter").await?;
+        let key = allowed.key().to_owned();
+        let options = RoleRevokePermissionOptions::new().with_prefix();
+        auth.role_revoke_permission("app", "services/a-refused/", Some(options))
+            .await?;
+        drop((refused, allowed, registrar));
+        wait_until("the key is deleted", async || {
+            let got = root.kv_client().get(key.as_str(), None).await;
+            got.unwrap().kvs().is_empty()
+        })
+        .await;
         TestResult::Ok(())
     });
     try_join_all(all).await?;

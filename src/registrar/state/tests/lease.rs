@@ -121,6 +121,35 @@ fn keys_under_a_replaced_lease_are_deleted_singly() {
     assert_eq!(state(&b), RegistrationState::Deregistered);
 }
 
+/// A key that may not be deleted is gone with its lease.
+#[test]
+fn refused_deletion_ends_with_the_lease() {
+    let (mut harness, [a, b]) = with_refused_lease();
+    harness.deregister(&a);
+    harness.deregister(&b);
+    let mut performed = Vec::new();
+    loop {
+        assert!(performed.len() < 100, "{performed:?}");
+        match harness.step() {
+            Step::Perform(action) => {
+                let outcome = match &action {
+                    Action::Delete { keys, .. } if keys == &["b"] => {
+                        ActionOutcome::Failed(refusal())
+                    }
+                    Action::Delete { .. } => harness.deleted(),
+                    _ => ActionOutcome::LeaseGone,
+                };
+                performed.push(short(&action));
+                harness.finish(&action, outcome);
+            }
+            Step::SleepUntil(Some(at)) => harness.advance(at - harness.now.instant),
+            Step::SleepUntil(None) => break,
+        }
+    }
+    assert_eq!(state(&b), RegistrationState::Deregistered);
+    assert_eq!(performed.last().unwrap(), "revoke 2");
+}
+
 #[test]
 fn keys_of_an_irrevocable_lease_are_deleted_singly() {
     let (mut harness, [a, b]) = Harness::with_registered(["a", "b"]);
