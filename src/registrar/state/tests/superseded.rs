@@ -145,6 +145,22 @@ fn lease_is_replaced_after_a_restore() {
     assert_eq!(harness.settle(2), ["renew 2"]);
 }
 
+/// The write after the restore reaches the revision that was known before.
+#[test]
+fn lease_is_replaced_after_a_write_to_a_restored_etcd() {
+    let (mut harness, [_a]) = Harness::with_registered(["a"]);
+    let known = harness.revision;
+    harness.watch_started("a");
+    let check = harness.action();
+    let ensured = ActionOutcome::Ensured {
+        read_at: known - 1,
+        revision: known,
+    };
+    harness.finish(&check, ensured);
+    harness.advance(MAX_BACKOFF);
+    assert_eq!(harness.settle(2), ["grant", "put a @2 #0"]);
+}
+
 /// A wiped etcd counts from 1 again, and the registrar notices by its lease.
 #[test]
 fn lease_is_granted_once_after_a_wipe() {
